@@ -1,0 +1,41 @@
+# make test        everything that must hold: style, unit tests, notebooks
+# make reproduce   all notebooks with their default (small) size, and a report to read
+# make notebooks   re-executes the committed notebooks in place
+# make clean       removes what the other targets made
+#
+# PYTHON chooses the interpreter that the environment in .venv is made of: make test PYTHON=python3.13
+
+PYTHON ?= python3
+SIZE   ?= smoke
+OUT    ?= report
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+# One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+
+.PHONY: test reproduce notebooks clean
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "binvit needs Python 3.11 or newer; choose one with make PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks
+
+reproduce: $(READY)
+	$(BIN)/python -m binvit reproduce --size $(SIZE) --out $(OUT)
+
+notebooks: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks notebooks/*.ipynb
+
+clean:
+	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .hypothesis
+	find binvit tests notebooks -name __pycache__ -prune -exec rm -rf {} +
