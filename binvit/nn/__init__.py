@@ -1,0 +1,36 @@
+"""What trains: binarization rules, layers, schemes and the conversion of timm models."""
+
+from binvit.nn import functional
+from binvit.nn.convert import binarize, calibrate, set_progress
+from binvit.nn.modules import (
+    AttentionBias,
+    Binarizer,
+    BinaryAttention,
+    BinaryLinear,
+    BinaryMlp,
+    BinaryPatchConv,
+    RPReLU,
+)
+from binvit.nn.official import load_official_gsb
+from binvit.nn.schemes import CATALOGUE, COMPONENTS, PLACES, Scheme, list_schemes, scheme
+
+__all__ = [
+    "CATALOGUE",
+    "COMPONENTS",
+    "PLACES",
+    "AttentionBias",
+    "Binarizer",
+    "BinaryAttention",
+    "BinaryLinear",
+    "BinaryMlp",
+    "BinaryPatchConv",
+    "RPReLU",
+    "Scheme",
+    "binarize",
+    "calibrate",
+    "functional",
+    "list_schemes",
+    "load_official_gsb",
+    "scheme",
+    "set_progress",
+]

@@ -1,0 +1,108 @@
+"""binarize(): any timm VisionTransformer -> its binarized copy."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.schemes import Scheme
+from binvit.nn.schemes import scheme as scheme_of
+
+
+def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransformer:
+    """Return a binarized copy of a timm vision transformer; the model itself is left untouched.
+
+    Weights are kept. Learned scales start from the first batch that the copy sees in training mode.
+
+    Args:
+        model: A `timm` `VisionTransformer` or `VisionTransformerDistilled` made of plain pre-norm blocks; query-key
+            norms, layer scale, registers, stochastic depth and every pooling are kept as they are.
+        scheme: A `Scheme` or the name of one.
+
+    Returns:
+        A model of the same class with the attribute `scheme`, whose attention, MLP, patch embedding and heads are
+        replaced as the scheme's components say.
+
+    Raises:
+        ValueError: If the model is no such vision transformer, or has a part that has no binarized form.
+    """
+    scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
+    if not isinstance(scheme, Scheme):
+        raise ValueError(f"scheme must be a Scheme or a name, got {type(scheme).__name__}.")
+    _check_model(model, scheme)
+    model = copy.deepcopy(model)
+    model.scheme = scheme
+    options = {"shift": scheme.shift, "rprelu": scheme.rprelu}
+    if scheme.binarizes("patch_embed"):
+        weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
+        # No shift: it would undo the normalization of the images.
+        model.patch_embed.proj = BinaryPatchConv(model.patch_embed.proj, weight, input)
+    for block in model.blocks:
+        if scheme.binarizes("mhsa"):
+            grid = model.patch_embed.grid_size
+            block.attn = BinaryAttention(block.attn, scheme, grid, model.num_prefix_tokens)
+        if scheme.binarizes("mlp"):
+            block.mlp = BinaryMlp(block.mlp, scheme)
+    if scheme.binarizes("head"):
+        for name in ("head", "head_dist"):
+            head = getattr(model, name, None)
+            if isinstance(head, nn.Linear):
+                rules = scheme.rule("head_weight"), scheme.rule("head_input")
+                setattr(model, name, BinaryLinear(head, *rules, shift=options["shift"]))
+    return model.train(model.training)
+
+
+def _check_model(model: nn.Module, scheme: Scheme) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"binarize() takes a timm VisionTransformer, got {type(model).__name__}.")
+    if getattr(model, "scheme", None) is not None and model.scheme.components:
+        raise ValueError(f"The model is binarized already, by the scheme {model.scheme.name!r}.")
+    if scheme.binarizes("patch_embed"):
+        embed = model.patch_embed
+        proj = getattr(embed, "proj", None)
+        if not isinstance(embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or proj.kernel_size != proj.stride:
+            raise ValueError(
+                f"The patch embedding must be timm's PatchEmbed, got {type(embed).__name__}; leave the component "
+                "patch_embed out to keep it in float."
+            )
+    if scheme.binarizes("mhsa") and (model.dynamic_img_size and scheme.attention_bias != "none"):
+        raise ValueError("A learned attention bias needs a fixed image size; use dynamic_img_size=False.")
+    for i, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise ValueError(f"Block {i} is a {type(block).__name__}; only timm's pre-norm Block can be binarized.")
+        if scheme.binarizes("mhsa"):
+            if type(block.attn) is not Attention:
+                raise ValueError(
+                    f"Block {i} has {type(block.attn).__name__} as attention; only timm's Attention can be."
+                )
+            if block.attn.gate is not None:
+                raise ValueError(f"Block {i} has gated attention, which has no binarized form.")
+        if scheme.binarizes("mlp") and (type(block.mlp) is not Mlp or not isinstance(block.mlp.fc1, nn.Linear)):
+            raise ValueError(f"Block {i} has {type(block.mlp).__name__} as MLP; only timm's Mlp can be binarized.")
+
+
+@torch.no_grad()
+def calibrate(model: VisionTransformer, images: torch.Tensor) -> VisionTransformer:
+    """Set the scales of a binarized model that was never trained from one batch, and return the model.
+
+    Args:
+        model: A binarized model; it ends in the mode (training or evaluation) it came in.
+        images: A batch, float32 (B, 3, H, W), normalized like training images.
+    """
+    training = model.training
+    model.train()
+    model(images)
+    return model.train(training)
+
+
+def set_progress(model: nn.Module, done: float) -> None:
+    """Tell schedule-driven binarizers (IR-Net's gradient) which share `done`, 0 to 1, of training is over."""
+    for module in model.modules():
+        if module is not model and hasattr(module, "set_progress"):
+            module.set_progress(done)

@@ -1,0 +1,350 @@
+"""Binarizers as differentiable functions, and the product of two binarized tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from binvit.nn.attention_rules import REDUCTIONS, GsbAttention, GsbValue
+from binvit.nn.rules import Bwn, Elastic, Plane, Rule
+
+LARGEST_EXACT = 2**24  # integers below are exact in float32
+
+
+def superpose(planes: Sequence[Plane]) -> Tensor:
+    """Return the sum of scale * levels over the planes."""
+    total = None
+    for levels, scale in planes:
+        term = levels if scale is None else levels * scale
+        total = term if total is None else total + term
+    return total
+
+
+class _Binarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(x, *parameters)
+        return superpose(rule.planes(x, *parameters))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, *parameters = ctx.saved_tensors
+        return None, *ctx.rule.backward(x, g, *parameters)
+
+
+def binarize(x: Tensor, rule: Rule, *parameters: Tensor) -> Tensor:
+    """Binarize x by a rule.
+
+    Args:
+        x: Any tensor the rule accepts.
+        rule: A `binvit.nn.rules.Rule`.
+        parameters: The rule's parameters, in the order of `rule.parameters`.
+
+    Returns:
+        The sum of the rule's planes, of the shape of x.
+    """
+    return x if rule.is_float else _Binarize.apply(rule, x, *parameters)
+
+
+def exact_in_float32(terms: int, a: Rule, b: Rule) -> bool:
+    """Tell whether a sum of that many products of two rules' levels is an exact float32 integer."""
+    size = max(abs(a.lowest), a.highest) * max(abs(b.lowest), b.highest)
+    return terms * size < LARGEST_EXACT
+
+
+def integer_product(x: Tensor, w: Tensor, exact: bool = True) -> Tensor:
+    """Multiply two tensors of integer levels, x (..., M, K) and w (..., N, K) or (N, K), into (..., M, N), exactly.
+
+    Args:
+        x: Levels stored as floats.
+        w: Levels stored as floats.
+        exact: The sums fit into float32; otherwise they are formed in float64.
+    """
+    if not exact:
+        return integer_product(x.double(), w.double()).to(x.dtype)
+    return F.linear(x, w) if w.dim() == 2 else x @ w.mT
+
+
+def apply_scales(product: Tensor, sx: Tensor | None, sw: Tensor | None) -> Tensor:
+    """Multiply a product (..., M, N) in place by the scales of its rows' tensor and of its columns' tensor.
+
+    The order of the operations is part of the contract: the packed model repeats it to the last bit.
+
+    Args:
+        product: The integer product, overwritten.
+        sx: None, one value, or (..., M, 1).
+        sw: None, one value, or (..., N, 1).
+    """
+    if sw is not None and sw.dim():
+        sw = sw.mT
+    if sx is not None and sw is not None and (sx.dim() == 0 or sw.dim() == 0 or sx.shape[-2] == 1):
+        return product.mul_(sx * sw)
+    for scale in (sw, sx):
+        if scale is not None:
+            product.mul_(scale)
+    return product
+
+
+def scaled_product(x: Plane, w: Plane, rule_x: Rule, rule_w: Rule) -> Tensor:
+    """Return (x.levels @ w.levels^T) * scales, integers first."""
+    if rule_x.is_float or rule_w.is_float:
+        exact = True
+    else:
+        exact = exact_in_float32(x.levels.shape[-1], rule_x, rule_w)
+    return apply_scales(integer_product(x.levels, w.levels, exact), x.scale, w.scale)
+
+
+class _BinaryProduct(torch.autograd.Function):
+    """y = b(x + shift) b(w)^T + bias: integer product first, scales once afterwards, closed-form gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rules: tuple[Rule, Rule],
+        n_x: int,
+        x: Tensor,
+        w: Tensor,
+        shift: Tensor | None,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        rule_x, rule_w = rules
+        if shift is not None:
+            x = x + shift
+        px, pw = parameters[:n_x], parameters[n_x:]
+        (plane_x,) = rule_x.planes(x, *px)
+        (plane_w,) = rule_w.planes(w, *pw)
+        y = scaled_product(plane_x, plane_w, rule_x, rule_w)
+        if bias is not None:
+            y.add_(bias)
+        ctx.rules, ctx.n_x = rules, n_x
+        ctx.shift_shape = None if shift is None else shift.shape
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, w, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        rule_x, rule_w = ctx.rules
+        x, w, *parameters = ctx.saved_tensors
+        px, pw = parameters[: ctx.n_x], parameters[ctx.n_x :]
+        need_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[4] or any(ctx.needs_input_grad[6 : 6 + ctx.n_x])
+        dx, dpx = None, [None] * len(px)
+        if need_x:
+            dx, *dpx = rule_x.backward(x, g @ superpose(rule_w.planes(w, *pw)), *px)
+        xb = superpose(rule_x.planes(x, *px))
+        gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
+        dw, *dpw = rule_w.backward(w, gw, *pw)
+        dshift = dx.sum_to_size(ctx.shift_shape) if ctx.shift_shape is not None and need_x else None
+        dbias = g.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return None, None, dx, dw, dshift, dbias, *dpx, *dpw
+
+
+def binary_product(
+    x: Tensor,
+    w: Tensor,
+    rule_x: Rule,
+    rule_w: Rule,
+    parameters_x: Sequence[Tensor] = (),
+    parameters_w: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply two binarized tensors: y = b_x(x + shift) b_w(w)^T + bias.
+
+    Args:
+        x: (..., M, K).
+        w: (N, K), or (..., N, K) with the leading dimensions of x.
+        rule_x: A rule with one plane.
+        rule_w: A rule with one plane.
+        parameters_x: Parameters of rule_x.
+        parameters_w: Parameters of rule_w.
+        shift: Added to x before it is binarized; broadcasts against x.
+        bias: (N,), added to the product.
+
+    Returns:
+        (..., M, N); the integer product is formed first and scaled once, so that bits give the same numbers.
+    """
+    return _BinaryProduct.apply((rule_x, rule_w), len(parameters_x), x, w, shift, bias, *parameters_x, *parameters_w)
+
+
+class _ReplaceValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return g, None
+
+
+def superposed_product(attention: Sequence[Plane], value: Sequence[Plane]) -> Tensor:
+    """Multiply two superpositions, attention (B, H, N, N) and value (B, H, N, d), plane by plane in integers.
+
+    The sum runs over the attention planes and, inside, over the value planes; the order is part of the contract.
+    """
+    total = None
+    for levels_a, scale_a in attention:
+        for levels_v, scale_v in value:
+            product = levels_a @ levels_v
+            scales = [s for s in (scale_a, scale_v) if s is not None]
+            if scales:
+                product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
+            total = product if total is None else total.add_(product)
+    return total
+
+
+def attention_product(
+    attention: Tensor,
+    value: Tensor,
+    rule_a: Rule,
+    rule_v: Rule,
+    parameters_a: Sequence[Tensor] = (),
+    parameters_v: Sequence[Tensor] = (),
+    exact: bool = False,
+) -> Tensor:
+    """Multiply the binarized attention map with the binarized value.
+
+    Args:
+        attention: (B, H, N, N).
+        value: (B, H, N, d).
+        rule_a: Rule of the map.
+        rule_v: Rule of the value.
+        parameters_a: Parameters of rule_a.
+        parameters_v: Parameters of rule_v.
+        exact: Form the products plane by plane in integers, as bits do; otherwise in one float product, which is faster
+            to train with and differs by rounding.
+
+    Returns:
+        (B, H, N, d).
+    """
+    binary = not (rule_a.is_float or rule_v.is_float or rule_v.scale_per_token)
+    if exact and binary:
+        with torch.no_grad():
+            value_ = superposed_product(rule_a.planes(attention, *parameters_a), rule_v.planes(value, *parameters_v))
+        if not (torch.is_grad_enabled() and (attention.requires_grad or value.requires_grad)):
+            return value_
+    product = binarize(attention, rule_a, *parameters_a) @ binarize(value, rule_v, *parameters_v)
+    return _ReplaceValue.apply(product, value_) if exact and binary else product
+
+
+def elastic_signed(x: Tensor, scale: Tensor, gradient: str = "official") -> Tensor:
+    """Binarize x to a sign(x) with a learned scale; see `binvit.nn.rules.Elastic` for the gradients.
+
+    Args:
+        x: Any shape.
+        scale: One positive value, shape ().
+        gradient: "official", or "bit" for BiT's own gradient of the scale.
+
+    Raises:
+        ValueError: If `gradient` is unknown.
+    """
+    _choice("gradient", gradient, ("official", "bit"))
+    return binarize(x, Elastic(gradient=gradient), scale)
+
+
+def elastic_unsigned(x: Tensor, scale: Tensor) -> Tensor:
+    """Binarize x to a round(clip(x/a, 0, 1)) with a learned scale; see `binvit.nn.rules.Elastic` for the gradients.
+
+    Args:
+        x: Any shape.
+        scale: One positive value, shape ().
+    """
+    return binarize(x, Elastic(lo=0), scale)
+
+
+def binarize_weight(w: Tensor, scale: str = "tensor", center: bool | str = True) -> Tensor:
+    """Binarize weights to mean|W| sign(W - mean W) with the gradient passed through; see `binvit.nn.rules.Bwn`.
+
+    Args:
+        w: (out, in).
+        scale: Factor: "none", one per "tensor" or one per "channel" (output row).
+        center: Mean to subtract before the sign: False, True (one per tensor, as released) or "channel".
+
+    Raises:
+        ValueError: If `scale` or `center` is unknown.
+    """
+    _choice("scale", scale, ("none", "tensor", "channel"))
+    center = {True: "tensor", False: "none"}.get(center, center)
+    _choice("center", center, ("none", "tensor", "channel"))
+    return binarize(w, Bwn(scale=scale, center=center))
+
+
+def gsb_attention(
+    a: Tensor,
+    scales: Sequence[Tensor],
+    thresholds: Sequence[float] = (0.7, 0.9),
+    reduce: str = "row",
+    gradient: str = "official",
+) -> Tensor:
+    """Binarize an attention map by GSB; see `binvit.nn.attention_rules.GsbAttention`.
+
+    Args:
+        a: Attention map after the softmax and its bias, (B, H, N, N).
+        scales: One scale per group, each of shape ().
+        thresholds: One share of the maximum per group after the first, increasing, in (0, 1).
+        reduce: The set of the maximum: "batch", "sample", "head" or "row".
+        gradient: "official" or "masked".
+
+    Raises:
+        ValueError: If a choice is unknown or the numbers of scales and thresholds do not fit.
+    """
+    return binarize(a, _gsb(GsbAttention, scales, thresholds, reduce, gradient), *scales)
+
+
+def gsb_value(
+    v: Tensor,
+    scales: Sequence[Tensor],
+    thresholds: Sequence[float] = (0.7, 0.9),
+    reduce: str = "row",
+    gradient: str = "official",
+) -> Tensor:
+    """Binarize a value tensor by GSB; see `binvit.nn.attention_rules.GsbValue`.
+
+    Args:
+        v: Value, (B, H, N, d).
+        scales: One scale per group, each of shape ().
+        thresholds: One share of the maximum (and of the minimum) per group after the first, increasing, in (0, 1).
+        reduce: The set of the maximum: "batch", "sample", "head" or "row" (for the value the same as "head").
+        gradient: "official" or "masked".
+
+    Raises:
+        ValueError: If a choice is unknown or the numbers of scales and thresholds do not fit.
+    """
+    return binarize(v, _gsb(GsbValue, scales, thresholds, reduce, gradient), *scales)
+
+
+def _choice(what: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}.")
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Raise a ValueError unless the thresholds increase strictly and lie in (0, 1)."""
+    pairs = itertools.pairwise(thresholds)
+    if any(not 0 < t < 1 for t in thresholds) or any(b <= a for a, b in pairs):
+        raise ValueError(f"thresholds must increase strictly and lie between 0 and 1, got {tuple(thresholds)}.")
+
+
+def _gsb(
+    kind: type[GsbAttention] | type[GsbValue],
+    scales: Sequence[Tensor],
+    thresholds: Sequence[float],
+    reduce: str,
+    gradient: str,
+) -> GsbAttention | GsbValue:
+    check_thresholds(thresholds)
+    _choice("reduce", reduce, REDUCTIONS)
+    _choice("gradient", gradient, ("official", "masked"))
+    if len(scales) != len(thresholds) + 1:
+        raise ValueError(f"{len(thresholds)} thresholds need {len(thresholds) + 1} scales, got {len(scales)}.")
+    return kind(thresholds=tuple(thresholds), reduce=reduce, gradient=gradient)

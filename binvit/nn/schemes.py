@@ -1,0 +1,274 @@
+"""Schemes: which rule binarizes which place of a vision transformer, and the catalogue of published methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from binvit.nn.attention_rules import (
+    REDUCTIONS,
+    GsbAttention,
+    GsbValue,
+    MapEde,
+    MapThreshold,
+    ScoreSign,
+)
+from binvit.nn.functional import check_thresholds
+from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, Rule, Sign
+
+COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
+
+# Rule names, by the kind of place they fit. Each entry makes the rule from the scheme, which carries the rules'
+# options.
+_FLOAT: dict[str, Callable[[Scheme], Rule]] = {"float": lambda s: Float()}
+WEIGHT_RULES = _FLOAT | {
+    "sign": lambda s: Sign(),
+    "sign_mean": lambda s: Sign(scale="row"),
+    "sign_mean_bare": lambda s: Sign(scale="row", bare_gradient=True),
+    "sign_mean_centred": lambda s: Sign(scale="row", center=True),
+    "sign_learned": lambda s: LearnedOutput(),
+    "standardized": lambda s: Ede(standardize=True),
+    "bwn": lambda s: Bwn(),
+    "bwn_channel": lambda s: Bwn(scale="channel"),
+    "bwn_unscaled": lambda s: Bwn(scale="none"),
+    "elastic_channel": lambda s: Elastic(per="channel"),
+    "int8": lambda s: Elastic(lo=-128, hi=127),
+    "int8_channel": lambda s: Elastic(per="channel", lo=-128, hi=127),
+}
+INPUT_RULES = _FLOAT | {
+    "sign": lambda s: Sign(),
+    "sign_mean": lambda s: Sign(scale="row"),
+    "sign_approx": lambda s: Sign(window="approx"),
+    "sign_ede": lambda s: Ede(),
+    "elastic": lambda s: Elastic(gradient="bit" if s.gradient == "bit" else "official"),
+    "elastic_unsigned": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
+    "int8": lambda s: Elastic(lo=-128, hi=127),
+}
+ATTENTION_RULES = _FLOAT | {
+    "half_max": lambda s: MapThreshold(),
+    "half_max_mean": lambda s: MapThreshold(mean_scale=True),
+    "half_max_approx": lambda s: MapThreshold(window="approx"),
+    "half_max_ede": lambda s: MapEde(),
+    "quarter_max": lambda s: MapThreshold(share=0.25),
+    "scores": lambda s: ScoreSign(),
+    "elastic": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
+    "gsb": lambda s: GsbAttention(**s.gsb_options()),
+}
+VALUE_RULES = {name: INPUT_RULES[name] for name in ("float", "sign", "sign_approx", "sign_ede", "elastic")} | {
+    "sign_mean": lambda s: Sign(scale="head"),
+    "sign_mean_token": lambda s: Sign(scale="row"),
+    "gsb": lambda s: GsbValue(**s.gsb_options()),
+}
+PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
+    "weight": WEIGHT_RULES,
+    "input": INPUT_RULES,
+    "hidden": INPUT_RULES,
+    "query": INPUT_RULES,
+    "key": INPUT_RULES,
+    "attention": ATTENTION_RULES,
+    "value": VALUE_RULES,
+    "patch_weight": WEIGHT_RULES,
+    "patch_input": INPUT_RULES,
+    "head_weight": WEIGHT_RULES,
+    "head_input": INPUT_RULES,
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to binarize a vision transformer; every field can be overridden by `scheme(name, field=value)`.
+
+    Attributes:
+        name: Name in the catalogue.
+        description: One line for tables.
+        reference: The paper, and what this project had to decide itself.
+        components: What is binarized, a subset of "patch_embed", "mlp", "mhsa" (qkv, proj and the attention products)
+            and "head"; everything else stays float.
+        weight: Rule of the weights of qkv, proj, fc1 and fc2, a key of `WEIGHT_RULES`.
+        input: Rule of the inputs of qkv, proj and fc1, a key of `INPUT_RULES`.
+        hidden: Rule of the input of fc2, a key of `INPUT_RULES`.
+        query: Rule of the query, a key of `INPUT_RULES`.
+        key: Rule of the key, a key of `INPUT_RULES`.
+        attention: Rule of the attention map, a key of `ATTENTION_RULES`.
+        value: Rule of the value, a key of `VALUE_RULES`.
+        patch_weight: Rule of the weights of the patch embedding, a key of `WEIGHT_RULES`.
+        patch_input: Rule of the patches, a key of `INPUT_RULES`.
+        head_weight: Rule of the weights of the classification heads, a key of `WEIGHT_RULES`.
+        head_input: Rule of the inputs of the heads, a key of `INPUT_RULES`.
+        shift: Learned shifts are added to every tensor before it is binarized.
+        attention_bias: A learned bias is added to the attention map after the softmax: "full", one value per head and
+            pair of tokens; "relative", one per head and relative position of two patches; "none".
+        activation_limit: The activation of the MLP is clipped to [-limit, limit]; None leaves it as it is.
+        rprelu: A shifted PReLU (ReActNet) follows every binarized linear layer.
+        thresholds: GSB: shares of the maximum above which groups 2, 3, ... start.
+        reduce: GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row".
+        gradient: "official", "masked" (GSB) or "bit" (BiT's own gradient of the elastic scales).
+        init: GSB: "stacked" or "official" initialization of the scales.
+    """
+
+    name: str
+    description: str = field(default="", compare=False)
+    reference: str = field(default="", compare=False)
+    components: tuple[str, ...] = COMPONENTS
+    weight: str = "float"
+    input: str = "float"
+    hidden: str = "float"
+    query: str = "float"
+    key: str = "float"
+    attention: str = "float"
+    value: str = "float"
+    patch_weight: str = "int8_channel"
+    patch_input: str = "float"
+    head_weight: str = "int8"
+    head_input: str = "int8"
+    shift: bool = False
+    attention_bias: str = "none"
+    activation_limit: float | None = None
+    rprelu: bool = False
+    thresholds: tuple[float, ...] = ()
+    reduce: str = "row"
+    gradient: str = "official"
+    init: str = "stacked"
+
+    def __post_init__(self) -> None:
+        for name in ("components", "thresholds"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise ValueError(f"Scheme field {name} must be a list, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        for component in self.components:
+            _check("component", component, COMPONENTS)
+        object.__setattr__(self, "components", tuple(c for c in COMPONENTS if c in self.components))
+        for place, rules in PLACES.items():
+            _check(f"rule for {place}", getattr(self, place), rules)
+        for name, kind in (("shift", bool), ("rprelu", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
+        limit = self.activation_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0):
+            raise ValueError(f"Scheme field activation_limit must be a positive number or None, got {limit!r}.")
+        if any(isinstance(t, bool) or not isinstance(t, int | float) for t in self.thresholds):
+            raise ValueError(f"Scheme field thresholds must hold numbers, got {self.thresholds}.")
+        check_thresholds(self.thresholds)
+        _check("attention_bias", self.attention_bias, ("full", "relative", "none"))
+        _check("reduce", self.reduce, REDUCTIONS)
+        _check("gradient", self.gradient, ("official", "masked", "bit"))
+        _check("init", self.init, ("stacked", "official"))
+
+    def gsb_options(self) -> dict[str, Any]:
+        gradient = "masked" if self.gradient == "masked" else "official"
+        return {"thresholds": self.thresholds, "reduce": self.reduce, "gradient": gradient, "init": self.init}
+
+    def rule(self, place: str) -> Rule:
+        """Return the rule of one place, a key of `PLACES`."""
+        return PLACES[place][getattr(self, place)](self)
+
+    def binarizes(self, component: str) -> bool:
+        """Tell whether the component (an element of `COMPONENTS`) is binarized."""
+        return component in self.components
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Scheme:
+        """Make a scheme from what `to_dict` returned.
+
+        Raises:
+            ValueError: If a field is unknown or has an invalid value.
+        """
+        _check_fields(fields)
+        if "name" not in fields:
+            raise ValueError("A scheme needs a field name.")
+        return cls(**fields)
+
+
+def _check(what: str, value: Any, valid: Any) -> None:
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"Unknown {what} {value!r}; valid are {', '.join(valid)}.")
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    valid = [f.name for f in dataclasses.fields(Scheme)]
+    for name in fields:
+        if name not in valid:
+            raise ValueError(f"Unknown scheme field {name!r}; valid are {', '.join(valid)}.")
+
+
+def _everywhere(rule: str, **fields: Any) -> dict[str, Any]:
+    """Fields of a scheme that treats all inputs, the query and the key alike."""
+    return dict.fromkeys(("input", "hidden", "query", "key"), rule) | fields
+
+
+_GSB_PAPER = (
+    "Gao et al., Group superposition binarization for vision transformer with limited training samples, "
+    "Neural Networks 172, 2024, arXiv 2305.07931"
+)
+_ELASTIC: dict[str, Any] = _everywhere(
+    "elastic", hidden="elastic_unsigned", shift=True, attention_bias="full", activation_limit=10.0, weight="bwn"
+)
+_CATALOGUE = (
+    Scheme(
+        "float",
+        "full precision, the model as timm builds it",
+        "Dosovitskiy et al., An image is worth 16x16 words, 2021; timm.",
+        components=(),
+    ),
+    Scheme(
+        "bnn",
+        "plain signs without any factor, straight-through gradient",
+        "Hubara et al., Binarized neural networks, 2016. The attention map (half of the row's maximum) is this "
+        "project's choice: the paper knows no attention.",
+        **_everywhere("sign", weight="sign", attention="half_max", value="sign"),
+    ),
+    Scheme(
+        "xnor",
+        "signs with a mean-absolute-value factor per output channel",
+        "Rastegari et al., XNOR-Net, 2016. Factors of the attention map (mean of the kept entries per row) and of the "
+        "value (mean |v| per head) are this project's choice.",
+        **_everywhere("sign", weight="sign_mean", attention="half_max_mean", value="sign_mean"),
+    ),
+    Scheme(
+        "bit",
+        "learned (elastic) scale and shift per tensor, one group",
+        "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022; the baseline of " + _GSB_PAPER + ".",
+        attention="elastic",
+        value="elastic",
+        **_ELASTIC,
+    ),
+    Scheme(
+        "gsb",
+        "three superposed binary groups for the attention map and the value",
+        _GSB_PAPER
+        + ". The released code takes the maxima over the whole batch (reduce='batch'); the default here takes them "
+        "per row, so that an image's logits do not depend on its batch.",
+        attention="gsb",
+        value="gsb",
+        thresholds=(0.7, 0.9),
+        **_ELASTIC,
+    ),
+)
+CATALOGUE: dict[str, Scheme] = {s.name: s for s in sorted(_CATALOGUE, key=lambda s: s.name)}
+
+
+def list_schemes() -> list[str]:
+    """Return the names of all schemes of the catalogue, sorted."""
+    return list(CATALOGUE)
+
+
+def scheme(name: str, **overrides: Any) -> Scheme:
+    """Return a scheme of the catalogue, with some fields changed.
+
+    Args:
+        name: A name from `list_schemes()`.
+        overrides: Fields of `Scheme` with their new values.
+
+    Raises:
+        ValueError: If the name, a field or a value is unknown; the sentence lists the valid ones.
+    """
+    _check("scheme", name, CATALOGUE)
+    _check_fields(overrides)
+    return dataclasses.replace(CATALOGUE[name], **overrides)
