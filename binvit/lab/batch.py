@@ -1,0 +1,240 @@
+"""The batch runner: which notebooks run with which parameters, all of it checked first, then executed by papermill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from binvit.lab import tidy
+from binvit.lab.notebook import convert, project_dir
+
+__all__ = ["SIZES", "Job", "Outcome", "parse", "plan", "read_values", "run", "run_job"]
+
+SIZES = ("smoke", "cpu", "paper")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook and the parameters that differ from its defaults."""
+
+    notebook: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: the executed copy, the seconds it took, and one line about the error if there was one."""
+
+    name: str
+    executed: Path
+    seconds: float
+    error: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- planning
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a YAML file of parameters.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no mapping of names to values.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no parameter file {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The parameter file {path} is not valid YAML: {reason}.") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"The parameter file {path} has to map parameter names to values.")
+    return values
+
+
+def parse(name: str, text: str, annotation: str) -> Any:
+    """Read the text of a parameter from a command line as its declared type; lists are written as in YAML."""
+    import yaml
+
+    if annotation == "str":
+        return text
+    with contextlib.suppress(ValueError):
+        if "float" in annotation and "list" not in annotation:
+            return convert(name, float(text), annotation)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return convert(name, value, annotation)
+
+
+def _declared(notebook: Path) -> dict[str, str]:
+    """Return the notebook's parameters and their types, as papermill finds them."""
+    import papermill
+
+    try:
+        found = papermill.inspect_notebook(str(notebook))
+    except Exception as error:  # papermill and nbformat raise all kinds for a file that is no notebook
+        raise ValueError(f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0].rstrip(chr(46))}.") from None
+    if not found:
+        raise ValueError(f"{notebook} has no parameters cell.")
+    return {name: str(entry["inferred_type_name"]) for name, entry in found.items()}
+
+
+def _select(folder: Path, only: Sequence[str]) -> list[Path]:
+    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not notebooks:
+        raise FileNotFoundError(
+            f"There are no notebooks in {folder}; run in a clone of the project or name their folder."
+        )
+    numbers = [notebook.name[:2] for notebook in notebooks]
+    for number in only:
+        if number.zfill(2) not in numbers:
+            raise ValueError(f"There is no notebook {number!r}; there are {', '.join(numbers)}.")
+    wanted = {number.zfill(2) for number in only}
+    return [notebook for notebook in notebooks if not wanted or notebook.name[:2] in wanted]
+
+
+def plan(
+    folder: Path,
+    size: str = "smoke",
+    only: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> list[Job]:
+    """Decide what runs, and check every parameter's name and type before anything does.
+
+    Args:
+        folder: where the notebooks lie.
+        size: smoke runs the defaults, cpu and paper read `params/NN.SIZE.yaml`.
+        only: numbers of the notebooks to run, such as "01"; none means all.
+        values: parameters that replace those of the size, for every selected notebook.
+        texts: the same as texts from a command line; they are read as the declared types.
+
+    Returns:
+        One job per notebook, in order.
+
+    Raises:
+        ValueError: a size, notebook, parameter name or type is wrong.
+        FileNotFoundError: a notebook or parameter file is missing.
+    """
+    if size not in SIZES:
+        raise ValueError(f"There is no size {size!r}; the sizes are {', '.join(SIZES)}.")
+    jobs = []
+    for notebook in _select(folder, only):
+        types = _declared(notebook)
+        own = {} if size == "smoke" else read_values(folder / "params" / f"{notebook.name[:2]}.{size}.yaml")
+        given = {**own, **(values or {})}
+        for name in (*given, *(texts or {})):
+            if name not in types:
+                hint = " Choose the notebooks that have it with --only." if name not in own else ""
+                valid = ", ".join(types)
+                raise ValueError(f"{notebook.name} has no parameter {name!r}; its parameters are {valid}.{hint}")
+        given = {name: convert(name, value, types[name]) for name, value in given.items()}
+        given |= {name: parse(name, text, types[name]) for name, text in (texts or {}).items()}
+        jobs.append(Job(notebook, given))
+    return jobs
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+@contextlib.contextmanager
+def _environment(processes: int) -> Iterator[None]:
+    """Kernels of this environment, sharing the cores; both are inherited by the kernels' processes."""
+    extra = {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if processes > 1:
+        share = str(max(1, (os.cpu_count() or 1) // processes))
+        extra |= {name: share for name in _THREADS if name not in os.environ}
+    before = {name: os.environ.get(name) for name in extra}
+    os.environ.update(extra)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
+    """Execute one notebook into `out`; an error in a cell ends it and is reported, not raised."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its progress is shown by the caller
+    out.mkdir(parents=True, exist_ok=True)
+    executed = out / job.notebook.name
+    unfinished = out / f".{job.notebook.name}"
+    error = None
+    start = time.perf_counter()
+    try:
+        with _environment(processes=1):
+            papermill.execute_notebook(
+                str(job.notebook),
+                str(unfinished),
+                dict(job.values),
+                kernel_name="python3",
+                progress_bar=progress,
+                extra_arguments=["--log-level=50"],  # the kernel's own messages would break the progress bars
+            )
+    except papermill.PapermillExecutionError as failed:
+        error = f"{failed.ename}: {failed.evalue}"
+    except Exception as failed:  # the kernel died or did not start; the other notebooks still run
+        error = f"{type(failed).__name__}: {failed}"
+    seconds = time.perf_counter() - start
+    if unfinished.is_file():
+        project = project_dir()
+        tidy.write(tidy.clean(json.loads(unfinished.read_text(encoding="utf-8")), project), executed)
+        unfinished.unlink()
+    if error:
+        error = re.sub(r"\s+", " ", error).strip()
+    return Outcome(job.notebook.stem, executed, seconds, error)
+
+
+def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
+    """Execute all jobs and go on after one fails.
+
+    Args:
+        jobs: what `plan` returned.
+        out: where the executed copies go.
+        processes: how many notebooks run side by side; they share the cores.
+
+    Returns:
+        One outcome per job, in the order of the jobs.
+    """
+    from tqdm.auto import tqdm
+
+    outcomes: dict[str, Outcome] = {}
+    with tqdm(total=len(jobs), desc="notebooks", unit="notebook") as bar:
+        for outcome in _outcomes(jobs, out, processes):
+            outcomes[outcome.name] = outcome
+            bar.set_postfix_str(f"{outcome.name} {'failed' if outcome.error else 'done'} in {outcome.seconds:.0f} s")
+            bar.update()
+    return [outcomes[job.notebook.stem] for job in jobs]
+
+
+def _outcomes(jobs: Sequence[Job], out: Path, processes: int) -> Iterator[Outcome]:
+    if processes == 1:
+        yield from (run_job(job, out, progress=True) for job in jobs)
+        return
+    # Spawned, since papermill's event loop and the numerical libraries' threads do not survive a fork.
+    with _environment(processes), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, job, out): job for job in jobs}
+        for future in as_completed(futures):
+            yield future.result()
