@@ -1,0 +1,211 @@
+"""Pictures from inside a model: attention over its image, and values with the thresholds that binarize them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+
+from binvit.lab.style import GREY, INK, SCHEME_COLORS, caption, figure_with, spread_apart, styled
+
+
+@styled
+def attention_maps(
+    images: Any,
+    maps: Mapping[str, Any],
+    grid: tuple[int, int],
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Lay attention maps over their images: one row per image, one column per map, the image itself first.
+
+    Where a map has many query tokens, the first one, the class token, is shown. Each map is scaled by its own largest
+    weight, so that what is compared is where a model looks and how many levels its weights have.
+
+    Args:
+        images: (H, W, 3), (B, H, W, 3) or a sequence of B PIL images; floats from 0 to 1 or bytes.
+        maps: column title -> (T, T) or (h, w), or (B, T, T) or (B, h, w), arrays or tensors, never negative;
+            T tokens are the patches with any number of class and register tokens before them.
+        grid: rows and columns of patches, (h, w).
+        names: a name for each row, such as the class.
+        title: what the figure says.
+
+    Returns:
+        the figure.
+
+    Raises:
+        ValueError: if a map has another shape, too few tokens, or weights that are negative or not finite.
+    """
+    pictures = _images(images)
+    columns = {
+        name: [_patches(name, m, grid) for m in _batch(name, stack, len(pictures))] for name, stack in maps.items()
+    }
+    if names is not None and len(names) != len(pictures):
+        raise ValueError(f"Each image needs one name: {len(pictures)} images and {len(names)} names came.")
+    side = 1.35
+    fig, axes = plt.subplots(
+        len(pictures),
+        1 + len(columns),
+        figsize=(side * (1 + len(columns)), side * len(pictures) + 0.45 + 0.3 * bool(title)),
+        squeeze=False,
+    )
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(picture)
+        for ax, stack in zip(axes[row, 1:], columns.values(), strict=True):
+            ax.imshow(_overlay(picture, stack[row]))
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.grid(visible=False)
+    for ax, heading in zip(axes[0], ["image", *columns], strict=True):
+        ax.set_title(heading, loc="center", fontsize=8.5, color=SCHEME_COLORS.get(heading, INK), pad=4)
+    for ax, name in zip(axes[:, 0], names or [], strict=False):
+        upright = max(map(len, names)) <= 4
+        ax.set_ylabel(
+            name, fontsize=8, color=INK, **({"rotation": 0, "ha": "right", "va": "center"} if upright else {})
+        )
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    caption(fig, "attention of the class token to the patches; full colour: the largest weight of the map")
+    return fig
+
+
+@styled
+def value_histogram(
+    values: Any,
+    thresholds: Mapping[str, float],
+    xlabel: str = "value",
+    color: str = SCHEME_COLORS["gsb"],
+    log: bool = False,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw how values are distributed and where thresholds cut them; each further group gets a deeper colour.
+
+    Args:
+        values: the numbers, an array or tensor of any shape.
+        thresholds: label -> position. A value belongs to one more group for each positive threshold that it exceeds and
+            each negative one that it falls below; zero only gets its line.
+        xlabel: what the values are.
+        color: the colour of the highest group.
+        log: show the density logarithmically, as for attention maps, where few weights are large.
+        title: what the figure says.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        the figure.
+
+    Raises:
+        ValueError: if there is no finite value.
+    """
+    x = _array(values).ravel()
+    if x.size == 0 or not np.isfinite(x).all():
+        raise ValueError("A histogram needs at least one value and only finite ones.")
+    fig, ax = figure_with(ax, 5.0, 2.6)
+    low, high = min(x.min(), *thresholds.values(), 0), max(x.max(), *thresholds.values())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    cuts = list(thresholds.values())
+    stops = np.unique([low, high, *cuts])  # bins never straddle a threshold
+    parts = [np.linspace(a, b, 1 + max(1, round(72 * (b - a) / (high - low)))) for a, b in pairwise(stops)]
+    edges = np.concatenate([*(part[:-1] for part in parts), [high]])
+    density, edges = np.histogram(x, edges, density=True)
+    centers = (edges[1:] + edges[:-1]) / 2
+    level = sum(((centers > t) if t > 0 else (centers < t)) for t in cuts if t != 0) + np.zeros(len(centers), int)
+    shades = LinearSegmentedColormap.from_list("groups", ["#d3d3d3", color])
+    ax.bar(edges[:-1], density, np.diff(edges), align="edge", color=shades(level / max(level.max(), 1)), lw=0)
+    if log:
+        ax.set_yscale("log")
+        ax.set_ylim(density[density > 0].min() / 2)
+    ax.set_xlim(low, high)
+    ax.grid(visible=False)
+    ax.set(xlabel=xlabel, ylabel="density (log scale)" if log else "density")
+    ax.set_yticks([])
+    ax.yaxis.set_minor_locator(plt.NullLocator())
+    ax.spines["left"].set_visible(False)
+    fig.draw_without_rendering()
+    points = 72 / fig.dpi
+    wanted = [ax.transData.transform((t, 1))[0] * points for t in cuts]
+    left, right = (edge * points for edge in ax.bbox.intervalx)
+    placed = spread_apart(wanted, 7 + 4.2 * max((len(name) for name in thresholds), default=0), left, right)
+    for (name, t), place, want in zip(thresholds.items(), placed, wanted, strict=True):
+        ax.axvline(t, color=INK, lw=0.8, ls=(0, (3, 2)))
+        ax.annotate(
+            name,
+            (t, 1),
+            (place - want, 8),
+            ("data", "axes fraction"),
+            "offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
+    if title:
+        ax.set_title(title, pad=22)
+    return fig
+
+
+def _array(values: Any) -> np.ndarray:
+    """A float64 array of an array, tensor or sequence; tensors are detached without importing torch."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _images(images: Any) -> list[np.ndarray]:
+    """The images as (H, W, 3) float arrays from 0 to 1."""
+    if hasattr(images, "detach"):
+        images = images.detach().cpu().numpy()
+    single = hasattr(images, "convert") or (isinstance(images, np.ndarray) and images.ndim == 3)
+    result = []
+    for image in [images] if single else images:
+        picture = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        if picture.ndim != 3 or picture.shape[-1] != 3:
+            raise ValueError(f"An image to draw has the shape (H, W, 3), and one of shape {picture.shape} came.")
+        picture = picture / 255.0 if picture.dtype == np.uint8 else picture.astype(np.float64)
+        result.append(np.clip(picture, 0, 1))
+    return result
+
+
+def _batch(name: str, stack: Any, count: int) -> np.ndarray:
+    stack = _array(stack)
+    stack = stack[None] if stack.ndim == 2 else stack
+    if stack.ndim != 3 or len(stack) != count:
+        raise ValueError(
+            f"The maps {name!r} have the shape {stack.shape}, but {count} two-dimensional maps were expected."
+        )
+    return stack
+
+
+def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The map over patches: itself, or the class token's row without the tokens that stand before the patches."""
+    rows, columns = grid
+    if m.shape != (rows, columns):
+        if m.shape[0] != m.shape[1] or m.shape[1] < rows * columns:
+            raise ValueError(
+                f"The map {name!r} has the shape {m.shape}, which fits neither the {rows} x {columns} patches nor "
+                f"at least {rows * columns} tokens."
+            )
+        m = m[0, m.shape[1] - rows * columns :].reshape(rows, columns)
+    if not np.isfinite(m).all() or m.min() < 0:
+        raise ValueError(f"The map {name!r} has weights that are negative or not finite.")
+    return m
+
+
+def _overlay(picture: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """The picture in pale grey, dyed where the map is large."""
+    height, width = picture.shape[:2]
+    factor = max(1, round(224 / height))  # small images are enlarged, so that patches have sharp edges
+    grey = np.repeat(np.repeat(picture @ [0.299, 0.587, 0.114], factor, 0), factor, 1)
+    rows = np.arange(height * factor) * m.shape[0] // (height * factor)
+    columns = np.arange(width * factor) * m.shape[1] // (width * factor)
+    weight = (m / (m.max() or 1.0))[np.ix_(rows, columns)][..., None]
+    paper = 0.7 + 0.3 * grey[..., None]
+    dye = np.array(to_rgb(SCHEME_COLORS["gsb"])) * (0.78 + 0.22 * grey[..., None])
+    return (1 - 0.9 * weight) * paper + 0.9 * weight * dye
