@@ -1,6 +1,7 @@
 """What trains: binarization rules, layers, schemes and the conversion of timm models."""
 
 from binvit.nn import functional
+from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
 from binvit.nn.convert import binarize, calibrate, set_progress
 from binvit.nn.modules import (
     AttentionBias,
@@ -12,7 +13,7 @@ from binvit.nn.modules import (
     RPReLU,
 )
 from binvit.nn.official import load_official_gsb
-from binvit.nn.schemes import CATALOGUE, COMPONENTS, PLACES, Scheme, list_schemes, scheme
+from binvit.nn.schemes import COMPONENTS, PLACES, Scheme
 
 __all__ = [
     "CATALOGUE",

@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from binvit.nn.rules import SMALLEST_SCALE, Plane, Rule, sign, window
+from binvit.nn.rules import SMALLEST_SCALE, Ede, Plane, Rule, reduce_to, sign, window
 
 REDUCTIONS = ("batch", "sample", "head", "row")
 
 
 def largest(x: Tensor, reduce: str) -> Tensor:
-    """Return the largest value of x (B, H, N, M) over the "batch", each "sample", "head" or "row", broadcastable to x."""
+    """Return the largest value of x (B, H, N, M) over the "batch", a "sample", a "head" or a "row", broadcastable."""
     return x.amax({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "head": (2, 3), "row": -1}[reduce], keepdim=True)
 
 
@@ -67,14 +67,93 @@ class MapEde(MapThreshold):
     learned: ClassVar[bool] = False
 
     def default(self) -> tuple[float, ...]:
-        return (1e-3,)
+        return (self.progress(0.0),)
+
+    @staticmethod
+    def progress(done: float) -> float:
+        """Sharpness t after the share `done` (0 to 1) of training."""
+        return Ede.progress(done)
 
     def planes(self, x: Tensor, sharpness: Tensor) -> list[Plane]:
         return super().planes(x)
 
     def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, ...]:
-        slope = torch.clamp(1 / sharpness, min=1.0) * sharpness
-        return g * slope * (1 - torch.tanh(sharpness * (x - self._threshold(x))) ** 2), None
+        return g * Ede.slope(x - self._threshold(x), sharpness), None
+
+
+@dataclass(frozen=True)
+class MapLearned(MapThreshold):
+    """The map of `MapThreshold` times one learned factor c, init 1: dA = g c, dc = sum of g over the kept entries.
+
+    References:
+        Bulat and Tzimiropoulos, XNOR-Net++, 2019, whose factor belongs to the output of a product.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.new_ones(()),)
+
+    def planes(self, x: Tensor, scale: Tensor) -> list[Plane]:
+        return [Plane((x >= self._threshold(x)).to(x.dtype), scale)]
+
+    def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return g * scale, (g * (x >= self._threshold(x))).sum()
+
+
+@dataclass(frozen=True)
+class HeadSign(Rule):
+    """Bi-ViT's rule per head: y = a sign(x/a + z), learned a and z, with the gradient of a clip(x/a + z, -1, 1).
+
+    Backward with w = 1[|x/a + z| <= 1], sums over the head: dx = g w, dz = a sum(g w) / sqrt(n),
+    da = sum((sign(x/a + z) - (x/a) w) g) / sqrt(n). Init: a = 2 mean|x - mean x|, z = -mean x / a, so that both
+    levels occur.
+
+    References:
+        Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024; initialization and the
+        1/sqrt(n) are this project's choice.
+    """
+
+    per: str = "head"
+
+    parameters: ClassVar[tuple[str, ...]] = ("scale", "offset")
+
+    def default(self) -> tuple[float, ...]:
+        return (1.0, 0.0)
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        mean = self._mean(x)
+        scale = (2 * self._mean((x - mean).abs())).clamp(min=SMALLEST_SCALE)
+        return scale, -mean / scale
+
+    def planes(self, x: Tensor, scale: Tensor, offset: Tensor) -> list[Plane]:
+        return [Plane(sign(x + scale * offset), scale)]
+
+    def backward(self, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        inside = (x + scale * offset).abs() <= scale
+        through = g * inside
+        (levels, _), *_ = self.planes(x, scale, offset)
+        root = x.numel() ** 0.5
+        dscale = reduce_to(levels * g - x / scale * through, scale.shape)
+        return through, dscale / root, scale * reduce_to(through, scale.shape) / root
+
+
+@dataclass(frozen=True)
+class ThreeMaps(Rule):
+    """BHViT's quantization decomposition: y = sum over s = 1, 2, 3 of 1[round(3 A) >= s - 1/2], dA = g.
+
+    References:
+        Gao et al., BHViT: Binarized hybrid vision transformer, 2025.
+    """
+
+    lowest: ClassVar[int] = 0
+
+    def planes(self, x: Tensor) -> list[Plane]:
+        third = (3 * x).round()
+        return [Plane((third >= s - 0.5).to(x.dtype), None) for s in (1, 2, 3)]
+
+    def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return (g,)
 
 
 @dataclass(frozen=True)
@@ -194,9 +273,10 @@ class GsbAttention(Gsb):
 class GsbValue(Gsb):
     """GSB of the value: y = sum_i a_i sign(x_i), with x_1 = v and x_{i+1} = v T_i.
 
-    T_i = 1[v > t_i max v] + 1[v < t_i min v]. Masked-out elements of the higher groups contribute nothing. Backward ("official"): dv = g sum_i 1[|x_i/a_i| <=
-    1], so that elements outside a mask fall inside its window and small values receive the gradient once per group;
-    "masked" multiplies window i by T_{i-1}. da_i = sum((sign x_i - (x_i/a_i) 1[|x_i/a_i| <= 1]) g) / sqrt(#T_{i-1}).
+    T_i = 1[v > t_i max v] + 1[v < t_i min v]; masked-out elements of the higher groups contribute nothing.
+    Backward ("official"): dv = g sum_i 1[|x_i/a_i| <= 1], so that elements outside a mask fall inside its window and
+    small values receive the gradient once per group; "masked" multiplies window i by T_{i-1}.
+    da_i = sum((sign x_i - (x_i/a_i) 1[|x_i/a_i| <= 1]) g) / sqrt(#T_{i-1}).
     """
 
     def _over(self) -> str:

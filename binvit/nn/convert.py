@@ -10,9 +10,9 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from binvit.nn.catalogue import scheme as scheme_of
 from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.schemes import Scheme
-from binvit.nn.schemes import scheme as scheme_of
 
 
 def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransformer:

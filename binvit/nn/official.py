@@ -9,8 +9,8 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
+from binvit.nn.catalogue import scheme
 from binvit.nn.convert import binarize
-from binvit.nn.schemes import scheme
 
 _ATTENTION = {
     "clip_query": "query_binarizer.scale",

@@ -242,9 +242,9 @@ class Bwn(Rule):
 
 @dataclass(frozen=True)
 class LearnedOutput(Rule):
-    """XNOR-Net++'s weights: y = c sign(W), one learned factor c per output channel on the product, init 1.
+    """XNOR-Net++'s learned factor: y = c sign(x), one c per output channel of a weight (or per tensor), init 1.
 
-    Backward: dW = g c 1[|W| <= 1], dc = sum over the row of g sign(W).
+    Backward: dx = g c 1[|x| <= 1], dc = sum of g sign(x) over what shares the c.
 
     References:
         Bulat and Tzimiropoulos, XNOR-Net++, 2019.
@@ -290,6 +290,11 @@ class Ede(Rule):
         return (self.progress(0.0),)
 
     @staticmethod
+    def slope(x: Tensor, sharpness: Tensor) -> Tensor:
+        """Derivative that the estimator uses for sign(x)."""
+        return torch.clamp(1 / sharpness, min=1.0) * sharpness * (1 - torch.tanh(sharpness * x) ** 2)
+
+    @staticmethod
     def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x - x.mean(-1, keepdim=True)
         std = centred.std(-1, keepdim=True).clamp(min=1e-12)
@@ -306,11 +311,10 @@ class Ede(Rule):
         return [Plane(sign(standard), self._scale(standard))]
 
     def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, ...]:
-        slope = torch.clamp(1 / sharpness, min=1.0) * sharpness
         if not self.standardize:
-            return g * slope * (1 - torch.tanh(sharpness * x) ** 2), None
+            return g * self.slope(x, sharpness), None
         standard, std = self._standard(x)
-        d = g * self._scale(standard) * slope * (1 - torch.tanh(sharpness * standard) ** 2)
+        d = g * self._scale(standard) * self.slope(standard, sharpness)
         # Through (W - mean)/std with the unbiased std: remove the mean and the part along the standardized row.
         along = (d * standard).sum(-1, keepdim=True) / (x.shape[-1] - 1)
         return (d - d.mean(-1, keepdim=True) - standard * along) / std, None

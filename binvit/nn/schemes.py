@@ -1,9 +1,9 @@
-"""Schemes: which rule binarizes which place of a vision transformer, and the catalogue of published methods."""
+"""Scheme: which rule binarizes which place of a vision transformer, and with which options."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,12 @@ from binvit.nn.attention_rules import (
     REDUCTIONS,
     GsbAttention,
     GsbValue,
+    HeadSign,
     MapEde,
+    MapLearned,
     MapThreshold,
     ScoreSign,
+    ThreeMaps,
 )
 from binvit.nn.functional import check_thresholds
 from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, Rule, Sign
@@ -52,13 +55,18 @@ ATTENTION_RULES = _FLOAT | {
     "half_max_approx": lambda s: MapThreshold(window="approx"),
     "half_max_ede": lambda s: MapEde(),
     "quarter_max": lambda s: MapThreshold(share=0.25),
+    "half_max_learned": lambda s: MapLearned(),
     "scores": lambda s: ScoreSign(),
+    "three_maps": lambda s: ThreeMaps(),
+    "head_sign": lambda s: HeadSign(),
     "elastic": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
     "gsb": lambda s: GsbAttention(**s.gsb_options()),
 }
 VALUE_RULES = {name: INPUT_RULES[name] for name in ("float", "sign", "sign_approx", "sign_ede", "elastic")} | {
     "sign_mean": lambda s: Sign(scale="head"),
     "sign_mean_token": lambda s: Sign(scale="row"),
+    "sign_learned": lambda s: LearnedOutput(per="tensor"),
+    "head_sign": lambda s: HeadSign(),
     "gsb": lambda s: GsbValue(**s.gsb_options()),
 }
 PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
@@ -78,7 +86,7 @@ PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to binarize a vision transformer; every field can be overridden by `scheme(name, field=value)`.
+    """One way to binarize a vision transformer; every field can be overridden by `binvit.scheme(name, field=value)`.
 
     Attributes:
         name: Name in the catalogue.
@@ -139,10 +147,10 @@ class Scheme:
                 raise ValueError(f"Scheme field {name} must be a list, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
         for component in self.components:
-            _check("component", component, COMPONENTS)
+            check_name("component", component, COMPONENTS)
         object.__setattr__(self, "components", tuple(c for c in COMPONENTS if c in self.components))
         for place, rules in PLACES.items():
-            _check(f"rule for {place}", getattr(self, place), rules)
+            check_name(f"rule for {place}", getattr(self, place), rules)
         for name, kind in (("shift", bool), ("rprelu", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
@@ -152,10 +160,10 @@ class Scheme:
         if any(isinstance(t, bool) or not isinstance(t, int | float) for t in self.thresholds):
             raise ValueError(f"Scheme field thresholds must hold numbers, got {self.thresholds}.")
         check_thresholds(self.thresholds)
-        _check("attention_bias", self.attention_bias, ("full", "relative", "none"))
-        _check("reduce", self.reduce, REDUCTIONS)
-        _check("gradient", self.gradient, ("official", "masked", "bit"))
-        _check("init", self.init, ("stacked", "official"))
+        check_name("attention_bias", self.attention_bias, ("full", "relative", "none"))
+        check_name("reduce", self.reduce, REDUCTIONS)
+        check_name("gradient", self.gradient, ("official", "masked", "bit"))
+        check_name("init", self.init, ("stacked", "official"))
 
     def gsb_options(self) -> dict[str, Any]:
         gradient = "masked" if self.gradient == "masked" else "official"
@@ -180,95 +188,21 @@ class Scheme:
         Raises:
             ValueError: If a field is unknown or has an invalid value.
         """
-        _check_fields(fields)
+        check_fields(fields)
         if "name" not in fields:
             raise ValueError("A scheme needs a field name.")
         return cls(**fields)
 
 
-def _check(what: str, value: Any, valid: Any) -> None:
+def check_name(what: str, value: Any, valid: Iterable[str]) -> None:
+    """Raise a ValueError that lists the valid names unless the value is one of them."""
     if not isinstance(value, str) or value not in valid:
         raise ValueError(f"Unknown {what} {value!r}; valid are {', '.join(valid)}.")
 
 
-def _check_fields(fields: Mapping[str, Any]) -> None:
+def check_fields(fields: Iterable[str]) -> None:
+    """Raise a ValueError that lists the fields of `Scheme` unless all given names are among them."""
     valid = [f.name for f in dataclasses.fields(Scheme)]
     for name in fields:
         if name not in valid:
             raise ValueError(f"Unknown scheme field {name!r}; valid are {', '.join(valid)}.")
-
-
-def _everywhere(rule: str, **fields: Any) -> dict[str, Any]:
-    """Fields of a scheme that treats all inputs, the query and the key alike."""
-    return dict.fromkeys(("input", "hidden", "query", "key"), rule) | fields
-
-
-_GSB_PAPER = (
-    "Gao et al., Group superposition binarization for vision transformer with limited training samples, "
-    "Neural Networks 172, 2024, arXiv 2305.07931"
-)
-_ELASTIC: dict[str, Any] = _everywhere(
-    "elastic", hidden="elastic_unsigned", shift=True, attention_bias="full", activation_limit=10.0, weight="bwn"
-)
-_CATALOGUE = (
-    Scheme(
-        "float",
-        "full precision, the model as timm builds it",
-        "Dosovitskiy et al., An image is worth 16x16 words, 2021; timm.",
-        components=(),
-    ),
-    Scheme(
-        "bnn",
-        "plain signs without any factor, straight-through gradient",
-        "Hubara et al., Binarized neural networks, 2016. The attention map (half of the row's maximum) is this "
-        "project's choice: the paper knows no attention.",
-        **_everywhere("sign", weight="sign", attention="half_max", value="sign"),
-    ),
-    Scheme(
-        "xnor",
-        "signs with a mean-absolute-value factor per output channel",
-        "Rastegari et al., XNOR-Net, 2016. Factors of the attention map (mean of the kept entries per row) and of the "
-        "value (mean |v| per head) are this project's choice.",
-        **_everywhere("sign", weight="sign_mean", attention="half_max_mean", value="sign_mean"),
-    ),
-    Scheme(
-        "bit",
-        "learned (elastic) scale and shift per tensor, one group",
-        "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022; the baseline of " + _GSB_PAPER + ".",
-        attention="elastic",
-        value="elastic",
-        **_ELASTIC,
-    ),
-    Scheme(
-        "gsb",
-        "three superposed binary groups for the attention map and the value",
-        _GSB_PAPER
-        + ". The released code takes the maxima over the whole batch (reduce='batch'); the default here takes them "
-        "per row, so that an image's logits do not depend on its batch.",
-        attention="gsb",
-        value="gsb",
-        thresholds=(0.7, 0.9),
-        **_ELASTIC,
-    ),
-)
-CATALOGUE: dict[str, Scheme] = {s.name: s for s in sorted(_CATALOGUE, key=lambda s: s.name)}
-
-
-def list_schemes() -> list[str]:
-    """Return the names of all schemes of the catalogue, sorted."""
-    return list(CATALOGUE)
-
-
-def scheme(name: str, **overrides: Any) -> Scheme:
-    """Return a scheme of the catalogue, with some fields changed.
-
-    Args:
-        name: A name from `list_schemes()`.
-        overrides: Fields of `Scheme` with their new values.
-
-    Raises:
-        ValueError: If the name, a field or a value is unknown; the sentence lists the valid ones.
-    """
-    _check("scheme", name, CATALOGUE)
-    _check_fields(overrides)
-    return dataclasses.replace(CATALOGUE[name], **overrides)

@@ -1,0 +1,139 @@
+"""The catalogue of published binarizers; adding one is one record here and, if its rule is new, one rule class."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from binvit.nn.schemes import Scheme, check_fields, check_name
+
+
+def _everywhere(rule: str, **fields: Any) -> dict[str, Any]:
+    """Fields of a scheme that treats all inputs, the query and the key alike."""
+    return dict.fromkeys(("input", "hidden", "query", "key"), rule) | fields
+
+
+_GSB_PAPER = (
+    "Gao et al., Group superposition binarization for vision transformer with limited training samples, "
+    "Neural Networks 172, 2024, arXiv 2305.07931"
+)
+_ELASTIC: dict[str, Any] = _everywhere(
+    "elastic", hidden="elastic_unsigned", shift=True, attention_bias="full", activation_limit=10.0, weight="bwn"
+)
+_CATALOGUE = (
+    Scheme(
+        "float",
+        "full precision, the model as timm builds it",
+        "Dosovitskiy et al., An image is worth 16x16 words, 2021; timm.",
+        components=(),
+    ),
+    Scheme(
+        "bnn",
+        "plain signs without any factor, straight-through gradient",
+        "Hubara et al., Binarized neural networks, 2016. The attention map (half of the row's maximum) is this "
+        "project's choice: the paper knows no attention.",
+        **_everywhere("sign", weight="sign", attention="half_max", value="sign"),
+    ),
+    Scheme(
+        "xnor",
+        "signs with a mean-absolute-value factor per output channel",
+        "Rastegari et al., XNOR-Net, 2016. Factors of the attention map (mean of the kept entries per row) and of the "
+        "value (mean |v| per head) are this project's choice.",
+        **_everywhere("sign", weight="sign_mean", attention="half_max_mean", value="sign_mean"),
+    ),
+    Scheme(
+        "xnor-k",
+        "as xnor, with XNOR-Net's factor of the inputs: mean |x| per token",
+        "Rastegari et al., XNOR-Net, 2016, with the input factor K. A value scaled per token cannot be summed over "
+        "tokens as bits: that one product stays float.",
+        **_everywhere("sign_mean", weight="sign_mean", attention="half_max_mean", value="sign_mean_token"),
+    ),
+    Scheme(
+        "xnor++",
+        "signs with one learned factor per output channel of every product",
+        "Bulat and Tzimiropoulos, XNOR-Net++: Improved binary neural networks, 2019. One learned factor each for map "
+        "and value is this project's choice.",
+        **_everywhere("sign", weight="sign_learned", attention="half_max_learned", value="sign_learned"),
+    ),
+    Scheme(
+        "bireal",
+        "approximate sign gradient for activations, magnitude-aware weights",
+        "Liu et al., Bi-Real Net, 2018. The attention map is this project's choice, with the paper's gradient at the "
+        "distance from the threshold.",
+        **_everywhere("sign_approx", weight="sign_mean_bare", attention="half_max_approx", value="sign_approx"),
+    ),
+    Scheme(
+        "irnet",
+        "standardized weights and a gradient that sharpens over training",
+        "Qin et al., Forward and backward information retention for accurate binary neural networks, 2020. The "
+        "attention map is this project's choice, with the paper's gradient at the distance from the threshold.",
+        **_everywhere("sign_ede", weight="standardized", attention="half_max_ede", value="sign_ede"),
+    ),
+    Scheme(
+        "reactnet",
+        "learned shifts before every sign and a shifted PReLU after every linear layer",
+        "Liu et al., ReActNet: Towards precise binary neural network with generalized activation functions, 2020. The "
+        "elastic attention map is this project's choice.",
+        shift=True,
+        rprelu=True,
+        **_everywhere("sign_approx", weight="sign_mean_bare", attention="elastic", value="sign_approx"),
+    ),
+    Scheme(
+        "bibert",
+        "no softmax: the map is the sign of the scores",
+        "Qin et al., BiBERT: Accurate fully binarized BERT, 2022.",
+        **_everywhere("sign", weight="sign_mean_centred", attention="scores", value="sign"),
+    ),
+    Scheme(
+        "bivit",
+        "learned weight factor per output channel, map thresholded at a quarter of the row's maximum",
+        "He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091.",
+        **_everywhere("elastic", weight="elastic_channel", attention="quarter_max", value="elastic"),
+    ),
+    Scheme(
+        "bivit-head",
+        "learned scale and offset per head for map and value",
+        "Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024.",
+        **_everywhere("sign_approx", weight="sign_mean", attention="head_sign", value="head_sign"),
+    ),
+    Scheme(
+        "bit",
+        "learned (elastic) scale and shift per tensor, one group",
+        "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022; the baseline of " + _GSB_PAPER + ".",
+        attention="elastic",
+        value="elastic",
+        **_ELASTIC,
+    ),
+    Scheme(
+        "gsb",
+        "three superposed binary groups for the attention map and the value",
+        _GSB_PAPER
+        + ". The released code takes the maxima over the whole batch (reduce='batch'); the default here takes them "
+        "per row, so that an image's logits do not depend on its batch.",
+        attention="gsb",
+        value="gsb",
+        thresholds=(0.7, 0.9),
+        **_ELASTIC,
+    ),
+)
+CATALOGUE: dict[str, Scheme] = {s.name: s for s in sorted(_CATALOGUE, key=lambda s: s.name)}
+
+
+def list_schemes() -> list[str]:
+    """Return the names of all schemes of the catalogue, sorted."""
+    return list(CATALOGUE)
+
+
+def scheme(name: str, **overrides: Any) -> Scheme:
+    """Return a scheme of the catalogue, with some fields changed.
+
+    Args:
+        name: A name from `list_schemes()`.
+        overrides: Fields of `Scheme` with their new values.
+
+    Raises:
+        ValueError: If the name, a field or a value is unknown; the sentence lists the valid ones.
+    """
+    check_name("scheme", name, CATALOGUE)
+    check_fields(overrides)
+    return dataclasses.replace(CATALOGUE[name], **overrides)
