@@ -34,7 +34,7 @@ reproduce: $(READY)
 	$(BIN)/python -m binvit reproduce --size $(SIZE) --out $(OUT)
 
 notebooks: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks notebooks/*.ipynb
+	$(ONE_THREAD) $(BIN)/python -m binvit.lab.tidy notebooks/*.ipynb
 
 clean:
 	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -90,7 +91,9 @@ def _declared(notebook: Path) -> dict[str, str]:
     try:
         found = papermill.inspect_notebook(str(notebook))
     except Exception as error:  # papermill and nbformat raise all kinds for a file that is no notebook
-        raise ValueError(f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0].rstrip(chr(46))}.") from None
+        raise ValueError(
+            f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0].rstrip(chr(46))}."
+        ) from None
     if not found:
         raise ValueError(f"{notebook} has no parameters cell.")
     return {name: str(entry["inferred_type_name"]) for name, entry in found.items()}
@@ -221,17 +224,17 @@ def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
     from tqdm.auto import tqdm
 
     outcomes: dict[str, Outcome] = {}
-    with tqdm(total=len(jobs), desc="notebooks", unit="notebook") as bar:
+    with tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar:  # None: only on a terminal
         for outcome in _outcomes(jobs, out, processes):
             outcomes[outcome.name] = outcome
-            bar.set_postfix_str(f"{outcome.name} {'failed' if outcome.error else 'done'} in {outcome.seconds:.0f} s")
             bar.update()
+            bar.write(f"{outcome.name} {'failed' if outcome.error else 'finished'} after {outcome.seconds:.0f} s")
     return [outcomes[job.notebook.stem] for job in jobs]
 
 
 def _outcomes(jobs: Sequence[Job], out: Path, processes: int) -> Iterator[Outcome]:
     if processes == 1:
-        yield from (run_job(job, out, progress=True) for job in jobs)
+        yield from (run_job(job, out, progress=sys.stderr.isatty()) for job in jobs)
         return
     # Spawned, since papermill's event loop and the numerical libraries' threads do not survive a fork.
     with _environment(processes), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

@@ -27,8 +27,9 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem } h2 { font-size: 1
 h3 { font-size: 1.05rem } a { color: #05639e } img, svg { max-width: 100%; height: auto }
 pre, code { font: .85rem/1.45 ui-monospace, Menlo, Consolas, monospace } p code, li code { background: var(--code) }
 pre { background: var(--code); margin: .4rem 0; overflow-x: auto; padding: .6rem .8rem }
-table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top }
+table { border: 0; border-collapse: collapse; font-size: .9rem; margin: .8rem 0; display: block; overflow-x: auto }
+th, td { border: 0; border-bottom: 1px solid var(--line); padding: .25rem .9rem .25rem 0; vertical-align: top }
+th { font-weight: 600 } th, td { text-align: left !important; white-space: normal }
 math { font-size: 1.08em } math[display=block] { margin: .9rem 0 }
 details.code { margin: .5rem 0 } details.code > summary { color: var(--quiet); cursor: pointer; font-size: .8rem }
 .quiet { color: var(--quiet); font-size: .9rem } .failed { color: var(--no); font-weight: 600 }
@@ -182,8 +183,13 @@ def _page(notebook: dict[str, Any], title: str, note: str) -> str:
         elif "hide-input" in cell.metadata.get("tags", []):
             cell.source = ""
         cell.metadata.setdefault("tags", [])
+        for output in cell.get("outputs", []):
+            if output.output_type == "execute_result":  # the page makes no difference
+                output.output_type = "display_data"
     loader = DictLoader({"binvit.html.j2": _TEMPLATE})
-    exporter = HTMLExporter(template_file="binvit.html.j2", template_name="basic", extra_loaders=[loader])
+    exporter = HTMLExporter(
+        template_file="binvit.html.j2", template_name="basic", extra_loaders=[loader], exclude_anchor_links=True
+    )
     body, _ = exporter.from_notebook_node(node)
     nav = f'<nav><a href="index.html">All notebooks</a> <span class="quiet">{note}</span></nav>'
     return _document(title, nav + formulas.show(body), HtmlFormatter(style="friendly").get_style_defs(".highlight"))
@@ -237,9 +243,10 @@ def write_report(outcomes: Sequence[Outcome], out: Path, size: str) -> Path:
     total = _seconds(sum(outcome.seconds for outcome in outcomes))
     state = f'<span class="failed">{failed} failed</span>' if failed else "all finished"
     versions = ", ".join(f"{name} {version(name)}" for name in ("binvit", "torch", "timm", "numpy", "numba"))
+    notebooks = f"{len(outcomes)} notebook{'s' * (len(outcomes) != 1)}"
     head = (
         "<h1>1-bit vision transformers: the experiments</h1>\n"
-        f'<p class="quiet">{len(outcomes)} notebooks at size {size}, {state}, {total} in all. {versions}.</p>'
+        f'<p class="quiet">{notebooks} at size {size}, {state}, {total} in all. {versions}.</p>'
     )
     index = out / "index.html"
     atomic_write(index, _document("binvit: the experiments", "\n".join([head, *entries])))

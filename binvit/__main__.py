@@ -1,0 +1,158 @@
+"""The command line: `binvit COMMAND` or `python -m binvit COMMAND`.
+
+Heavy modules are imported by the commands that need them, so that `--help` answers at once. Wrong input ends with one
+sentence on stderr and exit code 2, failed work with exit code 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="binvit")
+def cli() -> None:
+    """1-bit vision transformers: train them and repeat the experiments of two papers."""
+
+
+@cli.command()
+@click.option(
+    "--size", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="Which parameters to run."
+)
+@click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="report", show_default=True, help="Folder of the report."
+)
+@click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
+              help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
+@click.option("-f", "--file", "files", type=click.Path(path_type=Path), multiple=True, help="YAML file of parameters.")
+@click.option("--notebooks", type=click.Path(path_type=Path), help="Folder of the notebooks.  [default: the clone's]")
+def reproduce(
+    size: str,
+    only: tuple[str, ...],
+    jobs: int,
+    out: Path,
+    texts: tuple[tuple[str, str], ...],
+    files: tuple[Path, ...],
+    notebooks: Path | None,
+) -> None:
+    """Run the notebooks and write executed copies and an HTML report.
+
+    All parameters are checked before anything runs. If a notebook fails, the others still run, and the exit code is 1.
+    """
+    from binvit.lab import batch, notebook, report
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"The folder of the report, {out}, is a file.")
+    values = {}
+    for file in files:
+        values |= batch.read_values(file)
+    plan = batch.plan(notebooks or notebook.folder("notebooks"), size, only, values, dict(texts))
+    outcomes = batch.run(plan, out / "notebooks", jobs)
+    index = report.write_report(outcomes, out, size)
+    click.echo(f"The report is {index}.")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        click.echo(f"{outcome.name} failed: {outcome.error}", err=True)
+    if failed:
+        click.echo(f"{len(failed)} of {len(outcomes)} notebooks failed.", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
+@click.option("--scheme", default="gsb", show_default=True, help="How to binarize; see binvit schemes.")
+@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
+@click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data set's files.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Folder of the result."
+)
+def train(
+    dataset: str,
+    scheme: str,
+    recipe: str,
+    seed: int,
+    samples_per_class: int | None,
+    label_noise: float,
+    root: Path | None,
+    out: Path,
+) -> None:
+    """Train a model and keep it; a finished trial is read instead of trained again."""
+    from binvit.lab.runner import model_path, run_trials
+    from binvit.lab.trials import Trial
+
+    trial = Trial(
+        dataset=dataset,
+        scheme=scheme,
+        recipe=recipe,
+        seed=seed,
+        samples_per_class=samples_per_class,
+        label_noise=label_noise,
+        root=None if root is None else str(root),
+    )
+    trial.get_scheme()  # refuses an unknown name before anything is written
+    row = run_trials([trial], results_dir=out, keep_models=True, progress=sys.stderr.isatty()).iloc[0]
+    click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
+    click.echo(f"The model is {model_path(trial, out)}.")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("images", type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER")
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
+def predict(model: Path, images: Path, top: int) -> None:
+    """Print class names and probabilities for an image file or for all images of a folder.
+
+    MODEL is a checkpoint that `binvit train` has written.
+    """
+    from binvit.lab.predict import image_files, predict_files
+
+    for path, guesses in predict_files(model, image_files(images), top):
+        click.echo(f"{path}: " + ", ".join(f"{name} {probability:.3f}" for name, probability in guesses))
+
+
+@cli.command()
+def schemes() -> None:
+    """List the schemes: what each binarizes and where it was published."""
+    import binvit
+
+    names = binvit.list_schemes()
+    wide = max(map(len, names))
+    for name in names:
+        scheme = binvit.scheme(name)
+        click.echo(f"{name:<{wide}}  {scheme.description}")
+        click.echo(f"{'':<{wide}}  {scheme.reference}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all is well, 1 if work failed, 2 if the input was wrong."""
+    try:
+        code = cli.main(args=arguments, prog_name="binvit", standalone_mode=False)
+    except click.Abort:
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        _refuse(error.format_message())
+    except OSError as error:
+        # Our own sentences come without an error number.
+        _refuse(str(error) if error.errno is None else f"{error.strerror}: {error.filename}.")
+    except (ValueError, ModuleNotFoundError) as error:
+        _refuse(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(sentence: str) -> None:
+    click.echo(f"Error: {sentence}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
