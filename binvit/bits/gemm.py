@@ -1,0 +1,375 @@
+"""Products of packed matrices: xor or and, population count, add, in a tile of registers.
+
+With K bits in words whose padding is zero, and bit 1 meaning +1:
+
+* (+-1) x (+-1): K - 2 popcount(a xor w)
+* {0,1} x (+-1): (K - 2 popcount(a xor w) + s) / 2, where s is the sum of the signs of w
+* {0,1} x {-1,0,+1}: 2 popcount(a and p) - popcount(a and m), with mask plane m and sign plane p inside the mask
+
+The right operand is kept word-major: 32 bits of 64 columns lie side by side, four vectors of sixteen lanes. A tile of
+six rows by those four vectors stays in 24 vector registers while K goes by; a step is one broadcast of an activation
+word, one xor, one population count and one addition. 32-bit lanes make the counts int32 without a conversion. LLVM
+lowers the same code to AVX-512, to shuffles on AVX2 and SSE, and to NEON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, use_threads, vector_code
+from binvit.bits.packing import check_words, word_count
+
+PANEL = 64
+"""Columns of a panel of prepared weights; also the bits of one word, so that a panel's signs are one output word."""
+TILE = 6
+"""Rows of the register tile: 3 to 6 rows are equally fast at K = 384, 6 are 3 % faster at K = 1536."""
+_LANES = 16
+_VECTORS = PANEL // _LANES
+_ROW_BLOCK = 48  # rows of one parallel task: enough to amortize a panel's way into the first-level cache
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeights:
+    """Packed weights (N, K) in the kernel's own layout, made once by `prepare_weights`.
+
+    Attributes:
+        panels: uint32 (ceil(N / 64), steps, 64), aligned to 64 bytes: step k of a panel holds bits 32 k to 32 k + 31 of
+            its 64 columns; steps is twice the number of 64-bit words. Columns past N are zero.
+        columns: N.
+    """
+
+    panels: np.ndarray
+    columns: int
+
+    @property
+    def words(self) -> int:
+        """Number of 64-bit words of a row."""
+        return self.panels.shape[1] // 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (N, words) of the packed words these were made of."""
+        return self.columns, self.words
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels."""
+        return self.panels.nbytes
+
+    def sums(self, length: int) -> np.ndarray:
+        """Sums the signs of every column, which turns products of signs into products of {0, 1}.
+
+        Args:
+            length: K, the number of bits of a row.
+
+        Returns:
+            int32 (ceil(N / 64) * 64,): 2 popcount(w) - K.
+        """
+        counts = np.bitwise_count(self.panels).sum(axis=1, dtype=np.int32).reshape(-1)
+        return 2 * counts - np.int32(length)
+
+
+def prepare_weights(w_bits: np.ndarray) -> PreparedWeights:
+    """Rearranges packed weights for the product kernel.
+
+    Args:
+        w_bits: uint64 (N, words), as `pack_signs` makes them.
+
+    Returns:
+        The same bits word-major in panels of 64 columns.
+
+    Raises:
+        ValueError: if w_bits is not a uint64 matrix.
+    """
+    w_bits = _matrix(w_bits, "packed weights")
+    columns, words = w_bits.shape
+    count = word_count(columns)
+    panels = aligned_empty((count, 2 * words, PANEL), np.uint32)
+    padded = np.zeros((count * PANEL, 2 * words), np.uint32)
+    padded[:columns] = halves(w_bits)
+    panels[...] = padded.reshape(count, PANEL, 2 * words).transpose(0, 2, 1)
+    return PreparedWeights(panels, columns)
+
+
+def binary_matmul(
+    a_bits: np.ndarray,
+    w_bits: np.ndarray | PreparedWeights,
+    K: int,
+    *,
+    unsigned: bool = False,
+    mask: np.ndarray | PreparedWeights | None = None,
+    threads: int | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Multiplies packed matrices exactly: out[m, n] = sum over k < K of a[m, k] w[n, k].
+
+    Args:
+        a_bits: uint64 (M, words), the left operand's bits; padding bits zero.
+        w_bits: uint64 (N, words), the right operand's signs, or `prepare_weights` of them.
+        K: number of bits of a row; words = ceil(K / 64).
+        unsigned: whether a's bits mean {0, 1} instead of {-1, +1}.
+        mask: uint64 (N, words) or prepared: where given, the right operand is sign x mask, {-1, 0, +1}; a must be
+            unsigned and the signs must lie inside the mask.
+        threads: how many threads to use; by default what `set_threads` said.
+        out: int32 (M, N), C-contiguous, to write into.
+
+    Returns:
+        int32 (M, N).
+
+    Raises:
+        ValueError: if the operands are not uint64 matrices, their widths do not fit each other or K, a mask comes with
+            signed activations, `out` has another shape or type, or `threads` is less than 1.
+
+    References:
+        Rastegari et al., "XNOR-Net", arXiv 1603.05279.
+    """
+    a_bits = _matrix(a_bits, "left operand")
+    weights = w_bits if isinstance(w_bits, PreparedWeights) else prepare_weights(_matrix(w_bits, "right operand"))
+    _check_widths(a_bits, weights, K, "right operand")
+    shape = (a_bits.shape[0], weights.columns)
+    if out is None:
+        out = aligned_empty(shape, np.int32)
+    elif out.dtype != np.int32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(
+            f"The product of {a_bits.shape} and {weights.shape} words needs a writable C-contiguous int32 `out` of "
+            f"shape {shape}, not {out.dtype} of shape {out.shape}."
+        )
+    if mask is not None:
+        if not unsigned:
+            raise ValueError("A mask of the weights needs unsigned activations: pass unsigned=True with it.")
+        mask = mask if isinstance(mask, PreparedWeights) else prepare_weights(_matrix(mask, "mask"))
+        _check_widths(a_bits, mask, K, "mask")
+        if mask.columns != weights.columns:
+            raise ValueError(f"The mask of {mask.shape} words does not fit the signs of {weights.shape} words.")
+    if K == 0 or out.size == 0:
+        out[...] = 0
+        return out
+    rows = halves(a_bits)
+    if mask is not None:
+        _multiply_masked(rows, weights.panels, mask.panels, K, out)
+        return out
+    # Less work than this is done before other threads have woken up.
+    if out.size * K < 4_000_000 or (get_threads() if threads is None else check_threads(threads)) == 1:
+        _multiply(rows, weights.panels, K, out)
+    elif threads is None:
+        _multiply_parallel(rows, weights.panels, K, out)
+    else:
+        with use_threads(threads):
+            _multiply_parallel(rows, weights.panels, K, out)
+    if unsigned:
+        out += weights.sums(K)[: weights.columns]
+        out >>= 1
+    return out
+
+
+def halves(words: np.ndarray) -> np.ndarray:
+    """Views uint64 words as the 32-bit halves that the kernels read.
+
+    Args:
+        words: uint64 (..., words), any strides.
+
+    Returns:
+        uint32 (..., 2 words), C-contiguous, low half first; a view where the words are contiguous.
+    """
+    words = np.ascontiguousarray(words, "<u8")
+    return words.view("<u4") if words.size else np.zeros((*words.shape[:-1], 2 * words.shape[-1]), np.uint32)
+
+
+def _matrix(words: np.ndarray, name: str) -> np.ndarray:
+    words = check_words(words, name)
+    if words.ndim != 2:
+        raise ValueError(f"The {name} must be a matrix (rows, words) of packed words, not of shape {words.shape}.")
+    return words
+
+
+def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, name: str) -> None:
+    if length < 0 or a_bits.shape[1] != weights.words or weights.words != word_count(length):
+        raise ValueError(
+            f"Operands of shapes {a_bits.shape} and {weights.shape} ({name}) cannot be multiplied over K = {length} "
+            f"bits: both need {word_count(max(length, 0))} words of 64 bits in a row."
+        )
+
+
+def _tile_twin(signed: bool):
+    def tile(a, row, last, panels, panel, steps, length, out, out_row, out_column):
+        rows = np.minimum(np.arange(row, row + TILE), last)
+        left, right = a[rows, :steps, None], panels[panel, :steps]
+        counts = np.bitwise_count(left ^ right if signed else left & right).sum(axis=1, dtype=np.int32)
+        out[out_row : out_row + TILE, out_column : out_column + PANEL] = length - 2 * counts if signed else counts
+
+    return tile
+
+
+def _make_tile(signed: bool):
+    @vector_code(twin=_tile_twin(signed))
+    def tile(typing_context, a, row, last, panels, panel, steps, length, out, out_row, out_column):
+        for name, array, dtype, ndim in (
+            ("a", a, types.uint32, 2),
+            ("w", panels, types.uint32, 3),
+            ("out", out, types.int32, 2),
+        ):
+            if not (isinstance(array, types.Array) and array.dtype == dtype and array.ndim == ndim):
+                raise TypeError(f"a register tile needs {name} as a {ndim}-D array of {dtype}")
+        position = types.intp
+        signature = types.void(a, position, position, panels, position, position, types.int32, out, position, position)
+
+        def codegen(context, builder, signature, arguments):
+            _, row, last, _, panel, steps, length, _, out_row, out_column = arguments
+            index, lane = ir.IntType(64), ir.IntType(32)
+            vector = ir.VectorType(lane, _LANES)
+
+            def address(position, *indices):
+                # Rows may be strided (a slice of a wider buffer); the last axis is contiguous.
+                array = context.make_array(signature.args[position])(context, builder, arguments[position])
+                strides = cgutils.unpack_tuple(builder, array.strides)
+                offset = builder.mul(indices[-1], ir.Constant(index, 4))
+                for i, stride in zip(indices[:-1], strides, strict=False):
+                    offset = builder.add(offset, builder.mul(i, stride))
+                return cgutils.pointer_add(builder, array.data, offset)
+
+            def number(value):
+                return ir.Constant(index, value)
+
+            def splat(scalar):
+                first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(lane, 0))
+                return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, None))
+
+            popcount = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector]), f"llvm.ctpop.v{_LANES}i32"
+            )
+            # Rows past the end repeat the last one, so that a short tile needs no code of its own.
+            rows = []
+            for r in range(TILE):
+                i = builder.add(row, number(r))
+                i = builder.select(builder.icmp_signed("<", i, last), i, last)
+                rows.append(address(0, i, number(0)))
+            weights = address(3, panel, number(0), number(0))
+
+            def step(k, counts):
+                base = builder.gep(weights, [builder.mul(k, number(PANEL))])
+                columns = [
+                    builder.load(builder.bitcast(builder.gep(base, [number(v * _LANES)]), vector.as_pointer()), align=4)
+                    for v in range(_VECTORS)
+                ]
+                result = []
+                for r in range(TILE):
+                    activation = splat(builder.load(builder.gep(rows[r], [k])))
+                    for v in range(_VECTORS):
+                        bits = (builder.xor if signed else builder.and_)(activation, columns[v])
+                        count = builder.call(popcount, [bits])
+                        result.append(count if counts is None else builder.add(counts[r * _VECTORS + v], count))
+                return result
+
+            # The first step is peeled off: it starts the counts instead of adding to zeros.
+            first = step(number(0), None)
+            before = builder.block
+            loop, end = builder.append_basic_block("tile.step"), builder.append_basic_block("tile.end")
+            more = builder.icmp_signed(">", steps, number(1))
+            builder.cbranch(more, loop, end)
+            builder.position_at_end(loop)
+            k = builder.phi(index)
+            counts = [builder.phi(vector) for _ in first]
+            following = step(k, counts)
+            next_k = builder.add(k, number(1))
+            k.add_incoming(number(1), before)
+            k.add_incoming(next_k, loop)
+            for phi, start, again in zip(counts, first, following, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(again, loop)
+            builder.cbranch(builder.icmp_signed("<", next_k, steps), loop, end)
+            builder.position_at_end(end)
+            totals = [builder.phi(vector) for _ in first]
+            for phi, start, again in zip(totals, first, following, strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(again, loop)
+            for r in range(TILE):
+                target = address(7, builder.add(out_row, number(r)), out_column)
+                for v in range(_VECTORS):
+                    total = totals[r * _VECTORS + v]
+                    if signed:
+                        total = builder.sub(splat(length), builder.add(total, total))
+                    place = builder.bitcast(builder.gep(target, [number(v * _LANES)]), vector.as_pointer())
+                    builder.store(total, place, align=4)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+tile_of_signs = _make_tile(signed=True)
+"""Writes K - 2 popcount(a xor w) of six rows (repeating the last) and 64 columns to an int32 array."""
+tile_of_common_bits = _make_tile(signed=False)
+"""Writes popcount(a and w) of six rows (repeating the last) and 64 columns to an int32 array."""
+
+
+@kernel
+def steps_of(length: int) -> int:
+    """Returns how many 32-bit steps hold `length` bits.
+
+    Args:
+        length: K.
+
+    Returns:
+        ceil(K / 32); a padding half word is never read.
+    """
+    return (length + 31) // 32
+
+
+@kernel
+def _multiply_rows(rows, panels, panel, length, out, start, stop, scratch):
+    steps = steps_of(length)
+    column = panel * PANEL
+    columns = min(PANEL, out.shape[1] - column)
+    last = rows.shape[0] - 1
+    for row in range(start, stop, TILE):
+        count = min(TILE, stop - row)
+        whole = count == TILE and columns == PANEL
+        target = out if whole else scratch
+        # One call site: the tile is large, and every copy of it costs a second of compile time.
+        tile_of_signs(
+            rows, row, last, panels, panel, steps, length, target, row if whole else 0, column if whole else 0
+        )
+        if not whole:
+            for r in range(count):
+                for c in range(columns):
+                    out[row + r, column + c] = scratch[r, c]
+
+
+@kernel
+def _multiply(rows, panels, length, out):
+    scratch = np.empty((TILE, PANEL), np.int32)
+    for panel in range(panels.shape[0]):
+        _multiply_rows(rows, panels, panel, length, out, 0, out.shape[0], scratch)
+
+
+@kernel(parallel=True)
+def _multiply_parallel(rows, panels, length, out):
+    blocks = (out.shape[0] + _ROW_BLOCK - 1) // _ROW_BLOCK
+    for task in numba.prange(panels.shape[0] * blocks):
+        scratch = np.empty((TILE, PANEL), np.int32)
+        start = task % blocks * _ROW_BLOCK
+        _multiply_rows(rows, panels, task // blocks, length, out, start, min(start + _ROW_BLOCK, out.shape[0]), scratch)
+
+
+@kernel
+def _multiply_masked(rows, signs, masks, length, out):
+    steps = steps_of(length)
+    positive, present = np.empty((TILE, PANEL), np.int32), np.empty((TILE, PANEL), np.int32)
+    last = rows.shape[0] - 1
+    for panel in range(signs.shape[0]):
+        column = panel * PANEL
+        columns = min(PANEL, out.shape[1] - column)
+        for row in range(0, out.shape[0], TILE):
+            count = min(TILE, out.shape[0] - row)
+            tile_of_common_bits(rows, row, last, signs, panel, steps, 0, positive, 0, 0)
+            tile_of_common_bits(rows, row, last, masks, panel, steps, 0, present, 0, 0)
+            for r in range(count):
+                for c in range(columns):
+                    out[row + r, column + c] = 2 * positive[r, c] - present[r, c]
