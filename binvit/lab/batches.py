@@ -86,6 +86,10 @@ class Batches:
                 generator=torch.Generator(),
             )
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the workers' loader: workers that are not forked receive a copy of everything else."""
+        return {**self.__dict__, "_loader": None}
+
     def __len__(self) -> int:
         """Batches of an epoch."""
         count = len(self.dataset)

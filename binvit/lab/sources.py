@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ class Source:
     statistics: Statistics | None = None
 
 
-def _digits(location: Path | None) -> Source:
+def _digits(location: None) -> Source:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -56,15 +57,15 @@ def _digits(location: Path | None) -> Source:
     return Source([str(digit) for digit in range(10)], splits, 8)
 
 
-def _cifar10(location: Path | None) -> Source:
+def _cifar10(location: Path) -> Source:
     return _cifar("CIFAR10", location, CIFAR10)
 
 
-def _cifar100(location: Path | None) -> Source:
+def _cifar100(location: Path) -> Source:
     return _cifar("CIFAR100", location, CIFAR100)
 
 
-def _cifar(name: str, location: Path | None, statistics: Statistics) -> Source:
+def _cifar(name: str, location: Path, statistics: Statistics) -> Source:
     train, test = (_torchvision(name, location, train=train) for train in (True, False))
     splits = {
         split: ImageSet(list(part.data), part.targets, name, stored_size=32)
@@ -73,7 +74,7 @@ def _cifar(name: str, location: Path | None, statistics: Statistics) -> Source:
     return Source(list(train.classes), splits, 32, statistics)
 
 
-def _fashion_mnist(location: Path | None) -> Source:
+def _fashion_mnist(location: Path) -> Source:
     train, test = (_torchvision("FashionMNIST", location, train=train) for train in (True, False))
     splits = {
         split: ImageSet(list(part.data.numpy()), part.targets.numpy(), "FashionMNIST", stored_size=28)
@@ -82,7 +83,7 @@ def _fashion_mnist(location: Path | None) -> Source:
     return Source(list(train.classes), splits, 28, FASHION)
 
 
-def _flowers102(location: Path | None) -> Source:
+def _flowers102(location: Path) -> Source:
     splits = {}
     for split in ("train", "val", "test"):
         part = _torchvision("Flowers102", location, split=split)
@@ -90,7 +91,7 @@ def _flowers102(location: Path | None) -> Source:
     return Source(list(part.classes), splits, 224, IMAGENET)
 
 
-def _pets(location: Path | None) -> Source:
+def _pets(location: Path) -> Source:
     splits = {}
     for split, official in (("train", "trainval"), ("test", "test")):
         part = _torchvision("OxfordIIITPet", location, split=official)
@@ -98,16 +99,11 @@ def _pets(location: Path | None) -> Source:
     return Source(list(part.classes), splits, 224, IMAGENET)
 
 
-def _torchvision(name: str, location: Path | None, **options: object) -> object:
+def _torchvision(name: str, location: Path, **options: object) -> object:
     """Open one of torchvision's data sets, downloading it if `location` does not hold it."""
     from torchvision import datasets
 
     build = getattr(datasets, name)
-    if location is None:
-        raise ValueError(
-            f"The data set {name.lower()} is not part of binvit: give root=FOLDER, the folder that holds it "
-            "or that it shall be downloaded to."
-        )
     try:
         return build(location, **options)
     except (RuntimeError, OSError):
@@ -118,28 +114,27 @@ def _torchvision(name: str, location: Path | None, **options: object) -> object:
 def _download(build: Callable, name: str, location: Path, options: dict[str, object]) -> None:
     """Download into a hidden folder first, so that an interrupted or a second download leaves nothing half-written."""
     timeout = socket.getdefaulttimeout()
+    new = not location.exists()
     try:
         location.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=location) as folder:
             socket.setdefaulttimeout(30)  # torchvision sets none and would wait forever behind a silent firewall
             build(folder, download=True, **options)
-            for item in Path(folder).iterdir():
-                target = location / item.name
-                if target.is_dir():  # an older, incomplete copy: the check of torchvision just refused it
-                    shutil.rmtree(target)
-                os.replace(item, target)
+            # Moves file by file into folders that may be there already, and deletes nothing in them.
+            shutil.copytree(folder, location, copy_function=os.replace, dirs_exist_ok=True)
     except Exception as error:  # urllib, tarfile and torchvision's integrity checks raise many kinds
+        if new:
+            with contextlib.suppress(OSError):
+                location.rmdir()
         reason = str(error).split("\n")[0] or type(error).__name__
         raise FileNotFoundError(f"{location} does not hold {name} and it cannot be downloaded ({reason}).") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def _chaoyang(location: Path | None) -> Source:
+def _chaoyang(location: Path) -> Source:
     """Read the folder of Zhu et al., Hard Sample Aware Noise Robust Learning, IEEE TMI 2021."""
     classes = ["normal", "serrated", "adenocarcinoma", "adenoma"]
-    if location is None:
-        raise ValueError("The data set chaoyang needs root=FOLDER, the official folder with train.json and test.json.")
     splits = {}
     for split in ("train", "test"):
         path = _existing(location / f"{split}.json", "the Chaoyang list of images")
@@ -158,11 +153,9 @@ def _chaoyang(location: Path | None) -> Source:
     return Source(classes, splits, 224, IMAGENET)
 
 
-def _folder(location: Path | None) -> Source:
+def _folder(location: Path) -> Source:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    if location is None:
-        raise ValueError("The data set folder needs a path: folder:PATH, with PATH/train/CLASS/IMAGE inside.")
     _existing(_existing(location, "the image folder") / "train", "the folder of training images")
     held = [split for split in ("train", "val", "test") if (location / split).is_dir()]
     classes = sorted(entry.name for entry in (location / "train").iterdir() if entry.is_dir())
@@ -180,12 +173,10 @@ def _folder(location: Path | None) -> Source:
     return Source(classes, _with_test(splits, str(location)))
 
 
-def _parquet(location: Path | None) -> Source:
+def _parquet(location: Path) -> Source:
     import pyarrow
     import pyarrow.parquet
 
-    if location is None:
-        raise ValueError("The data set parquet needs a path: parquet:FILE with the columns image, label and split.")
     _existing(location, "the Parquet file")
     try:
         names = pyarrow.parquet.read_schema(location).names
@@ -287,8 +278,7 @@ def _read_json(path: Path) -> object:
         raise ValueError(f"{path} is not a readable JSON file ({error}).") from None
 
 
-# The data sets whose name may be followed by ":PATH"; without it they look into `root`.
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
+SOURCES: dict[str, Callable[[Path], Source]] = {
     "digits": _digits,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
@@ -300,6 +290,12 @@ SOURCES: dict[str, Callable[[Path | None], Source]] = {
     "parquet": _parquet,
 }
 
+_NEEDS = {
+    "chaoyang": "root=FOLDER, the official folder with train.json and test.json",
+    "folder": "a path: folder:PATH, with PATH/train/CLASS/IMAGE inside",
+    "parquet": "a path: parquet:FILE, with the columns image, label and split",
+}
+
 
 def read_source(name: str, root: str | Path | None = None) -> Source:
     """Read the data set called `name`, which is one of `SOURCES`, optionally with a path: "parquet:FILE".
@@ -309,10 +305,11 @@ def read_source(name: str, root: str | Path | None = None) -> Source:
         FileNotFoundError: the files are missing and cannot be downloaded.
     """
     kind, colon, path = str(name).partition(":")
-    if kind not in SOURCES or (colon and not path):
+    if kind not in SOURCES or (colon and (not path or kind == "digits")):
         valid = ", ".join(f"{known}:PATH" if known in ("folder", "parquet") else known for known in SOURCES)
         raise ValueError(f"Unknown data set {name!r}; valid names are {valid}.")
     location = Path(root, path) if root is not None else Path(path) if path else None
-    if kind in ("folder", "parquet") and not path:
-        location = None
+    if location is None and kind != "digits":
+        needs = _NEEDS.get(kind, "root=FOLDER, the folder that holds it or that it shall be downloaded to")
+        raise ValueError(f"The data set {kind} needs {needs}.")
     return SOURCES[kind](location)
