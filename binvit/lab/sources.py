@@ -126,7 +126,7 @@ def _download(build: Callable, name: str, location: Path, options: dict[str, obj
         if new:
             with contextlib.suppress(OSError):
                 location.rmdir()
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = str(error).split("\n")[0].rstrip(": ") or type(error).__name__
         raise FileNotFoundError(f"{location} does not hold {name} and it cannot be downloaded ({reason}).") from None
     finally:
         socket.setdefaulttimeout(timeout)
