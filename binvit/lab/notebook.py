@@ -120,9 +120,10 @@ def _check_scheme(name: str) -> None:
 
 
 def _check_dataset(name: str) -> None:
-    from binvit.lab.data import check_name
+    from binvit.lab.data import list_datasets
 
-    check_name(name)
+    if name.partition(":")[0] not in list_datasets():
+        raise ValueError(f"There is no data set {name!r}; the data sets are {', '.join(list_datasets())}.")
 
 
 def _check_recipe(name: str) -> None:
