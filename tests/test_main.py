@@ -1,0 +1,165 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import notebook_maker
+import pytest
+from PIL import Image
+
+import binvit
+from binvit.__main__ import main
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code, *capsys.readouterr()
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Return the sentence a command is refused with."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1, err
+    return err.removeprefix("Error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A checkpoint that the command line has trained."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.raises(SystemExit) as stopped:
+        main(f"train --scheme float --seed 5 --samples-per-class 2 --out {out}".split())
+    assert stopped.value.code == 0
+    (checkpoint,) = out.glob("*.safetensors")
+    return checkpoint
+
+
+def test_help_is_cheap_and_module_and_script_are_the_same():
+    code = "import sys; from binvit.__main__ import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    by_function = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    by_module = subprocess.run([sys.executable, "-m", "binvit", "--help"], capture_output=True, text=True, check=True)
+    assert by_function == by_module.stdout + "False\n"
+    for command in ("reproduce", "train", "predict", "schemes"):
+        assert command in by_module.stdout
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"binvit, version {binvit.__version__}\n", "")
+
+
+def test_schemes_lists_all_with_description_and_reference(capsys):
+    code, out, err = run(capsys, "schemes")
+    assert (code, err) == (0, "")
+    for name in binvit.list_schemes():
+        assert any(line.split()[:1] == [name] for line in out.splitlines())
+        assert binvit.scheme(name).description in out
+        assert binvit.scheme(name).reference in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("train --scheme gbs", "gsb"),
+        ("train --dataset digit", "digits"),
+        ("train --recipe huge", "smoke"),
+        ("train --label-noise 1.0", "[0, 1)"),
+        ("train --seed -1", "seed"),
+        ("train --seed one", "'one' is not a valid integer"),
+        ("train --samples-per-class 100000", "samples_per_class is 100000"),
+        ("train --dataset parquet:missing.parquet", "missing.parquet"),
+        ("train --dataset folder:missing", "missing"),
+        ("train --sceme gsb", "No such option '--sceme'"),
+        ("predict missing.safetensors missing.png", "missing.png"),
+        ("predict", "Missing argument"),
+        ("predit", "No such command 'predit'"),
+        ("reproduce --size huge", "smoke, cpu, paper"),
+        ("reproduce --jobs 0", "0 is not in the range"),
+        ("reproduce --notebooks missing", "There are no notebooks in missing"),
+        ("reproduce -f missing.yaml", "There is no parameter file missing.yaml"),
+        ("reproduce -p count", "requires 2 arguments"),
+    ],
+)
+def test_wrong_input_is_refused_with_one_sentence_and_nothing_is_written(
+    capsys, tmp_path, monkeypatch, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(capsys, *arguments.split())
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_train_keeps_a_model_and_reads_it_back(capsys, model):
+    out = model.parent
+    before = model.stat().st_mtime_ns
+    code, shown, err = run(capsys, *f"train --scheme float --seed 5 --samples-per-class 2 --out {out}".split())
+    assert (code, err) == (0, "")
+    assert f"The model is {model}." in shown
+    assert shown.startswith("test accuracy 0.")
+    assert model.stat().st_mtime_ns == before
+
+
+def test_predict_prints_probabilities_of_a_file_and_of_a_folder(capsys, model, tmp_path):
+    images = [tmp_path / "a.png", tmp_path / "deeper" / "b.JPG"]
+    images[1].parent.mkdir()
+    for shade, image in enumerate(images):
+        Image.new("L", (11, 9), 100 * shade).save(image)
+    (tmp_path / "notes.txt").write_text("no image")
+    code, single, err = run(capsys, "predict", model, images[0], "--top", 99)
+    assert (code, err) == (0, "")
+    guesses = dict(guess.split() for guess in single.split(": ")[1].split(", "))
+    assert sorted(guesses) == [str(digit) for digit in range(10)]
+    assert sum(map(float, guesses.values())) == pytest.approx(1, abs=0.01)
+    assert list(map(float, guesses.values())) == sorted(map(float, guesses.values()), reverse=True)
+    code, both, _ = run(capsys, "predict", model, tmp_path, "--top", 99)
+    assert both.splitlines()[0] == single.strip()
+    assert both.splitlines()[1].startswith(f"{images[1]}: ")
+    assert len(both.splitlines()) == 2
+
+
+def test_predict_refuses_what_it_cannot_read(capsys, model, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:30])
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(model.read_bytes()[:-100])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "broken.png cannot be decoded" in refused(capsys, "predict", model, broken)
+    assert "truncated.safetensors is truncated" in refused(capsys, "predict", truncated, picture)
+    assert "picture.png" in refused(capsys, "predict", picture, picture)
+    assert "There is no checkpoint" in refused(capsys, "predict", tmp_path / "gone.safetensors", picture)
+    assert "holds no image" in refused(capsys, "predict", model, empty)
+
+
+def test_reproduce_writes_a_report_and_fails_at_the_end_if_a_notebook_failed(capsys, tmp_path):
+    folder, out = tmp_path / "notebooks", tmp_path / "out"
+    notebook_maker.write(folder / "01_bad.ipynb", claims="raise ValueError('bad luck')")
+    notebook_maker.write(folder / "02_good.ipynb")
+    (tmp_path / "more.yaml").write_text("count: 3\nnames: [b]")
+    options = ("reproduce", "--notebooks", folder, "--out", out)
+    code, shown, err = run(capsys, *options, "-f", tmp_path / "more.yaml", "-p", "count", "4")
+    assert code == 1
+    assert f"The report is {out / 'index.html'}." in shown
+    assert "01_bad failed: ValueError: bad luck" in err
+    assert "1 of 2 notebooks failed." in err
+    assert "count is 4." in (out / "02_good.html").read_text()
+    code, shown, err = run(capsys, *options, "--only", "2")
+    assert (code, err) == (0, "")
+    assert "count is 2." in (out / "02_good.html").read_text()
+
+
+def test_reproduce_checks_parameters_of_all_notebooks_before_it_runs_one(capsys, tmp_path):
+    folder, out = tmp_path / "notebooks", tmp_path / "out"
+    notebook_maker.write(folder / "01_good.ipynb")
+    odd = notebook_maker.notebook()
+    odd["cells"][1]["source"] = "other: int = 1"
+    notebook_maker.tidy.write(odd, folder / "02_odd.ipynb")
+    sentence = refused(capsys, "reproduce", "--notebooks", folder, "--out", out, "-p", "count", "4")
+    assert "02_odd.ipynb has no parameter 'count'; its parameters are other." in sentence
+    assert "--only" in sentence
+    assert not out.exists()
+    out.write_text("a file")
+    assert "is a file" in refused(capsys, "reproduce", "--notebooks", folder, "--out", out)

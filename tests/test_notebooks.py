@@ -1,0 +1,40 @@
+"""The committed notebooks as files; nbval executes them."""
+
+from pathlib import Path
+
+import yaml
+
+from binvit.lab import batch, tidy
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def test_structure():
+    problems = [problem for notebook in NOTEBOOKS for problem in tidy.problems(notebook)]
+    assert not problems, "\n".join(problems)
+
+
+def test_names_are_numbered_one_each():
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02d}_" for number in range(1, len(NOTEBOOKS) + 1)]
+
+
+def test_papermill_sees_every_parameter_of_every_size():
+    for size in batch.SIZES:
+        jobs = batch.plan(FOLDER, size) if NOTEBOOKS else []
+        assert [job.notebook for job in jobs] == NOTEBOOKS
+
+
+def test_no_parameter_file_without_notebook():
+    known = {f"{notebook.name[:2]}.{size}.yaml" for notebook in NOTEBOOKS for size in batch.SIZES if size != "smoke"}
+    assert {path.name for path in (FOLDER / "params").glob("*")} <= known
+
+
+def test_every_rule_that_nbval_shall_ignore_is_a_pair():
+    lines = [line for line in (FOLDER / "nbval.cfg").read_text().splitlines() if line and not line.startswith("[")]
+    assert [line.split(":")[0] for line in lines] == ["regex", "replace"] * (len(lines) // 2)
+
+
+def test_parameter_files_keep_their_numbers_as_numbers():
+    for path in (FOLDER / "params").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text()), f"{path.name} sets nothing"
