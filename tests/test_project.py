@@ -57,3 +57,16 @@ def test_readme_names_the_commands():
         "binvit schemes",
     ):
         assert command in readme
+
+
+def test_readme_lists_every_scheme():
+    readme = (ROOT / "README.md").read_text()
+    table = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
+    assert set(binvit.list_schemes()) <= set(table)
+
+
+def test_first_example_of_the_readme_runs(capsys):
+    example = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 10
+    exec(example, {})
+    assert capsys.readouterr().out == "gsb (0.7, 0.9) torch.Size([2, 10])\n"
