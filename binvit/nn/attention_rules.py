@@ -312,7 +312,7 @@ class GsbValue(Gsb):
                 ones, ramp = signed.sum(), (sized * inside).sum()
             else:
                 window_ = (inside & mask) if self.gradient == "masked" else (inside | ~mask)
-                count = mask.sum().clamp(min=1)
+                count = mask.sum().clamp(min=1).to(x.dtype)  # the root of an integer would be float32
                 ones, ramp = (signed * mask).sum(), (sized * (inside & mask)).sum()
             total = window_.to(x.dtype) if total is None else total + window_
             dscales.append((ones - ramp / scale) / count**0.5)

@@ -159,7 +159,8 @@ class Elastic(Rule):
     Backward: dx = g 1[lo <= x/a <= hi] and
     da = sum((level - (x/a) 1[lo <= x/a <= hi]) g) / sqrt(n hi); with one step per channel the sum runs over the
     channel and n still counts the whole tensor, as released.
-    With `gradient="bit"` the scale gets da = sum(sign(x) 1[|x/a| <= 1] g) / sqrt(n), as BiT's code does.
+    With `gradient="bit"` the scale of the signed binarizer gets BiT's da = sum(sign(x) 1[|x/a| <= 1] g) / sqrt(n); the
+    other quantizers of BiT have the gradient above.
     Init: a = 2 mean|x| (signed), 4 mean|x| ({0, 1}), 2 mean|x| / sqrt(hi) (more bits).
 
     References:
@@ -202,10 +203,11 @@ class Elastic(Rule):
             outside = (x < self.lo * scale) | (x > self.hi * scale)
         dx = g.masked_fill(outside, 0.0)
         levels = self.levels(x, scale)
+        bit = self.gradient == "bit" and (self.lo, self.hi) == (-1, 1)
         if scale.dim() == 0:
-            inner = torch.dot(levels.flatten(), (dx if self.gradient == "bit" else g).flatten())
-            dscale = inner if self.gradient == "bit" else inner - torch.dot(x.flatten(), dx.flatten()) / scale
-        elif self.gradient == "bit":
+            inner = torch.dot(levels.flatten(), (dx if bit else g).flatten())
+            dscale = inner if bit else inner - torch.dot(x.flatten(), dx.flatten()) / scale
+        elif bit:
             dscale = reduce_to(levels * dx, scale.shape)
         else:
             dscale = reduce_to(levels * g, scale.shape) - reduce_to(x * dx, scale.shape) / scale
