@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,6 +43,28 @@ def test_means_are_checked_the_same_way():
     claim = claims.check_difference("Float is well tuned.", Estimate(0.95, 0.94, 0.96, 5), margin=0.93)
     assert claim.verdict == "yes"
     assert claim.evidence == "95.0 % (95 % interval 94.0 to 96.0, 5 seeds; more than 93.0 demanded)"
+
+
+def trials(**schemes: list[float]) -> pd.DataFrame:
+    rows = [(name, seed, x) for name, values in schemes.items() for seed, x in enumerate(values)]
+    return pd.DataFrame(rows, columns=["scheme", "seed", "test_accuracy"])
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.0, "yes"), (0.3, "no"), (0.2, "undecided")])
+def test_pairs_of_trials_are_checked(margin, verdict):
+    df = trials(gsb=[0.9, 0.92, 0.91], bit=[0.7, 0.71, 0.72])
+    assert claims.check_pair("Superposition helps.", df, "gsb", "bit", margin).verdict == verdict
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.8, "yes"), (0.95, "no"), (0.91, "undecided")])
+def test_means_of_trials_are_checked(margin, verdict):
+    assert claims.check_mean("It is good.", trials(gsb=[0.9, 0.92, 0.91]), "gsb", margin).verdict == verdict
+
+
+def test_what_was_not_run_is_undecided():
+    df = trials(gsb=[0.9, 0.92])
+    assert claims.check_pair("Superposition helps.", df, "gsb", "bit").evidence == "no trial of 'bit' was run"
+    assert claims.check_mean("Float is good.", df, "float", 0.9).verdict == "undecided"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from binvit.lab.statistics import Difference, Estimate
+from binvit.lab.statistics import Difference, Estimate, paired_difference, summarize
 
 Verdict = Literal["yes", "no", "undecided"]
 
@@ -57,6 +57,78 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
     else:
         verdict = "undecided"
     return Claim(sentence, verdict, _interval_evidence(difference, margin, percent))
+
+
+def check_pair(
+    sentence: str,
+    df: pd.DataFrame,
+    a: str,
+    b: str,
+    margin: float = 0.0,
+    on: str = "scheme",
+    pair: str | Sequence[str] = "seed",
+    value: str = "test_accuracy",
+    percent: bool = True,
+) -> Claim:
+    """Check the claim that ``a`` exceeds ``b`` by more than a margin, on trials paired by seed.
+
+    Args:
+        sentence: what is claimed.
+        df: one row per trial.
+        a: the value of column ``on`` that is claimed to be larger.
+        b: the value of column ``on`` that it is compared with.
+        margin: what the difference must exceed; negative for "not worse than by".
+        on: the column that tells the two sides apart.
+        pair: the column, or columns, whose values make a pair.
+        value: the column to compare.
+        percent: tell the evidence in percentage points.
+
+    Returns:
+        the claim; undecided if one side was not run, as when a notebook is given fewer schemes.
+
+    Raises:
+        ValueError: as `statistics.paired_difference` and `check_difference` do.
+    """
+    _require_finite("margin", margin)
+    absent = [name for name in (a, b) if name not in set(df[on])]
+    if absent:
+        return Claim(sentence, "undecided", f"no trial of {absent[0]!r} was run")
+    return check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
+
+
+def check_mean(
+    sentence: str,
+    df: pd.DataFrame,
+    a: str,
+    margin: float,
+    on: str = "scheme",
+    value: str = "test_accuracy",
+    percent: bool = True,
+) -> Claim:
+    """Check the claim that the mean of ``a`` is larger than a margin.
+
+    Args:
+        sentence: what is claimed.
+        df: one row per trial.
+        a: the value of column ``on`` that the claim is about.
+        margin: what the mean must exceed.
+        on: the column that names the trials.
+        value: the column to average.
+        percent: tell the evidence in percent.
+
+    Returns:
+        the claim; undecided if no trial of ``a`` was run.
+
+    Raises:
+        ValueError: as `statistics.summarize` and `check_difference` do.
+    """
+    _require_finite("margin", margin)
+    chosen = df[df[on] == a]
+    if chosen.empty:
+        return Claim(sentence, "undecided", f"no trial of {a!r} was run")
+    row = summarize(chosen, on, value).iloc[0]
+    mean = Estimate(row["mean"], row["low"], row["high"], int(row["n"]))
+    return check_difference(sentence, mean, margin, percent)
 
 
 def check_value(
