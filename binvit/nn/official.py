@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
         if not ours:
             continue
         value = state[theirs]
-        if value.numel() != target[ours].numel():
-            want, got = tuple(target[ours].shape), tuple(value.shape)
+        want, got = tuple(target[ours].shape), tuple(value.shape)
+        if [d for d in want if d != 1] != [d for d in got if d != 1]:  # scalars may come as (1,), rows as (n,)
             raise ValueError(f"{path}: the shape of {theirs!r} is {got}, expected {want}.")
         target[ours] = value.float().reshape(target[ours].shape)
     for name in target:
@@ -123,7 +124,6 @@ def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) 
     try:
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         patches = state["pos_embed"].shape[1] - 2
-        side = round(patches**0.5)
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
         heads = state["blocks.0.attn.move_q.bias"].shape[0]
         classes = state["head.weight"].shape[0]
@@ -131,7 +131,13 @@ def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) 
         raise ValueError(
             f"{path} is no official GSB checkpoint: a tensor has the wrong number of dimensions."
         ) from error
-    if side * side != patches:
+    for key, value in state.items():
+        if value.numel() == 0:
+            raise ValueError(f"{path} is no official GSB checkpoint: the tensor {key!r} is empty.")
+    if width % heads:
+        raise ValueError(f"{path} is no official GSB checkpoint: {heads} heads do not divide the width {width}.")
+    side = math.isqrt(max(patches, 0))
+    if patches < 1 or side * side != patches:
         raise ValueError(f"{path}: pos_embed covers {patches} patches, which is no square number.")
     model = VisionTransformerDistilled(
         img_size=side * patch,
