@@ -51,8 +51,9 @@ class Binarizer(nn.Module):
             return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
         self._seen = True
         with torch.no_grad():
-            for parameter in parameters:
-                parameter.clamp_(min=SMALLEST_SCALE)
+            for name, parameter in zip(self.rule.parameters, parameters, strict=True):
+                if name != "offset":  # the one parameter that may be negative
+                    parameter.clamp_(min=SMALLEST_SCALE)
         return parameters
 
     def planes(self, x: Tensor) -> list[Plane]:
