@@ -29,6 +29,13 @@ def test_parameters_come_back_as_frozen_dataclass():
         p.rate = 2.0
 
 
+def test_cell_may_import_from_typing():
+    cell = "from typing import Optional\n\nlimit: Optional[int] = None  # at most"
+    assert check_parameters(running(cell)).limit is None
+    assert notebook.declared_types(cell) == {"limit": "Optional[int]"}
+    assert notebook.declared_types("import os\nlimit: int = 1") == {}
+
+
 def test_injected_values_replace_defaults():
     assert check_parameters(running("count: int = 1", "count = 5")).count == 5
 
@@ -95,6 +102,14 @@ def test_own_rules_hold_for_each_entry(valid, sentence):
 def test_rule_for_a_parameter_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="no parameter levles"):
         check_parameters(running("levels: list[int] = [1]"), levles=range(3))
+
+
+def test_without_history_of_cells_as_under_nbval():
+    cell = "count: int = 2\nnames: list[str] = ['a']\nlimit: Optional[float] = None"
+    namespace = running(cell) | {"In": [""]}
+    assert dataclasses.asdict(check_parameters(namespace)) == {"count": 2, "names": ["a"], "limit": None}
+    with pytest.raises(ValueError, match=r"limit is 'x', of type str, but it has to be a number or nothing \(null\)"):
+        check_parameters(namespace | {"limit": "x"})
 
 
 def test_without_parameters_cell():

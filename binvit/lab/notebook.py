@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def _check_value(name: str, value: Any, rule: Callable[[Any], None] | Container 
 
 
 def declared_types(source: str) -> dict[str, str]:
-    """Read names and types from a cell that consists of annotated literals only.
+    """Read names and types from a cell that consists of annotated literals only, and imports from typing.
 
     Returns:
         Name to type as text, in order; empty if the cell is of another kind.
@@ -191,9 +192,23 @@ def declared_types(source: str) -> dict[str, str]:
         body = ast.parse(source).body
     except SyntaxError:  # a cell with a magic
         return {}
+    body = [line for line in body if not (isinstance(line, ast.ImportFrom) and line.module == "typing")]
     if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value for line in body):
         return {}
     return {line.target.id: ast.unparse(line.annotation) for line in body}
+
+
+def _annotated_types(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """Read names and types of all annotated names, for nbval and scripts, which keep no history of cells."""
+    found = namespace.get("__annotations__")
+    if found is None and "__annotate__" in namespace:  # Python 3.14 evaluates annotations when asked for their values
+        found = namespace["__annotate__"](1)
+    texts = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in (found or {}).items()}
+    return {name: re.sub(r"typing\.|^(.+) \| None$", _as_optional, text) for name, text in texts.items()}
+
+
+def _as_optional(match: re.Match) -> str:
+    return f"Optional[{match[1]}]" if match[1] else ""
 
 
 def _injected_names(source: str) -> list[str]:
@@ -224,11 +239,9 @@ def check_parameters(namespace: Mapping[str, Any], **valid: Container) -> Any:
     """
     cells = list(namespace.get("In", []))
     found = [(number, types) for number, types in enumerate(map(declared_types, cells)) if types]
-    if not found:
-        raise ValueError(
-            "No parameters cell has run: a notebook's first cell holds its parameters as annotated literals."
-        )
-    number, types = found[-1]
+    number, types = found[-1] if found else (-1, _annotated_types(namespace))
+    if not types:
+        raise ValueError("No parameters cell has run: a notebook's first cell holds annotated literals.")
     injected = [name for source in cells[number + 1 :] for name in _injected_names(source)]
     for names, what in ((injected, "This notebook has"), (valid, "The parameters cell has")):
         unknown = [name for name in names if name not in types]
