@@ -54,7 +54,7 @@ def reproduce(
         values |= batch.read_values(file)
     plan = batch.plan(notebooks or notebook.folder("notebooks"), size, only, values, dict(texts))
     outcomes = batch.run(plan, out / "notebooks", jobs)
-    index = report.write_report(outcomes, out, size)
+    index = report.write_report(outcomes, out)
     click.echo(f"The report is {index}.")
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:

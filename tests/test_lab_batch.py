@@ -113,6 +113,14 @@ def test_run_goes_on_after_a_failure_and_shares_the_cores(folder, tmp_path, monk
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01_count.ipynb", "02_count.ipynb"]
 
 
+def test_copy_of_an_earlier_run_does_not_pass_for_this_one(folder, tmp_path, monkeypatch):
+    stale = notebook_maker.write(tmp_path / "out" / "01_count.ipynb")
+    monkeypatch.setattr("papermill.execute_notebook", lambda *args, **options: 1 / 0)
+    outcome = batch.run_job(Job(folder / "01_count.ipynb"), tmp_path / "out")
+    assert outcome.error == "ZeroDivisionError: division by zero"
+    assert not stale.exists()
+
+
 def test_executed_copy_holds_the_given_values_and_no_papermill(folder, tmp_path):
     (outcome,) = batch.run(plan(folder, only=["01"], values={"count": 41}), tmp_path / "out")
     text = outcome.executed.read_text()

@@ -31,14 +31,14 @@ def outcomes(tmp_path) -> list[Outcome]:
         path.write_text(json.dumps(notebook))
         paths.append(path)
     return [
-        Outcome("01_made", paths[0], 75.0),
+        Outcome("01_made", paths[0], 75.0, size="cpu"),
         Outcome("02_failed", paths[1], 2.0, "E: <v>"),
         Outcome("03_gone", tmp_path / "notebooks" / "03_gone.ipynb", 1.0, "RuntimeError: Kernel died"),
     ]
 
 
 def test_index_shows_question_figure_claims_time_and_failures(outcomes, tmp_path):
-    index = report.write_report(outcomes, tmp_path, "cpu").read_text()
+    index = report.write_report(outcomes, tmp_path).read_text()
     assert '<a href="01_made.html">What is counted?</a>' in index
     assert re.search(r"<p>Does\s*<math.*</math>\s*hold\?</p>", index)
     assert 'src="data:image/png;base64,QUJD"' in index
@@ -53,7 +53,7 @@ def test_index_shows_question_figure_claims_time_and_failures(outcomes, tmp_path
 
 
 def test_pages_hold_all_outputs_and_need_no_network(outcomes, tmp_path):
-    report.write_report(outcomes, tmp_path, "smoke")
+    report.write_report(outcomes, tmp_path)
     page = (tmp_path / "01_made.html").read_text()
     assert "<h1" in page
     assert "GSB helps" in page
@@ -69,10 +69,22 @@ def test_pages_hold_all_outputs_and_need_no_network(outcomes, tmp_path):
 
 
 def test_report_is_the_same_for_the_same_outcomes(outcomes, tmp_path):
-    index = report.write_report(outcomes, tmp_path, "smoke")
+    index = report.write_report(outcomes, tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.glob("*.html")}
-    assert report.write_report(outcomes, tmp_path, "smoke") == index
+    assert report.write_report(outcomes, tmp_path) == index
     assert {file: file.read_bytes() for file in tmp_path.glob("*.html")} == before
+
+
+def test_index_keeps_the_notebooks_of_earlier_batches(outcomes, tmp_path):
+    report.write_report(outcomes, tmp_path)
+    repeated = Outcome("02_failed", outcomes[1].executed, 33.0)
+    index = report.write_report([repeated], tmp_path).read_text()
+    assert index.index("01_made.html") < index.index("02_failed.html")
+    assert "03_gone" not in index
+    assert "2 notebooks, all finished, 1 min 48 s in all" in index
+    assert "size cpu" in index
+    (tmp_path / "outcomes.json").write_text("[1")
+    assert "1 notebook, all finished" in report.write_report([repeated], tmp_path).read_text()
 
 
 @pytest.mark.parametrize(
@@ -110,5 +122,5 @@ def test_hidden_input_stays_hidden(tmp_path):
     made["cells"][2]["metadata"] = {"tags": ["hide-input"]}
     path = tmp_path / "01_made.ipynb"
     path.write_text(json.dumps(made))
-    report.write_report([Outcome("01_made", path, 1.0)], tmp_path, "smoke")
+    report.write_report([Outcome("01_made", path, 1.0)], tmp_path)
     assert "check_parameters" not in (tmp_path / "01_made.html").read_text()

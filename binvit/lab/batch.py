@@ -31,6 +31,7 @@ class Job:
 
     notebook: Path
     values: Mapping[str, Any] = field(default_factory=dict)
+    size: str = "smoke"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Outcome:
     executed: Path
     seconds: float
     error: str | None = None
+    size: str = "smoke"
 
 
 # ------------------------------------------------------------------------------------------------------------- planning
@@ -150,7 +152,7 @@ def plan(
                 raise ValueError(f"{notebook.name} has no parameter {name!r}; its parameters are {valid}.{hint}")
         given = {name: convert(name, value, types[name]) for name, value in given.items()}
         given |= {name: parse(name, text, types[name]) for name, text in (texts or {}).items()}
-        jobs.append(Job(notebook, given))
+        jobs.append(Job(notebook, given, size))
     return jobs
 
 
@@ -183,6 +185,7 @@ def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its progress is shown by the caller
     out.mkdir(parents=True, exist_ok=True)
     executed = out / job.notebook.name
+    executed.unlink(missing_ok=True)  # a copy of an earlier run must not pass for this one's
     unfinished = out / f".{job.notebook.name}"
     error = None
     start = time.perf_counter()
@@ -207,7 +210,7 @@ def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
         unfinished.unlink()
     if error:
         error = re.sub(r"\s+", " ", error).strip()
-    return Outcome(job.notebook.stem, executed, seconds, error)
+    return Outcome(job.notebook.stem, executed, seconds, error, job.size)
 
 
 def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:

@@ -5,6 +5,7 @@ The pages need no network: styles and figures are inside, formulas become MathML
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -38,6 +39,8 @@ article { border-top: 1px solid var(--line); padding-top: .6rem; margin-top: 1.8
 article h2 { margin-top: .3rem } article img { display: block; margin: .8rem 0 }
 nav { font-size: .9rem; margin-bottom: 1.5rem }
 """
+
+_RECORDS = "outcomes.json"
 
 # nbconvert's own pages load scripts from other hosts; this template keeps the content alone.
 _TEMPLATE = """{%- extends 'display_priority.j2' -%}
@@ -200,8 +203,11 @@ def _seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _entry(outcome: Outcome, summary: Summary | None) -> str:
+def _entry(outcome: Outcome) -> str:
     formulas = _Formulas()
+    summary = None
+    if outcome.executed.is_file():
+        summary = summarize(json.loads(outcome.executed.read_text(encoding="utf-8")))
     title = html.escape(summary.title) if summary else outcome.name
     if summary:
         title = f'<a href="{outcome.name}.html">{title}</a>'
@@ -215,39 +221,48 @@ def _entry(outcome: Outcome, summary: Summary | None) -> str:
     if summary and summary.claims:
         parts.append(summary.claims)
     copy = f', <a href="notebooks/{outcome.executed.name}">executed notebook</a>' if summary else ""
-    parts.append(f'<p class="quiet">{_seconds(outcome.seconds)}{copy}</p></article>')
+    parts.append(f'<p class="quiet">size {outcome.size}, {_seconds(outcome.seconds)}{copy}</p></article>')
     return formulas.show("\n".join(parts))
 
 
-def write_report(outcomes: Sequence[Outcome], out: Path, size: str) -> Path:
-    """Write one page per notebook and the index of all of them.
+def _earlier(out: Path) -> dict[str, Outcome]:
+    """Return the outcomes that earlier batches have left in this folder, as far as their notebooks are still there."""
+    try:
+        records = json.loads((out / _RECORDS).read_text(encoding="utf-8"))
+        found = [Outcome(**record | {"executed": out / "notebooks" / record["executed"]}) for record in records]
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or not ours: the report starts afresh
+        return {}
+    return {outcome.name: outcome for outcome in found if outcome.executed.is_file()}
+
+
+def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
+    """Write one page per notebook and the index of all of them, those of earlier batches in the same folder included.
 
     Args:
         outcomes: what `batch.run` returned; executed copies lie in `out/notebooks`.
         out: the folder of the report.
-        size: smoke, cpu or paper, named on the index.
 
     Returns:
         The path of the index.
     """
-    entries = []
     for outcome in outcomes:
-        summary = None
+        page = out / f"{outcome.name}.html"
+        page.unlink(missing_ok=True)
         if outcome.executed.is_file():
             notebook = json.loads(outcome.executed.read_text(encoding="utf-8"))
-            summary = summarize(notebook)
-            note = f"{outcome.name}, size {size}, {_seconds(outcome.seconds)}"
-            atomic_write(out / f"{outcome.name}.html", _page(notebook, summary.title, note))
-        entries.append(_entry(outcome, summary))
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    total = _seconds(sum(outcome.seconds for outcome in outcomes))
+            note = f"{outcome.name}, size {outcome.size}, {_seconds(outcome.seconds)}"
+            atomic_write(page, _page(notebook, summarize(notebook).title, note))
+    shown = sorted((_earlier(out) | {outcome.name: outcome for outcome in outcomes}).values(), key=lambda o: o.name)
+    records = [dataclasses.asdict(outcome) | {"executed": outcome.executed.name} for outcome in shown]
+    atomic_write(out / _RECORDS, json.dumps(records, indent=1) + "\n")
+    failed = sum(outcome.error is not None for outcome in shown)
+    total = _seconds(sum(outcome.seconds for outcome in shown))
     state = f'<span class="failed">{failed} failed</span>' if failed else "all finished"
     versions = ", ".join(f"{name} {version(name)}" for name in ("binvit", "torch", "timm", "numpy", "numba"))
-    notebooks = f"{len(outcomes)} notebook{'s' * (len(outcomes) != 1)}"
     head = (
         "<h1>1-bit vision transformers: the experiments</h1>\n"
-        f'<p class="quiet">{notebooks} at size {size}, {state}, {total} in all. {versions}.</p>'
+        f'<p class="quiet">{len(shown)} notebook{"s" * (len(shown) != 1)}, {state}, {total} in all. {versions}.</p>'
     )
     index = out / "index.html"
-    atomic_write(index, _document("binvit: the experiments", "\n".join([head, *entries])))
+    atomic_write(index, _document("binvit: the experiments", "\n".join([head, *map(_entry, shown)])))
     return index
