@@ -9,14 +9,18 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first use, so that `import binvit` loads neither torch nor kernels.
 _PUBLIC = {
+    "PackedViT": "binvit.packed",
     "Scheme": "binvit.nn",
     "binarize": "binvit.nn",
     "calibrate": "binvit.nn",
     "list_schemes": "binvit.nn",
+    "load": "binvit.packed",
     "load_official_gsb": "binvit.nn",
+    "pack": "binvit.packed",
+    "save": "binvit.packed",
     "scheme": "binvit.nn",
 }
-_PACKAGES = ("bits", "lab", "nn")
+_PACKAGES = ("bits", "lab", "nn", "packed")
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_PACKAGES]
 

@@ -1,0 +1,203 @@
+"""The exact path: the evaluation-mode model itself, with every product of bits formed from packed words.
+
+All float steps are the model's own torch operations, in the same order and on the same shapes. Sums of binary levels
+are integers that float32 holds exactly, so that popcounts give the same numbers and the logits are equal to the last
+bit. The path works for every scheme; it is also what the fast path falls back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from binvit import bits
+from binvit.nn.functional import apply_scales, exact_in_float32, integer_product, superpose
+from binvit.nn.modules import Binarizer, BinaryAttention, BinaryLinear, BinaryPatchConv
+from binvit.nn.rules import Rule
+from binvit.packed.blueprint import Blueprint
+
+
+def is_binary(rule: Rule) -> bool:
+    """Tell whether all levels of a rule fit into planes of bits: -1, 0 and +1."""
+    return not rule.is_float and rule.lowest >= -1 and rule.highest <= 1
+
+
+class PackedLinear(nn.Module):
+    """`BinaryLinear` with weights of one bit, eight bits or, where the scheme leaves them so, 32.
+
+    Args:
+        layer: The layer to stand in for; its weights are not used.
+        weight: uint64 words (out, words) of the signs, int8 levels (out, in), or float32 (out, in).
+        scale: The weights' scale, or None for 1.
+    """
+
+    def __init__(self, layer: BinaryLinear, weight: Tensor, scale: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.input_binarizer, self.weight_rule = layer.input_binarizer, layer.weight_binarizer.rule
+        self.bias, self.shift, self.post = layer.bias, layer.shift, layer.post
+        self.scale = scale
+        if weight.dtype == torch.uint64 and is_binary(self.input_binarizer.rule):
+            self.words, self.levels = bits.prepare_weights(weight.numpy()), None
+        elif weight.dtype == torch.uint64:
+            self.levels = torch.from_numpy(bits.unpack_signs(weight.numpy(), self.in_features))
+        else:
+            self.levels = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features)."""
+        if self.shift is not None:
+            x = x + self.shift
+        rule = self.input_binarizer.rule
+        (plane,) = self.input_binarizer.planes(x)
+        if self.levels is None:
+            rows = plane.levels.reshape(-1, self.in_features).numpy()
+            unsigned = rule.lowest == 0
+            packed = bits.pack_levels(rows) if unsigned else bits.pack_signs(rows)
+            product = torch.from_numpy(bits.binary_matmul(packed, self.words, self.in_features, unsigned=unsigned))
+            y = product.float().reshape(*x.shape[:-1], self.out_features)
+        else:
+            floats = rule.is_float or self.weight_rule.is_float
+            exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
+            y = integer_product(plane.levels, self.levels.float(), exact)
+        apply_scales(y, plane.scale, self.scale)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y if self.post is None else self.post(y)
+
+
+class PackedPatchConv(PackedLinear):
+    """`BinaryPatchConv` on packed weights; the arguments are those of `PackedLinear`."""
+
+    def __init__(self, layer: BinaryPatchConv, weight: Tensor, scale: Tensor | None) -> None:
+        super().__init__(layer, weight, scale)
+        self.patch_size, self.in_chans = layer.patch_size, layer.in_chans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to features (B, width, H / p, W / p)."""
+        grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
+        patches = BinaryPatchConv.patches
+        y = torch.cat([super(PackedPatchConv, self).forward(patches(self, image)) for image in x.split(1)])
+        return y.mT.reshape(x.shape[0], self.out_features, *grid)
+
+
+class PackedAttention(BinaryAttention):
+    """`BinaryAttention` whose two products, query x key and map x value, are formed from bits."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return binarized query x key / sqrt(d), (B, H, N, N)."""
+        if not (is_binary(self.query_binarizer.rule) and is_binary(self.key_binarizer.rule)):
+            return super().scores(q, k)
+        (q_plane,), (k_plane,) = self.query_binarizer.planes(q), self.key_binarizer.planes(k)
+        product = bit_product(q_plane.levels, k_plane.levels)
+        return apply_scales(product, q_plane.scale, k_plane.scale) * self.factor
+
+    def attend(self, a: Tensor, v: Tensor) -> Tensor:
+        """Return the binarized map (B, H, N, N) times the binarized value (B, H, N, d)."""
+        rules = self.attention_binarizer.rule, self.value_binarizer.rule
+        maps, values = self.attention_binarizer.planes(a), self.value_binarizer.planes(v)
+        if any(rule.is_float for rule in rules) or rules[1].scale_per_token:
+            return superpose(maps) @ superpose(values)
+        total = None
+        for a_plane in maps:
+            for v_plane in values:
+                product = bit_product(a_plane.levels, v_plane.levels.mT)
+                scales = [s for s in (a_plane.scale, v_plane.scale) if s is not None]
+                if scales:
+                    product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
+                total = product if total is None else total.add_(product)
+        return total
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """Map tokens (B, N, D) to (B, N, D); there are no masks."""
+        b, n, _ = x.shape
+        q, k, v = self.split_heads(self.qkv(x))
+        y = self.attend(self.attention_map(self.scores(q, k)), v)
+        return self.proj(self.norm(y.transpose(1, 2).reshape(b, n, self.attn_dim)))
+
+
+def bit_product(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply levels x (B, H, M, K) in {-1, +1} or {0, 1} with levels w (B, H, N, K) in {-1, 0, +1}, from bits.
+
+    Args:
+        x: Levels stored as floats, either signs or, with any zero in them, {0, 1}.
+        w: Levels stored as floats.
+
+    Returns:
+        float32 (B, H, M, N), exact integers.
+    """
+    (b, h, m, length), n = x.shape, w.shape[-2]
+    out = np.empty((b * h, m, n), np.int32)
+    signed = not bool((x == 0).any())
+    rows = bits.pack_levels(x.reshape(b * h, m, length).numpy(), 0)
+    columns = w.reshape(b * h, n, length).numpy()
+    signs, masks = bits.pack_levels(columns, 0), None
+    if not columns.all():
+        masks = bits.pack_levels(np.abs(columns), 0)
+    for i in range(b * h):
+        if masks is None:
+            bits.binary_matmul(rows[i], signs[i], length, unsigned=not signed, out=out[i])
+        else:
+            bits.binary_matmul(rows[i], signs[i], length, unsigned=True, mask=masks[i], out=out[i])
+            if signed:  # (2 b - 1) c = 2 b c - c
+                out[i] = 2 * out[i] - columns[i].sum(-1).astype(np.int32)
+    return torch.from_numpy(out).float().reshape(b, h, m, n)
+
+
+def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Rebuild the evaluation-mode model of a packed file on packed weights.
+
+    Args:
+        blueprint: The file's header.
+        tensors: The file's tensors: the model's state, with the weights of binarized layers as words or int8 levels
+            and their scales as `weight_scale`.
+
+    Raises:
+        ValueError: If tensors are missing, unexpected or of another shape than the blueprint says.
+    """
+    # A clone starts at a multiple of 64 bytes, wherever the file put the tensor: vector units round alike.
+    state = {name: tensor if tensor.dtype == torch.uint64 else tensor.clone() for name, tensor in tensors.items()}
+    model = blueprint.build()
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, BinaryLinear):
+            kind = PackedPatchConv if isinstance(module, BinaryPatchConv) else PackedLinear
+            weight = state.pop(f"{name}.weight", None)
+            if weight is None:
+                raise ValueError(f"The packed model has no tensor {name}.weight.")
+            scale = state.pop(f"{name}.weight_scale", None)
+            _check_weight(name, module, weight, scale)
+            packed = kind(module, weight, scale)
+            setattr(model.get_submodule(parent), child, packed)
+        elif isinstance(module, BinaryAttention):
+            module.__class__ = PackedAttention
+        elif isinstance(module, Binarizer) and hasattr(module, "initialized"):
+            state[f"{name}.initialized"] = torch.tensor(True)
+    for name in [name for name in state if name.endswith("weight_binarizer.initialized")]:
+        del state[name]
+    state = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in state.items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"The packed model does not fit its header: the tensor {name} has shape "
+                f"{tuple(found[name]) if name in found else None}, expected "
+                f"{tuple(expected[name]) if name in expected else None}."
+            )
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def _check_weight(name: str, layer: BinaryLinear, weight: Tensor, scale: Tensor | None) -> None:
+    packed = weight.dtype == torch.uint64
+    shape = (layer.out_features, bits.word_count(layer.in_features) if packed else layer.in_features)
+    if weight.shape != shape or (scale is not None and scale.shape not in ((), (layer.out_features, 1))):
+        raise ValueError(
+            f"The packed model does not fit its header: {name}.weight has shape {tuple(weight.shape)}, expected "
+            f"{shape}; its scale {None if scale is None else tuple(scale.shape)}, expected () or "
+            f"({layer.out_features}, 1)."
+        )

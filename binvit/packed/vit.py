@@ -1,0 +1,143 @@
+"""PackedViT: a binary vision transformer that runs on bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from binvit.packed.blueprint import Blueprint
+from binvit.packed.exact import build_exact
+
+PARTS = (
+    "1-bit weights",
+    "weight scales",
+    "activation scales",
+    "shifts",
+    "attention bias",
+    "patch embedding",
+    "position embedding and tokens",
+    "heads",
+    "norms",
+    "biases",
+    "activation functions",
+    "float weights",
+)
+"""What the bytes and operations of a model are counted by."""
+
+
+class PackedViT:
+    """A packed binary vision transformer; `pack` makes it of a model, `load` of a file.
+
+    Args:
+        blueprint: What is no tensor.
+        tensors: The tensors as a packed file holds them.
+        exact: Take the exact path.
+
+    Attributes:
+        blueprint: What is no tensor: scheme, shape, class names, normalization.
+        tensors: Everything else, by name.
+        exact: The logits equal the evaluation-mode model's bit for bit.
+    """
+
+    def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
+        self.blueprint, self.tensors, self.exact = blueprint, dict(tensors), bool(exact)
+        self._run = build_exact(blueprint, tensors)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; empty where they are not known."""
+        return self.blueprint.classes
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the stored tensors by part, a key of `PARTS`."""
+        sizes = dict.fromkeys(PARTS, 0)
+        for name, tensor in self.tensors.items():
+            sizes[part_of(name, tensor)] += tensor.numel() * tensor.element_size()
+        return {part: size for part, size in sizes.items() if size}
+
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Compute the logits of normalized images.
+
+        Args:
+            images: float32 (B, C, H, W), a torch tensor or a numpy array.
+
+        Returns:
+            float32 (B, classes), of the same kind.
+
+        Raises:
+            ValueError: If the images have another shape or type.
+        """
+        is_tensor = isinstance(images, Tensor)
+        if not is_tensor and not isinstance(images, np.ndarray):
+            raise ValueError(f"Images must be a torch tensor or a numpy array, got {type(images).__name__}.")
+        shape = self.blueprint.image_shape
+        if tuple(images.shape[1:]) != shape or images.dtype not in (torch.float32, np.float32):
+            raise ValueError(
+                f"Images must be float32 of shape (B, {', '.join(map(str, shape))}), got {images.dtype} of shape "
+                f"{tuple(images.shape)}."
+            )
+        if not is_tensor:
+            # A read-only array would make torch warn; the forward pass never writes into its input.
+            images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        with torch.inference_mode():
+            logits = self._run(images.detach()) if len(images) else torch.empty(0, self.blueprint.vit["num_classes"])
+        return logits.clone() if is_tensor else logits.numpy()
+
+    def predict(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Compute the likeliest class of normalized images; the arguments are those of a call.
+
+        Returns:
+            int64 (B,), indices into `classes`.
+        """
+        return self(images).argmax(-1)
+
+    def __repr__(self) -> str:
+        vit, size = self.blueprint.vit, sum(self.nbytes.values())
+        channels, height, width = self.blueprint.image_shape
+        lines = [
+            f"scheme={self.blueprint.scheme.name!r}, path={'exact' if self.exact else 'fast'}",
+            f"images=({channels}, {height}, {width}), patch={'x'.join(map(str, vit['patch_size']))}, "
+            f"width={vit['embed_dim']}, depth={vit['depth']}, heads={vit['num_heads']}, "
+            f"classes={vit['num_classes']}{', distilled' if vit['distilled'] else ''}",
+            f"{_in_words(size)}: " + ", ".join(f"{part} {_in_words(n)}" for part, n in self.nbytes.items()),
+        ]
+        return "PackedViT(\n" + "".join(f"    {line}\n" for line in lines) + ")"
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def part_of(name: str, tensor: Tensor) -> str:
+    """Return the part of the model, an element of `PARTS`, that a tensor belongs to.
+
+    Args:
+        name: The tensor's name in the packed model, which is its name in the trained one.
+        tensor: The tensor.
+    """
+    last = name.rpartition(".")[2]
+    if name.startswith("patch_embed."):
+        return "patch embedding"
+    if name.startswith(("head.", "head_dist.", "attn_pool.")):
+        return "heads"
+    if "." not in name:
+        return "position embedding and tokens"
+    if name.endswith("attn.bias.values"):
+        return "attention bias"
+    if last == "weight_scale":
+        return "weight scales"
+    if "_binarizer." in name:
+        return "activation scales"
+    if last == "shift" or last.endswith("_shift"):
+        return "shifts"
+    if ".post." in name:
+        return "activation functions"
+    if "norm" in name or ".ls1." in name or ".ls2." in name:
+        return "norms"
+    if last == "bias":
+        return "biases"
+    return "1-bit weights" if tensor.dtype == torch.uint64 else "float weights"
