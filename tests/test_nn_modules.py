@@ -1,0 +1,429 @@
+"""Layers: scales start from the first batch, and every scheme's layers compute what loops over its rules compute."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference_nn as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nn_helpers import upstream
+from timm.layers import Mlp
+from timm.layers.attention import Attention
+from torch import nn
+
+import binvit
+from binvit.nn import (
+    AttentionBias,
+    Binarizer,
+    BinaryAttention,
+    BinaryLinear,
+    BinaryMlp,
+    BinaryPatchConv,
+    RPReLU,
+    rules,
+)
+from binvit.nn.attention_rules import GsbAttention, HeadSign
+from binvit.nn.schemes import PLACES
+
+SCHEMES = binvit.list_schemes()
+GRID, PREFIX = (2, 2), 1  # five tokens
+
+
+def tokens(seed=0, n=2, width=12):
+    return torch.tensor(upstream((n, 5, width), seed))
+
+
+def attention_layer(scheme, width=12, heads=3, **options):
+    torch.manual_seed(0)
+    layer = Attention(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm, **options)
+    return BinaryAttention(layer, scheme, GRID, PREFIX)
+
+
+def mlp_layer(scheme, width=12, **options):
+    torch.manual_seed(0)
+    return BinaryMlp(Mlp(width, 2 * width, **options), scheme)
+
+
+def disturb(module, seed=0):
+    """Move every parameter a little, so that shifts, biases and offsets are not at their neutral start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.05)
+    return module
+
+
+# --- Binarizer
+
+
+def test_scales_come_from_the_first_training_batch_alone():
+    binarizer = Binarizer(rules.Elastic())
+    assert binarizer.scale.item() == 1
+    x = torch.randn(4, 6)
+    binarizer.eval().values(x)
+    assert binarizer.scale.item() == 1
+    assert not binarizer.initialized
+    binarizer.train().values(x)
+    assert binarizer.scale.item() == pytest.approx(2 * x.abs().mean().item())
+    assert binarizer.initialized
+    binarizer.values(100 * x)
+    assert binarizer.scale.item() == pytest.approx(2 * x.abs().mean().item())
+
+
+def test_the_shift_counts_for_the_first_scale():
+    binarizer, x, shift = Binarizer(rules.Elastic()), torch.randn(4, 6), torch.full((6,), 3.0)
+    binarizer.values(x, shift)
+    assert binarizer.scale.item() == pytest.approx(2 * (x + shift).abs().mean().item())
+
+
+def test_loaded_and_copied_scales_are_not_set_again():
+    first = Binarizer(rules.Elastic())
+    first.values(torch.randn(4, 6))
+    loaded = Binarizer(rules.Elastic())
+    loaded.load_state_dict(first.state_dict())
+    for other in (loaded, copy.deepcopy(first)):
+        other.values(100 * torch.ones(4, 6))
+        assert torch.equal(other.scale, first.scale)
+
+
+def test_scales_stay_positive_while_offsets_need_not():
+    binarizer = Binarizer(HeadSign(), heads=2)
+    x = torch.rand(3, 2, 4, 4)
+    binarizer.values(x)
+    assert (binarizer.offset < 0).all()
+    with torch.no_grad():
+        binarizer.scale.fill_(-1.0)
+        offset = binarizer.offset.clone()
+    scale, kept = binarizer.values(x)
+    assert (scale == rules.SMALLEST_SCALE).all()
+    assert torch.equal(kept, offset)
+
+
+def test_official_initialization_subtracts_in_the_first_forward_pass_only():
+    a = torch.tensor(upstream((4, 2, 9, 9), 0)).float().mul(2).softmax(-1)
+    rule = GsbAttention(init="official")
+    binarizer = Binarizer(rule)
+    levels = reference.gsb_attention_levels(a.double().numpy(), rule.thresholds, rule.reduce)
+    first, second = ([s.item() for s in binarizer.values(a)] for _ in range(2))
+    np.testing.assert_allclose(first, reference.stacked(levels), rtol=1e-4)
+    np.testing.assert_allclose(second, levels, rtol=1e-4)
+
+
+def test_first_scales_receive_a_gradient_at_once():
+    binarizer = Binarizer(GsbAttention(init="official"))
+    scales = binarizer.values(torch.rand(2, 2, 4, 4))
+    sum(scales).backward()
+    assert all(p.grad == 1 for p in binarizer.parameters())
+
+
+def test_schedules_are_buffers_that_progress_moves():
+    binarizer = Binarizer(rules.Ede())
+    assert not list(binarizer.parameters())
+    assert binarizer.sharpness.item() == pytest.approx(1e-3)
+    binarizer.set_progress(1.0)
+    assert binarizer.sharpness.item() == pytest.approx(10)
+    binarizer.values(torch.randn(3, 4))
+    assert binarizer.sharpness.item() == pytest.approx(10)
+    plain = Binarizer(rules.Elastic())
+    plain.set_progress(1.0)
+    assert plain.scale.item() == 1
+
+
+def test_names_show_what_is_binarized():
+    text = repr(attention_layer(binvit.scheme("gsb")))
+    for part in ("GsbAttention", "GsbValue", "Bwn", "Elastic", "BinaryLinear", "12, 36"):
+        assert part in text
+
+
+# --- RPReLU
+
+
+def test_rprelu_is_a_shifted_prelu_per_channel():
+    layer = disturb(RPReLU(6).double(), 1)
+    x = tokens(0, width=6)
+    y = layer(x)
+    for i in np.ndindex(x.shape):
+        c = i[-1]
+        moved = x[i] - layer.shift_in[c]
+        want = (moved if moved >= 0 else layer.slope[c] * moved) + layer.shift_out[c]
+        assert y[i].item() == pytest.approx(want.item())
+    assert torch.autograd.gradcheck(layer, x.requires_grad_())
+
+
+# --- linear layers
+
+
+def test_a_linear_layer_keeps_its_weights_and_copies_them():
+    linear = nn.Linear(8, 5)
+    layer = BinaryLinear(linear, rules.Bwn(), rules.Elastic(), shift=True)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.bias, linear.bias)
+    assert layer.weight is not linear.weight
+    assert layer.shift.shape == (8,)
+    assert BinaryLinear(nn.Linear(8, 5, bias=False), rules.Bwn(), rules.Elastic()).bias is None
+
+
+def test_nothing_is_shifted_that_is_not_binarized():
+    assert BinaryLinear(nn.Linear(8, 5), rules.Bwn(), rules.Float(), shift=True).shift is None
+
+
+def test_float_rules_make_the_plain_linear_layer():
+    linear = nn.Linear(8, 5).double()
+    x = tokens(width=8)
+    layer = BinaryLinear(linear, rules.Float(), rules.Float())
+    torch.testing.assert_close(layer(x), linear(x))
+
+
+@pytest.mark.parametrize(("kernel", "size"), [((4, 4), (8, 12)), ((2, 4), (6, 8)), ((3, 3), (9, 9))])
+def test_a_patch_convolution_is_a_convolution(kernel, size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 7, kernel, stride=kernel).double()
+    x = torch.tensor(upstream((2, 3, *size), 0))
+    plain = BinaryPatchConv(conv, rules.Float(), rules.Float())
+    torch.testing.assert_close(plain(x), conv(x))
+
+    layer = BinaryPatchConv(conv, rules.Elastic(per="channel", lo=-128, hi=127), rules.Float()).train()
+    y = layer(x)
+    step = layer.weight_binarizer.scale.view(-1, 1, 1, 1)
+    quantized = torch.clamp((layer.weight / step).round(), -128, 127) * step
+    assert len(quantized[0].unique()) > 2
+    torch.testing.assert_close(y, nn.functional.conv2d(x, quantized, conv.bias, conv.stride))
+    torch.testing.assert_close(layer.eval()(x), y)
+
+
+def test_patches_of_an_image_do_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    layer = BinaryPatchConv(nn.Conv2d(3, 7, 4, stride=4), rules.Bwn(), rules.Sign(scale="row")).eval()
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(layer(x)[:1], layer(x[:1]))
+
+
+def test_the_input_factor_of_a_patch_is_its_box_filtered_mean():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 7, 4, stride=4, bias=False)
+    x = torch.randn(2, 3, 8, 8)
+    y = BinaryPatchConv(conv, rules.Sign(scale="row"), rules.Sign(scale="row"))(x)
+    box = nn.functional.avg_pool2d(x.abs().mean(1, keepdim=True), 4)  # K of XNOR-Net
+    factor = conv.weight.abs().mean((1, 2, 3), keepdim=True)
+    want = nn.functional.conv2d(rules.sign(x), factor * rules.sign(conv.weight), stride=4) * box
+    torch.testing.assert_close(y, want)
+
+
+# --- attention bias
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_a_relative_bias_hangs_on_the_offset_between_patches(h, w, prefix):
+    index = AttentionBias.relative_index((h, w), prefix)
+    n = prefix + h * w
+    assert index.shape == (n, n)
+    meaning = {}
+    for i in range(n):
+        for j in range(n):
+            if i < prefix and j < prefix:
+                key = ("pair", i, j)
+            elif i < prefix:
+                key = ("query", i)
+            elif j < prefix:
+                key = ("key", j)
+            else:
+                (a, b), (c, d) = divmod(i - prefix, w), divmod(j - prefix, w)
+                key = ("offset", a - c, b - d)
+            assert meaning.setdefault(index[i, j].item(), key) == key
+    assert len(set(meaning.values())) == len(meaning)  # one place per meaning
+    assert sorted(meaning) == list(range(AttentionBias.table_size((h, w), prefix)))
+
+
+def test_both_kinds_of_bias_start_at_zero_and_count_what_they_hold():
+    full, relative = (AttentionBias(kind, 3, (4, 4), 2) for kind in ("full", "relative"))
+    assert full.values.numel() == 3 * 18 * 18
+    assert relative.values.numel() == 3 * (7 * 7 + 4 + 4)
+    for bias in (full, relative):
+        assert bias().shape == (3, 18, 18)
+        assert (bias() == 0).all()
+    assert list(relative.state_dict()) == ["values"]  # the index follows from the shape
+
+
+# --- whole layers against loops over the rules
+
+
+def binarized(binarizer, place, scheme, x):
+    """Binarize x by the oracle of the scheme's rule for that place."""
+    name = getattr(scheme, place)
+    oracle = reference.PLACES[place][name]
+    if name == "gsb":
+        kind = reference.gsb_attention if place == "attention" else reference.gsb_value
+        oracle = kind(scheme.thresholds, scheme.reduce)
+    parameters = [getattr(binarizer, p).detach().numpy() for p in binarizer.rule.parameters]
+    return oracle(x, np.zeros_like(x), *parameters).y
+
+
+def linear_oracle(layer, places, scheme, x):
+    weight, input = places
+    if layer.shift is not None:
+        x = x + layer.shift.detach().numpy()
+    w = layer.matrix.detach().numpy()
+    xb = binarized(layer.input_binarizer, input, scheme, x)
+    wb = binarized(layer.weight_binarizer, weight, scheme, w)
+    y = xb @ wb.T + layer.bias.detach().numpy()
+    if layer.post is not None:
+        moved = y - layer.post.shift_in.detach().numpy()
+        y = (
+            np.where(moved >= 0, moved, layer.post.slope.detach().numpy() * moved)
+            + layer.post.shift_out.detach().numpy()
+        )
+    return y
+
+
+def attention_oracle(layer, scheme, x):
+    b, n, width = x.shape
+    heads, d = layer.num_heads, layer.head_dim
+    qkv = linear_oracle(layer.qkv, ("weight", "input"), scheme, x)
+    parts = {}
+    for i, place in enumerate(("query", "key", "value")):
+        part = np.zeros((b, heads, n, d))
+        for h in range(heads):
+            start = i * width + h * d
+            part[:, h] = qkv[:, :, start : start + d]
+        shift = getattr(layer, f"{place}_shift")
+        parts[place] = part if shift is None else part + shift.detach().numpy()
+    q = binarized(layer.query_binarizer, "query", scheme, parts["query"])
+    k = binarized(layer.key_binarizer, "key", scheme, parts["key"])
+    v = binarized(layer.value_binarizer, "value", scheme, parts["value"])
+    a = np.einsum("bhid,bhjd->bhij", q, k) / np.sqrt(d)
+    if scheme.attention != "scores":
+        a = np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+    if layer.bias is not None:
+        a = a + layer.bias().detach().numpy()
+    y = np.einsum("bhij,bhjd->bihd", binarized(layer.attention_binarizer, "attention", scheme, a), v)
+    return linear_oracle(layer.proj, ("weight", "input"), scheme, y.reshape(b, n, width))
+
+
+def mlp_oracle(layer, scheme, x):
+    hidden = linear_oracle(layer.fc1, ("weight", "input"), scheme, x)
+    hidden = nn.functional.gelu(torch.tensor(hidden)).numpy()
+    if scheme.activation_limit is not None:
+        hidden = np.clip(hidden, -scheme.activation_limit, scheme.activation_limit)
+    return linear_oracle(layer.fc2, ("weight", "hidden"), scheme, hidden)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_attention_of_every_scheme_against_loops(name):
+    scheme = binvit.scheme(name)
+    layer = attention_layer(scheme).double()
+    x = tokens()
+    layer(x)  # sets the scales
+    disturb(layer)
+    want = attention_oracle(layer, scheme, x.numpy())
+    for mode in (True, False):
+        np.testing.assert_allclose(layer.train(mode)(x).detach(), want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_mlp_of_every_scheme_against_loops(name):
+    scheme = binvit.scheme(name)
+    layer = mlp_layer(scheme).double()
+    x = tokens()
+    layer(x)
+    disturb(layer)
+    want = mlp_oracle(layer, scheme, x.numpy())
+    for mode in (True, False):
+        np.testing.assert_allclose(layer.train(mode)(x).detach(), want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [attention_layer, mlp_layer])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_evaluation_gives_training_up_to_rounding(name, make):
+    """Evaluation multiplies integers and scales once, training may take faster ways: values and gradients agree."""
+    layer = make(binvit.scheme(name), width=24)
+    x = tokens(0, 3, 24).float()
+    layer(x)
+    disturb(layer, 2)
+    results = []
+    for mode in (True, False):
+        layer.train(mode).zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(tokens(1, 3, 24).float())
+        results.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    for training, evaluation in zip(*results, strict=True):
+        torch.testing.assert_close(training, evaluation, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_norm": True}])
+def test_float_rules_make_timms_attention(options):
+    torch.manual_seed(0)
+    timms = Attention(12, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **options).double()
+    scheme = binvit.scheme("float", components=("mhsa",))
+    layer = BinaryAttention(timms, scheme, GRID, PREFIX)
+    torch.testing.assert_close(layer(tokens()), timms(tokens()))
+
+
+def test_float_rules_make_timms_mlp():
+    torch.manual_seed(0)
+    timms = Mlp(12, 24, norm_layer=nn.LayerNorm).double()
+    layer = BinaryMlp(timms, binvit.scheme("float", components=("mlp",)))
+    torch.testing.assert_close(layer(tokens()), timms(tokens()))
+
+
+def test_the_activation_is_limited_where_the_scheme_says_so():
+    layer = mlp_layer(binvit.scheme("gsb", activation_limit=0.5))
+    x = torch.linspace(-20, 20, 101)
+    assert layer.activate(x).max() == 0.5
+    assert mlp_layer(binvit.scheme("bnn")).activate(x).max() == 20
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEMES if n != "float"])
+def test_recorded_tensors_are_the_ones_multiplied(name):
+    scheme = binvit.scheme(name)
+    layer = attention_layer(scheme).double()
+    x = tokens()
+    layer(x)
+    disturb(layer)
+    assert layer.last_attention == {}
+    layer.eval().record = True
+    y = layer(x)
+    kept = layer.last_attention
+    assert set(kept) == {"scores", "map", "binary", "query", "key", "value", "value_binary"}
+    assert not any(t.requires_grad for t in kept.values())
+    product = (kept["binary"] @ kept["value_binary"]).transpose(1, 2).reshape(2, 5, 12)
+    torch.testing.assert_close(layer.proj(product), y)
+    for place in ("query", "key", "value"):
+        assert kept[place].shape == (2, 3, 5, 4)
+    for place in ("scores", "map", "binary"):
+        assert kept[place].shape == (2, 3, 5, 5)
+    bias = 0 if layer.bias is None else layer.bias()
+    want = kept["scores"] if scheme.attention == "scores" else kept["scores"].softmax(-1) + bias
+    torch.testing.assert_close(kept["map"], want)
+    layer.record = False
+    layer(2 * x)
+    assert layer.last_attention is kept
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_recording_in_either_mode_changes_nothing(mode):
+    layer = attention_layer(binvit.scheme("gsb"))
+    x = tokens().float()
+    layer(x)
+    layer.train(mode)
+    before = layer(x)
+    layer.record = True
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [{"attn_mask": torch.zeros(5, 5)}, {"is_causal": True}])
+def test_attention_refuses_masks(mask):
+    layer = attention_layer(binvit.scheme("gsb"))
+    with pytest.raises(ValueError, match="takes no attention mask"):
+        layer(tokens().float(), **mask)
+
+
+def test_every_place_has_one_binarizer_per_rule():
+    layer = attention_layer(binvit.scheme("bivit-head"))
+    for place in ("attention", "value"):
+        assert getattr(layer, f"{place}_binarizer").scale.shape == (3, 1, 1)
+    assert mlp_layer(binvit.scheme("bivit")).fc1.weight_binarizer.scale.shape == (24, 1)
+    assert set(PLACES) == set(reference.PLACES)
