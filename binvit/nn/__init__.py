@@ -3,16 +3,9 @@
 from binvit.nn import functional
 from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
 from binvit.nn.convert import binarize, calibrate, set_progress
-from binvit.nn.modules import (
-    AttentionBias,
-    Binarizer,
-    BinaryAttention,
-    BinaryLinear,
-    BinaryMlp,
-    BinaryPatchConv,
-    RPReLU,
-)
+from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.official import load_official_gsb
+from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
 from binvit.nn.schemes import COMPONENTS, PLACES, Scheme
 
 __all__ = [

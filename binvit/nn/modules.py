@@ -5,89 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from binvit.nn import fused
 from binvit.nn.functional import attention_product, binary_product, superpose
-from binvit.nn.rules import SMALLEST_SCALE, Plane, Rule
+from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
-
-
-class Binarizer(nn.Module):
-    """A rule together with its parameters, which are set from the first batch seen in training mode.
-
-    Args:
-        rule: The rule.
-        channels: Output channels, for rules with parameters per channel.
-        heads: Attention heads, for rules with parameters per head.
-    """
-
-    def __init__(self, rule: Rule, *, channels: int = 1, heads: int = 1) -> None:
-        super().__init__()
-        self.rule = rule
-        shape = rule.parameter_shape(channels=channels, heads=heads)
-        for name, value in zip(rule.parameters, rule.default(), strict=True):
-            tensor = torch.full(shape, value)
-            if rule.learned:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-        if rule.parameters and rule.learned:
-            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        self._seen = False  # spares reading the buffer once it is known to be set
-
-    def values(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the rule's parameters for binarizing x + shift; in training mode they are set or clamped before."""
-        parameters = tuple(getattr(self, name) for name in self.rule.parameters)
-        if not (self.training and self.rule.learned and parameters):
-            return parameters
-        if not self._seen and not self.initialized:
-            with torch.no_grad():
-                initial = self.rule.initial(x if shift is None else x + shift)
-                for parameter, value in zip(parameters, initial, strict=True):
-                    parameter.copy_(value)
-                self.initialized.fill_(True)
-                offsets = [
-                    first - value for first, value in zip(self.rule.first_forward(initial), initial, strict=True)
-                ]
-            self._seen = True
-            return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
-        self._seen = True
-        with torch.no_grad():
-            for name, parameter in zip(self.rule.parameters, parameters, strict=True):
-                if name != "offset":  # the one parameter that may be negative
-                    parameter.clamp_(min=SMALLEST_SCALE)
-        return parameters
-
-    def planes(self, x: Tensor) -> list[Plane]:
-        """Return the planes of x with the current parameters."""
-        return self.rule.planes(x, *(getattr(self, name) for name in self.rule.parameters))
-
-    def set_progress(self, done: float) -> None:
-        """Move a schedule-driven parameter to the share `done` (0 to 1) of training."""
-        if not self.rule.learned and self.rule.parameters:
-            getattr(self, self.rule.parameters[0]).fill_(self.rule.progress(done))
-
-    def extra_repr(self) -> str:
-        return repr(self.rule)
-
-
-class RPReLU(nn.Module):
-    """ReActNet's activation: y = PReLU_c(x - m1_c) + m2_c, one slope and two shifts per channel.
-
-    Args:
-        channels: Size of the last dimension.
-
-    References:
-        Liu et al., ReActNet, 2020.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.shift_in = nn.Parameter(torch.zeros(channels))
-        self.shift_out = nn.Parameter(torch.zeros(channels))
-        self.slope = nn.Parameter(torch.full((channels,), 0.25))
-
-    def forward(self, x: Tensor) -> Tensor:
-        moved = x - self.shift_in
-        return torch.where(moved >= 0, moved, self.slope * moved) + self.shift_out
 
 
 class BinaryLinear(nn.Module):
@@ -123,16 +45,12 @@ class BinaryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
         w = self.matrix
-        y = binary_product(
-            x,
-            w,
-            self.input_binarizer.rule,
-            self.weight_binarizer.rule,
-            self.input_binarizer.values(x, self.shift),
-            self.weight_binarizer.values(w),
-            self.shift,
-            self.bias,
-        )
+        rules = self.input_binarizer.rule, self.weight_binarizer.rule
+        px, pw = self.input_binarizer.values(x, self.shift), self.weight_binarizer.values(w)
+        if self.training and fused.takes_linear(*rules, x, w, self.shift, self.bias):
+            y = fused.elastic_linear(x, w, *rules, *px, pw, self.shift, self.bias)
+        else:
+            y = binary_product(x, w, *rules, px, pw, self.shift, self.bias)
         return y if self.post is None else self.post(y)
 
     def extra_repr(self) -> str:
@@ -174,60 +92,6 @@ class BinaryPatchConv(BinaryLinear):
         else:
             y = torch.cat([super(BinaryPatchConv, self).forward(self.patches(image)) for image in x.split(1)])
         return y.mT.reshape(x.shape[0], self.out_features, *grid)
-
-
-class AttentionBias(nn.Module):
-    """Learned bias on the attention map, shared by all images.
-
-    Args:
-        kind: "full" (one value per head and pair of tokens) or "relative" (one per head and relative position of two
-            patches, plus one per head for every pair that involves a prefix token and, for patches, per prefix token).
-        heads: Number of heads.
-        grid: Patches along height and width.
-        prefix: Number of tokens before the patches (class, distillation, registers).
-    """
-
-    def __init__(self, kind: str, heads: int, grid: tuple[int, int], prefix: int) -> None:
-        super().__init__()
-        self.kind = kind
-        tokens = prefix + grid[0] * grid[1]
-        if kind == "full":
-            self.values = nn.Parameter(torch.zeros(heads, tokens, tokens))
-            return
-        self.values = nn.Parameter(torch.zeros(heads, self.table_size(grid, prefix)))
-        self.register_buffer("index", self.relative_index(grid, prefix), persistent=False)
-
-    @staticmethod
-    def table_size(grid: tuple[int, int], prefix: int) -> int:
-        """Number of values per head of a relative bias."""
-        return (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * prefix + 2 * prefix
-
-    @staticmethod
-    def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
-        """Return where in the table the bias of each pair of tokens stands, int64 (N, N).
-
-        The table holds the (2 h - 1)(2 w - 1) relative positions row by row, then the pairs of prefix tokens, then one
-        value per prefix token as a query and one per prefix token as a key of a patch.
-        """
-        h, w = grid
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        rows, columns = rows.flatten(), columns.flatten()
-        relative = (rows[:, None] - rows[None] + h - 1) * (2 * w - 1) + (columns[:, None] - columns[None] + w - 1)
-        start = (2 * h - 1) * (2 * w - 1)
-        n = prefix + h * w
-        index = torch.empty(n, n, dtype=torch.int64)
-        index[prefix:, prefix:] = relative
-        index[:prefix, :prefix] = start + torch.arange(prefix * prefix).view(prefix, prefix)
-        index[:prefix, prefix:] = start + prefix * prefix + torch.arange(prefix)[:, None]
-        index[prefix:, :prefix] = start + prefix * prefix + prefix + torch.arange(prefix)[None]
-        return index
-
-    def forward(self) -> Tensor:
-        """Return the bias, (heads, N, N)."""
-        return self.values if self.kind == "full" else self.values[:, self.index]
-
-    def extra_repr(self) -> str:
-        return f"{self.kind}, {tuple(self.values.shape)}"
 
 
 class BinaryAttention(nn.Module):
@@ -283,9 +147,8 @@ class BinaryAttention(nn.Module):
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return binarized query x key / sqrt(d), (B, H, N, N)."""
-        rule_q, rule_k = self.query_binarizer.rule, self.key_binarizer.rule
-        pq, pk = self.query_binarizer.values(q), self.key_binarizer.values(k)
-        return binary_product(q, k, rule_q, rule_k, pq, pk) * self.factor
+        query, key = self.query_binarizer, self.key_binarizer
+        return binary_product(q, k, query.rule, key.rule, query.values(q), key.values(k)) * self.factor
 
     def attention_map(self, scores: Tensor) -> Tensor:
         """Turn scores (B, H, N, N) into the float attention map: softmax, then the learned bias."""
@@ -300,17 +163,38 @@ class BinaryAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Binarized attention takes no attention mask.")
-        b, n, _ = x.shape
-        q, k, v = self.split_heads(self.qkv(x))
+        qkv = self.qkv(x)
+        y = self._fused(qkv) if self._can_fuse(qkv) else self._by_steps(qkv)
+        return self.proj_drop(self.proj(self.norm(y)))
+
+    def _by_steps(self, qkv: Tensor) -> Tensor:
+        q, k, v = self.split_heads(qkv)
         scores = self.scores(q, k)
         a = self.attn_drop(self.attention_map(scores))
-        pa, pv = self.attention_binarizer.values(a), self.value_binarizer.values(v)
-        rule_a, rule_v = self.attention_binarizer.rule, self.value_binarizer.rule
-        y = attention_product(a, v, rule_a, rule_v, pa, pv, exact=not self.training)
+        map_, value = self.attention_binarizer, self.value_binarizer
         if self.record:
             self._keep(scores, a, q, k, v)
-        y = self.norm(y.transpose(1, 2).reshape(b, n, self.attn_dim))
-        return self.proj_drop(self.proj(y))
+        y = attention_product(a, v, map_.rule, value.rule, map_.values(a), value.values(v), exact=not self.training)
+        return y.transpose(1, 2).reshape(*qkv.shape[:2], self.attn_dim)
+
+    def _can_fuse(self, qkv: Tensor) -> bool:
+        """The fused core is for training; the first batch goes step by step, since it sets the scales."""
+        binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
+        plain = self.training and self.softmax and not self.record and not self.attn_drop.p
+        plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        return plain and binarizers[2].is_set and fused.takes_attention(*(b.rule for b in binarizers), qkv)
+
+    def _fused(self, qkv: Tensor) -> Tensor:
+        query, key, map_, value = (
+            self.query_binarizer,
+            self.key_binarizer,
+            self.attention_binarizer,
+            self.value_binarizer,
+        )
+        bias = None if self.bias is None else self.bias()
+        shifts = self.query_shift, self.key_shift, self.value_shift
+        scales = *query.values(qkv), *key.values(qkv), map_.values(qkv), value.values(qkv)
+        return fused.attention_core(qkv, self.num_heads, bias, shifts, (map_.rule, value.rule), *scales)
 
     @torch.no_grad()
     def _keep(self, scores: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:

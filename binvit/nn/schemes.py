@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,9 @@ class Scheme:
     init: str = "stacked"
 
     def __post_init__(self) -> None:
+        for name in ("name", "description", "reference"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Scheme field {name} must be a string, got {getattr(self, name)!r}.")
         for name in ("components", "thresholds"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -155,7 +159,9 @@ class Scheme:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
         limit = self.activation_limit
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0):
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf
+        ):
             raise ValueError(f"Scheme field activation_limit must be a positive number or None, got {limit!r}.")
         if any(isinstance(t, bool) or not isinstance(t, int | float) for t in self.thresholds):
             raise ValueError(f"Scheme field thresholds must hold numbers, got {self.thresholds}.")

@@ -1,0 +1,219 @@
+"""Compiled CPU kernels of the attention core's training step: from the joint qkv tensor to the context and back.
+
+They compute what `binvit.nn.attention_rules` and the elastic rule define, for maxima taken per row of the map and per
+head of the value. Each kernel works on one row or one head at a time, so that intermediate values stay in the
+first-level cache, and sums do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from binvit.nn.kernels import OPTIONS
+
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+
+
+@njit(**OPTIONS)
+def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
+    """Signs of the shifted query and key: qkv (B, N, 3, H, d), shifts (H, d) -> (B, H, N, d) each."""
+    batch, n, _, heads, width = qkv.shape
+    for row in prange(batch * heads):
+        b, h = row // heads, row % heads
+        for i in range(n):
+            for c in range(width):
+                signs_q[b, h, i, c] = ONE if qkv[b, i, 0, h, c] + shift_q[h, c] >= 0 else -ONE
+            for c in range(width):
+                signs_k[b, h, i, c] = ONE if qkv[b, i, 1, h, c] + shift_k[h, c] >= 0 else -ONE
+
+
+@njit(**OPTIONS)
+def superpose_value(qkv, shift, scales, thresholds, extremes, out):
+    """Binarized value per head: qkv (B, N, 3, H, d), shift (H, d) -> out (B, H, N, d); extremes (B, H, 2): max, min."""
+    batch, n, _, heads, width = qkv.shape
+    for row in prange(batch * heads):
+        b, h = row // heads, row % heads
+        top, bottom = np.float32(-np.inf), np.float32(np.inf)
+        for i in range(n):
+            for c in range(width):
+                v = qkv[b, i, 2, h, c] + shift[h, c]
+                top, bottom = max(top, v), min(bottom, v)
+        extremes[b, h, 0], extremes[b, h, 1] = top, bottom
+        for i in range(n):
+            for c in range(width):
+                v = qkv[b, i, 2, h, c] + shift[h, c]
+                size = scales[0]
+                for t in range(thresholds.shape[0]):
+                    kept = (v > thresholds[t] * top) | (v < thresholds[t] * bottom)
+                    size += scales[t + 1] if kept else ZERO
+                out[b, h, i, c] = size if v >= 0 else -size
+
+
+@njit(**OPTIONS)
+def superpose_map(product, bias, table, scales, thresholds, probability, out):
+    """Softmax by table, bias, maximum and groups of integer products (B, H, N, N), one row at a time."""
+    batch, heads, n, m = product.shape
+    for row in prange(batch * heads * n):
+        b, rest = row // (heads * n), row % (heads * n)
+        h, i = rest // n, rest % n
+        top = product[b, h, i, 0]
+        for j in range(m):
+            top = max(top, product[b, h, i, j])
+        total = ZERO
+        for j in range(m):
+            e = table[np.int32((top - product[b, h, i, j]) * HALF)]
+            probability[b, h, i, j] = e
+            total += e
+        inverse = ONE / total
+        highest = np.float32(-np.inf)
+        for j in range(m):
+            p = probability[b, h, i, j] * inverse
+            probability[b, h, i, j] = p
+            if bias.shape[0] > 0:
+                p += bias[h, i, j]
+            out[b, h, i, j] = p
+            highest = max(highest, p)
+        first, half = scales[0], HALF * scales[0]
+        if thresholds.shape[0] == 2:
+            second, third = scales[1], scales[2]
+            low, high = thresholds[0] * highest, thresholds[1] * highest
+            for j in range(m):
+                a = out[b, h, i, j]
+                y = first if a > half else ZERO
+                y += second if a > low else ZERO
+                y += third if a > high else ZERO
+                out[b, h, i, j] = y
+        else:
+            for j in range(m):
+                a = out[b, h, i, j]
+                y = first if a > half else ZERO
+                for t in range(thresholds.shape[0]):
+                    y += scales[t + 1] if a > thresholds[t] * highest else ZERO
+                out[b, h, i, j] = y
+
+
+@njit(**OPTIONS)
+def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscales, counts):
+    """Turn g, the gradient of the binarized map, into the gradient of the scores, row by row and in place."""
+    batch, heads, n, m = probability.shape
+    groups = scales.shape[0]
+    first = scales[0]
+    for row in prange(heads * n):
+        h, i = row // n, row % n
+        a = np.empty(m, np.float32)
+        d = np.empty(m, np.float32)
+        for b in range(batch):
+            highest = np.float32(-np.inf)
+            for j in range(m):
+                v = probability[b, h, i, j]
+                if bias.shape[0] > 0:
+                    v += bias[h, i, j]
+                a[j] = v
+                highest = max(highest, v)
+            level = ZERO
+            ramp = ZERO
+            half = HALF * first
+            for j in range(m):
+                up = g[b, h, i, j]
+                level += up if a[j] > half else ZERO
+                inside = up if (a[j] >= 0) and (a[j] <= first) else ZERO
+                ramp += a[j] * inside
+                d[j] = inside
+            dscales[row, 0] += level - ramp / first
+            for t in range(groups - 1):
+                limit = thresholds[t] * highest
+                scale = scales[t + 1]
+                total = ZERO
+                count = ZERO
+                for j in range(m):
+                    kept = g[b, h, i, j] if a[j] > limit else ZERO
+                    total += kept
+                    count += ONE if a[j] > limit else ZERO
+                    d[j] += scale * kept
+                dscales[row, t + 1] += total
+                counts[row, t] += count
+            inner = ZERO
+            for j in range(m):
+                inner += probability[b, h, i, j] * d[j]
+            for j in range(m):
+                g[b, h, i, j] = probability[b, h, i, j] * (d[j] - inner) * factor
+            if bias.shape[0] > 0:
+                for j in range(m):
+                    dbias[h, i, j] += d[j]
+
+
+@njit(**OPTIONS)
+def merge_gradients(
+    qkv,
+    shift_q,
+    shift_k,
+    shift_v,
+    up_q,
+    up_k,
+    up_v,
+    gains,
+    scale_q,
+    scale_k,
+    scales,
+    thresholds,
+    extremes,
+    out,
+    sums,
+    counts,
+    dshift,
+):
+    """Gradients of query, key and value through their binarizers, written into one tensor (B, N, 3, H, d).
+
+    up_q, up_k, up_v (B, H, N, d) times `gains` are the gradients of the binarized tensors; sums (B * H, 2 + groups)
+    collects the gradients of the scales before their normalization, counts (B * H, groups - 1) the sizes of the
+    value's groups, dshift (B, 3, H, d) the gradients of the shifts per image.
+    """
+    batch, n, _, heads, width = qkv.shape
+    groups = scales.shape[0]
+    for row in prange(batch * heads):
+        b, h = row // heads, row % heads
+        for i in range(n):
+            level, ramp = ZERO, ZERO
+            for c in range(width):
+                v, up = qkv[b, i, 0, h, c] + shift_q[h, c], up_q[b, h, i, c] * gains[0]
+                level += up if v >= 0 else -up
+                d = up if abs(v) <= scale_q else ZERO
+                ramp += v * d
+                out[b, i, 0, h, c] = d
+                dshift[b, 0, h, c] += d
+            sums[row, 0] += level - ramp / scale_q
+            level, ramp = ZERO, ZERO
+            for c in range(width):
+                v, up = qkv[b, i, 1, h, c] + shift_k[h, c], up_k[b, h, i, c] * gains[1]
+                level += up if v >= 0 else -up
+                d = up if abs(v) <= scale_k else ZERO
+                ramp += v * d
+                out[b, i, 1, h, c] = d
+                dshift[b, 1, h, c] += d
+            sums[row, 1] += level - ramp / scale_k
+            level, ramp = ZERO, ZERO
+            for c in range(width):
+                v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
+                level += up if v >= 0 else -up
+                d = up if abs(v) <= scales[0] else ZERO
+                ramp += v * d
+                out[b, i, 2, h, c] = d
+            sums[row, 2] += level - ramp / scales[0]
+            for t in range(groups - 1):
+                top, bottom = thresholds[t] * extremes[b, h, 0], thresholds[t] * extremes[b, h, 1]
+                scale = scales[t + 1]
+                level, ramp, count = ZERO, ZERO, ZERO
+                for c in range(width):
+                    v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
+                    kept = (v > top) | (v < bottom)
+                    inside = abs(v) <= scale
+                    up_kept = up if kept else ZERO
+                    level += up_kept if v >= 0 else -up_kept
+                    ramp += v * up_kept if inside else ZERO
+                    count += ONE if kept else ZERO
+                    out[b, i, 2, h, c] += up if inside or not kept else ZERO
+                sums[row, 3 + t] += level - ramp / scale
+                counts[row, t] += count
+            for c in range(width):
+                dshift[b, 2, h, c] += out[b, i, 2, h, c]

@@ -1,0 +1,147 @@
+"""Parts of the binarized layers: a rule with its parameters, ReActNet's activation, the bias of the attention map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from binvit.nn.rules import SMALLEST_SCALE, Plane, Rule
+
+
+class Binarizer(nn.Module):
+    """A rule together with its parameters, which are set from the first batch seen in training mode.
+
+    Args:
+        rule: The rule.
+        channels: Output channels, for rules with parameters per channel.
+        heads: Attention heads, for rules with parameters per head.
+    """
+
+    def __init__(self, rule: Rule, *, channels: int = 1, heads: int = 1) -> None:
+        super().__init__()
+        self.rule = rule
+        shape = rule.parameter_shape(channels=channels, heads=heads)
+        for name, value in zip(rule.parameters, rule.default(), strict=True):
+            tensor = torch.full(shape, value)
+            if rule.learned:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if rule.parameters and rule.learned:
+            self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self._seen = False  # spares reading the buffer once it is known to be set
+
+    def values(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the rule's parameters for binarizing x + shift; in training mode they are set or clamped before."""
+        parameters = tuple(getattr(self, name) for name in self.rule.parameters)
+        if not (self.training and self.rule.learned and parameters):
+            return parameters
+        if not self.is_set:
+            with torch.no_grad():
+                initial = self.rule.initial(x if shift is None else x + shift)
+                for parameter, value in zip(parameters, initial, strict=True):
+                    parameter.copy_(value)
+                self.initialized.fill_(True)
+                offsets = [
+                    first - value for first, value in zip(self.rule.first_forward(initial), initial, strict=True)
+                ]
+            self._seen = True
+            return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
+        self._seen = True
+        with torch.no_grad():
+            for name, parameter in zip(self.rule.parameters, parameters, strict=True):
+                if name != "offset":  # the one parameter that may be negative
+                    parameter.clamp_(min=SMALLEST_SCALE)
+        return parameters
+
+    @property
+    def is_set(self) -> bool:
+        """Tell whether the parameters have left their defaults, by a batch in training mode or by loading."""
+        return self._seen or not (self.rule.parameters and self.rule.learned) or bool(self.initialized)
+
+    def planes(self, x: Tensor) -> list[Plane]:
+        """Return the planes of x with the current parameters."""
+        return self.rule.planes(x, *(getattr(self, name) for name in self.rule.parameters))
+
+    def set_progress(self, done: float) -> None:
+        """Move a schedule-driven parameter to the share `done` (0 to 1) of training."""
+        if not self.rule.learned and self.rule.parameters:
+            getattr(self, self.rule.parameters[0]).fill_(self.rule.progress(done))
+
+    def extra_repr(self) -> str:
+        return repr(self.rule)
+
+
+class RPReLU(nn.Module):
+    """ReActNet's activation: y = PReLU_c(x - m1_c) + m2_c, one slope and two shifts per channel.
+
+    Args:
+        channels: Size of the last dimension.
+
+    References:
+        Liu et al., ReActNet, 2020.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift_in = nn.Parameter(torch.zeros(channels))
+        self.shift_out = nn.Parameter(torch.zeros(channels))
+        self.slope = nn.Parameter(torch.full((channels,), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x - self.shift_in
+        return torch.where(moved >= 0, moved, self.slope * moved) + self.shift_out
+
+
+class AttentionBias(nn.Module):
+    """Learned bias on the attention map, shared by all images.
+
+    Args:
+        kind: "full" (one value per head and pair of tokens) or "relative" (one per head and relative position of two
+            patches, plus one per head for every pair that involves a prefix token and, for patches, per prefix token).
+        heads: Number of heads.
+        grid: Patches along height and width.
+        prefix: Number of tokens before the patches (class, distillation, registers).
+    """
+
+    def __init__(self, kind: str, heads: int, grid: tuple[int, int], prefix: int) -> None:
+        super().__init__()
+        self.kind = kind
+        tokens = prefix + grid[0] * grid[1]
+        if kind == "full":
+            self.values = nn.Parameter(torch.zeros(heads, tokens, tokens))
+            return
+        self.values = nn.Parameter(torch.zeros(heads, self.table_size(grid, prefix)))
+        self.register_buffer("index", self.relative_index(grid, prefix), persistent=False)
+
+    @staticmethod
+    def table_size(grid: tuple[int, int], prefix: int) -> int:
+        """Number of values per head of a relative bias."""
+        return (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * prefix + 2 * prefix
+
+    @staticmethod
+    def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
+        """Return where in the table the bias of each pair of tokens stands, int64 (N, N).
+
+        The table holds the (2 h - 1)(2 w - 1) relative positions row by row, then the pairs of prefix tokens, then one
+        value per prefix token as a query and one per prefix token as a key of a patch.
+        """
+        h, w = grid
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        rows, columns = rows.flatten(), columns.flatten()
+        relative = (rows[:, None] - rows[None] + h - 1) * (2 * w - 1) + (columns[:, None] - columns[None] + w - 1)
+        start = (2 * h - 1) * (2 * w - 1)
+        n = prefix + h * w
+        index = torch.empty(n, n, dtype=torch.int64)
+        index[prefix:, prefix:] = relative
+        index[:prefix, :prefix] = start + torch.arange(prefix * prefix).view(prefix, prefix)
+        index[:prefix, prefix:] = start + prefix * prefix + torch.arange(prefix)[:, None]
+        index[prefix:, :prefix] = start + prefix * prefix + prefix + torch.arange(prefix)[None]
+        return index
+
+    def forward(self) -> Tensor:
+        """Return the bias, (heads, N, N)."""
+        return self.values if self.kind == "full" else self.values[:, self.index]
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {tuple(self.values.shape)}"

@@ -1,0 +1,102 @@
+"""The fused training forms against the rules' own tensor formulas."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import binvit
+from binvit.nn import fused, kernels
+
+
+def trained(scheme: binvit.Scheme, width: int = 48, heads: int = 3) -> VisionTransformer:
+    torch.manual_seed(1)
+    model = VisionTransformer(img_size=15, patch_size=3, num_classes=5, embed_dim=width, depth=2, num_heads=heads)
+    model = binvit.binarize(model, scheme).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(3):  # moves scales, shifts and biases off their first values
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 15, 15)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def gradients(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        binvit.scheme("gsb"),
+        binvit.scheme("gsb", reduce="head", attention="elastic"),
+        binvit.scheme("gsb", thresholds=(), attention_bias="none"),
+        binvit.scheme("gsb", thresholds=(0.5,), attention_bias="relative", weight="bwn_channel"),
+        binvit.scheme("gsb", thresholds=(0.3, 0.6, 0.95), shift=False, weight="bwn_unscaled"),
+        binvit.scheme("bit"),
+        binvit.scheme("bivit"),
+    ],
+    ids=lambda s: f"{s.name}-{len(s.thresholds)}-{s.attention_bias}-{s.weight}",
+)
+def test_fused_step_equals_the_rules(scheme, monkeypatch):
+    model = trained(scheme)
+    x = torch.randn(6, 3, 15, 15)
+    used = []
+    attention = fused.attention_core
+    monkeypatch.setattr(fused, "attention_core", lambda *a: used.append(1) or attention(*a))
+    y, grads = gradients(model, x)
+    assert bool(used) == (scheme.name != "bivit")  # BiViT's map has no fused form, its linear layers have
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    expected, expected_grads = gradients(model, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        size = expected_grads[name].abs().max().item()
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4 * size + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 65), (5, 17, 40)])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatch):
+    torch.manual_seed(0)
+    rule_x = binvit.nn.schemes.INPUT_RULES["elastic_unsigned" if unsigned else "elastic"](binvit.scheme("bit"))
+    rule_w = binvit.scheme("bit").rule("weight")
+    x, w = torch.randn(shape), torch.randn(7, shape[-1])
+    arguments = (rule_x, rule_w, torch.tensor(0.7), (), torch.randn(shape[-1]), torch.randn(7))
+    results = []
+    for threshold in (0, 2**60):
+        monkeypatch.setattr(fused, "_INT8_WORTHWHILE", threshold)
+        x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = fused.elastic_linear(x_, w_, *arguments)
+        y.square().sum().backward()
+        results.append((y.detach(), x_.grad, w_.grad))
+    for int8, float32 in zip(*results, strict=True):
+        torch.testing.assert_close(int8, float32)
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    import numba
+
+    x, g = torch.randn(3, 211, 70), torch.randn(3, 211, 70)
+    results = []
+    for threads in {1, numba.config.NUMBA_NUM_THREADS}:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            results.append(kernels.elastic_backward(x, None, g.clone(), 1.0, torch.tensor(0.5), False))
+        finally:
+            numba.set_num_threads(before)
+    for a, b in zip(results[0], results[-1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_precision_and_exotic_rules_take_the_formulas():
+    signed = binvit.scheme("bit").rule("input")
+    assert not fused.takes_linear(signed, binvit.scheme("bit").rule("weight"), torch.zeros(2, 2, dtype=torch.float64))
+    assert not fused.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("bit").rule("weight"))
+    gsb = binvit.scheme("gsb", reduce="batch")
+    assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+    gsb = binvit.scheme("gsb", gradient="masked")
+    assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
