@@ -1,0 +1,247 @@
+"""Schemes: the catalogue, overrides, the round trip through JSON, and one sentence for every wrong field."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import reference_nn as reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import binvit
+from binvit.nn import COMPONENTS, PLACES, Scheme
+from binvit.nn.rules import Rule
+
+SCHEMES = binvit.list_schemes()
+REQUIRED = ["float", "bnn", "xnor", "xnor-k", "bireal", "irnet", "reactnet", "bibert", "bit", "bivit", "gsb"]
+FIELDS = [f.name for f in dataclasses.fields(Scheme)]
+
+overrides = st.fixed_dictionaries(
+    {},
+    optional={place: st.sampled_from(list(rules)) for place, rules in PLACES.items()}
+    | {
+        "components": st.lists(st.sampled_from(COMPONENTS), unique=True),
+        "shift": st.booleans(),
+        "rprelu": st.booleans(),
+        "attention_bias": st.sampled_from(["full", "relative", "none"]),
+        "activation_limit": st.none() | st.floats(0.1, 100),
+        "thresholds": st.lists(st.floats(0.01, 0.99), max_size=3, unique=True).map(sorted),
+        "reduce": st.sampled_from(["batch", "sample", "head", "row"]),
+        "gradient": st.sampled_from(["official", "masked", "bit"]),
+        "init": st.sampled_from(["stacked", "official"]),
+    },
+)
+
+
+def test_the_catalogue_is_sorted_and_complete():
+    assert sorted(SCHEMES) == SCHEMES
+    assert set(REQUIRED) <= set(SCHEMES)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_says_what_it_is(name):
+    scheme = binvit.scheme(name)
+    assert scheme.name == name
+    assert scheme.description
+    assert "\n" not in scheme.description
+    assert re.search(r"20\d\d", scheme.reference)
+    assert {f.name for f in dataclasses.fields(scheme)} == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_place_of_every_scheme_has_a_rule(name):
+    scheme = binvit.scheme(name)
+    for place in PLACES:
+        rule = scheme.rule(place)
+        assert isinstance(rule, Rule)
+        assert rule.is_float == (getattr(scheme, place) == "float")
+
+
+def test_float_binarizes_nothing_and_all_others_everything():
+    for name in SCHEMES:
+        scheme = binvit.scheme(name)
+        assert [scheme.binarizes(c) for c in COMPONENTS] == [name != "float"] * 4
+        if name != "float":
+            places = ("weight", "input", "hidden", "query", "key", "attention", "value")
+            assert all(getattr(scheme, place) != "float" for place in places)
+
+
+# What the papers ask for, place by place.
+RULES = {
+    "bnn": {"weight": "sign", "input": "sign", "query": "sign", "attention": "half_max", "value": "sign"},
+    "xnor": {"weight": "sign_mean", "input": "sign", "attention": "half_max_mean", "value": "sign_mean"},
+    "xnor-k": {"weight": "sign_mean", "input": "sign_mean", "hidden": "sign_mean", "value": "sign_mean_token"},
+    "bireal": {"weight": "sign_mean_bare", "input": "sign_approx", "attention": "half_max_approx"},
+    "irnet": {"weight": "standardized", "input": "sign_ede", "key": "sign_ede", "attention": "half_max_ede"},
+    "reactnet": {
+        "weight": "sign_mean_bare",
+        "input": "sign_approx",
+        "attention": "elastic",
+        "shift": True,
+        "rprelu": True,
+    },
+    "bibert": {"weight": "sign_mean_centred", "attention": "scores", "value": "sign"},
+    "bit": {"weight": "bwn", "input": "elastic", "hidden": "elastic_unsigned", "attention": "elastic", "shift": True},
+    "bivit": {"weight": "elastic_channel", "input": "elastic", "attention": "quarter_max", "value": "elastic"},
+    "gsb": {
+        "weight": "bwn",
+        "hidden": "elastic_unsigned",
+        "attention": "gsb",
+        "value": "gsb",
+        "thresholds": (0.7, 0.9),
+    },
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_published_schemes_have_the_published_rules(name):
+    scheme = binvit.scheme(name)
+    assert {field: getattr(scheme, field) for field in RULES[name]} == RULES[name]
+
+
+def test_gsb_is_bit_with_two_more_groups():
+    gsb, bit = binvit.scheme("gsb").to_dict(), binvit.scheme("bit").to_dict()
+    differing = {field for field in FIELDS if gsb[field] != bit[field]}
+    assert differing == {"name", "description", "reference", "attention", "value", "thresholds"}
+    assert binvit.scheme("gsb").reduce == "row"  # no image depends on another
+    assert binvit.scheme("gsb").attention_bias == "full"
+    assert binvit.scheme("gsb").activation_limit == 10
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@given(overrides=overrides)
+def test_json_round_trip(name, overrides):
+    scheme = binvit.scheme(name, **overrides)
+    restored = Scheme.from_dict(json.loads(json.dumps(scheme.to_dict(), allow_nan=False)))
+    assert restored == scheme
+    assert restored.description == scheme.description
+    assert restored.reference == scheme.reference
+    assert hash(restored) == hash(scheme)
+    for place in PLACES:
+        assert restored.rule(place) == scheme.rule(place)
+
+
+@given(overrides=overrides)
+def test_overrides_change_what_they_name_and_nothing_else(overrides):
+    before, after = binvit.scheme("gsb").to_dict(), binvit.scheme("gsb", **overrides).to_dict()
+    for field in FIELDS:
+        if field == "components" and field in overrides:
+            assert set(after[field]) == set(overrides[field])
+        else:
+            want = overrides.get(field, before[field])
+            assert after[field] == want
+    assert binvit.scheme("gsb").to_dict() == before
+
+
+def test_the_order_of_components_means_nothing():
+    assert binvit.scheme("gsb", components=["head", "mlp"]) == binvit.scheme("gsb", components=("mlp", "head"))
+
+
+def test_options_reach_the_rules():
+    scheme = binvit.scheme("gsb", thresholds=(0.5,), reduce="head", gradient="masked", init="official")
+    for place in ("attention", "value"):
+        rule = scheme.rule(place)
+        assert (rule.thresholds, rule.reduce, rule.gradient, rule.init) == ((0.5,), "head", "masked", "official")
+    bit = binvit.scheme("bit", gradient="bit")
+    assert bit.rule("input").gradient == bit.rule("value").gradient == "bit"
+    assert binvit.scheme("gsb", gradient="bit").rule("value").gradient == "official"
+
+
+def test_schemes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        binvit.scheme("gsb").weight = "sign"
+
+
+def refused(call, *fragments):
+    with pytest.raises(ValueError, match=re.escape(fragments[0])) as caught:
+        call()
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_an_unknown_scheme_lists_the_valid_ones():
+    refused(lambda: binvit.scheme("gbs"), "Unknown scheme 'gbs'", ", ".join(SCHEMES))
+    refused(lambda: binvit.scheme(None), "Unknown scheme None", "gsb")
+    refused(lambda: binvit.scheme(["gsb"]), "Unknown scheme ['gsb']", "gsb")
+
+
+def test_an_unknown_field_lists_the_valid_ones():
+    refused(lambda: binvit.scheme("gsb", wieght="sign"), "Unknown scheme field 'wieght'", "weight, input, hidden")
+    fields = binvit.scheme("gsb").to_dict() | {"wieght": "sign"}
+    refused(lambda: Scheme.from_dict(fields), "Unknown scheme field 'wieght'", "weight")
+
+
+def test_a_scheme_without_a_name_is_refused():
+    refused(lambda: Scheme.from_dict({"weight": "sign"}), "A scheme needs a field name")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rule", ["ternary", None, 3, ["sign"]])
+def test_an_unknown_rule_lists_the_valid_ones(place, rule):
+    refused(
+        lambda: binvit.scheme("gsb", **{place: rule}), f"Unknown rule for {place} {rule!r}", ", ".join(PLACES[place])
+    )
+
+
+@pytest.mark.parametrize("field", ["attention_bias", "reduce", "gradient", "init"])
+@pytest.mark.parametrize("value", ["whatever", None, 1, True])
+def test_an_unknown_choice_lists_the_valid_ones(field, value):
+    refused(lambda: binvit.scheme("gsb", **{field: value}), f"Unknown {field} {value!r}; valid are ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("components", ("mlp", "attention"), "Unknown component 'attention'; valid are patch_embed, mlp, mhsa, head."),
+        ("components", "mlp", "Scheme field components must be a list, got 'mlp'."),
+        ("components", None, "Scheme field components must be a list, got None."),
+        ("components", [1], "Unknown component 1; valid are patch_embed, mlp, mhsa, head."),
+        ("thresholds", 0.7, "Scheme field thresholds must be a list, got 0.7."),
+        ("thresholds", ["0.7"], "Scheme field thresholds must hold numbers, got ('0.7',)."),
+        ("thresholds", [True], "Scheme field thresholds must hold numbers, got (True,)."),
+        ("thresholds", (0.9, 0.7), "thresholds must increase strictly and lie between 0 and 1, got (0.9, 0.7)."),
+        ("thresholds", (0.7, 0.7), "thresholds must increase strictly and lie between 0 and 1, got (0.7, 0.7)."),
+        ("thresholds", (float("nan"),), "thresholds must increase strictly and lie between 0 and 1, got (nan,)."),
+        ("thresholds", (0, 0.5), "thresholds must increase strictly and lie between 0 and 1, got (0, 0.5)."),
+        ("shift", "yes", "Scheme field shift must be true or false, got 'yes'."),
+        ("shift", 1, "Scheme field shift must be true or false, got 1."),
+        ("rprelu", None, "Scheme field rprelu must be true or false, got None."),
+        ("activation_limit", 0, "Scheme field activation_limit must be a positive number or None, got 0."),
+        ("activation_limit", "10", "Scheme field activation_limit must be a positive number or None, got '10'."),
+        ("activation_limit", True, "Scheme field activation_limit must be a positive number or None, got True."),
+        (
+            "activation_limit",
+            float("nan"),
+            "Scheme field activation_limit must be a positive number or None, got nan.",
+        ),
+        (
+            "activation_limit",
+            float("inf"),
+            "Scheme field activation_limit must be a positive number or None, got inf.",
+        ),
+        ("description", None, "Scheme field description must be a string, got None."),
+        ("name", 3, "Scheme field name must be a string, got 3."),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(field, value, sentence):
+    fields = binvit.scheme("gsb").to_dict() | {field: value}
+    refused(lambda: Scheme.from_dict(fields), sentence)
+    if field != "name":
+        refused(lambda: binvit.scheme("gsb", **{field: value}), sentence)
+
+
+def test_a_scheme_can_be_made_without_the_catalogue():
+    scheme = Scheme("mine", weight="bwn_channel", components=["mlp"])
+    assert scheme.binarizes("mlp")
+    assert not scheme.binarizes("mhsa")
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+
+
+def test_oracles_cover_all_places():
+    assert {place: set(rules) for place, rules in PLACES.items()} == {
+        place: set(oracles) for place, oracles in reference.PLACES.items()
+    }
