@@ -78,6 +78,7 @@ def test_what_was_not_run_is_undecided():
         (3, {"at_least": 2, "at_most": 4}, "yes"),
         (5, {"at_least": 2, "at_most": 4}, "no"),
         (math.nan, {"at_least": 2}, "undecided"),
+        (None, {"at_least": 2}, "undecided"),
     ],
 )
 def test_exact_checks(value, bounds, verdict):
@@ -125,3 +126,11 @@ def test_verdicts_are_plain_text_without_numbers_of_the_machine():
     assert lines[1].startswith("no         Long Long")
     assert lines[2].startswith(" " * 11 + "Long")
     assert max(map(len, lines)) <= 110
+
+
+def test_shown_claims_are_escaped_html(capsys):
+    pytest.importorskip("IPython")
+    claims.show([claims.check_value("The error is < 1 %.", 0.5, at_most=1)])
+    shown = capsys.readouterr().out
+    assert "The error is &lt; 1 %.</td>" in shown
+    assert "yes        The error is < 1 %. 0.5 (at most 1 demanded)" in shown

@@ -130,6 +130,19 @@ def test_learning_curves_skip_epochs_without_evaluation(history):
     assert all(len(line.get_xdata()) == 3 for line in fig.axes[1].lines)
 
 
+def test_a_single_evaluation_is_drawn(history):
+    fig = figures.learning_curves(history[history["epoch"] == 1])
+    assert any(line.get_marker() == "o" for line in fig.axes[0].lines)
+
+
+def test_drawing_keeps_what_a_notebooks_backend_switches_on():
+    try:
+        style.styled(lambda: plt.interactive(True))()
+        assert plt.isinteractive()
+    finally:
+        plt.interactive(False)
+
+
 def test_lines_name_themselves_and_their_seeds(trials):
     summary = statistics.summarize(trials, by=["scheme", "samples_per_class"])
     fig = figures.lines(summary, "samples_per_class", log_x=True)
@@ -223,6 +236,14 @@ def test_the_class_tokens_row_dyes_its_patch():
     drawn = fig.axes[1].images[0].get_array()
     dyed = np.argwhere(np.ptp(np.asarray(drawn), axis=-1) > 0.1) // (len(drawn) // 4)
     assert {tuple(p) for p in dyed} == {(1, 1)}
+
+
+def test_without_a_class_token_all_queries_count():
+    m = np.zeros((16, 16))
+    m[3, 6] = 1.0
+    fig = figures.attention_maps(np.ones((8, 8, 3)), {"gsb": m}, (4, 4))
+    drawn = np.asarray(fig.axes[1].images[0].get_array())
+    assert {tuple(p) for p in np.argwhere(np.ptp(drawn, axis=-1) > 0.1) // (len(drawn) // 4)} == {(1, 2)}
 
 
 def test_attention_over_a_single_pil_image_and_an_empty_map():

@@ -1,5 +1,6 @@
 """Sentences about results, each with a checked verdict and the evidence for it."""
 
+import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ def check_mean(
 
 def check_value(
     sentence: str,
-    value: bool | float,
+    value: bool | float | None,
     at_least: float | None = None,
     at_most: float | None = None,
     evidence: str | None = None,
@@ -142,7 +143,8 @@ def check_value(
 
     Args:
         sentence: what is claimed.
-        value: a bool, which takes no bound, or a number, which takes one or two. NaN is undecided.
+        value: a bool, which takes no bound, or a number, which takes one or two. NaN is undecided, and so is None,
+            which stands for what was not run.
         at_least: the smallest number for which the claim holds.
         at_most: the largest number for which the claim holds.
         evidence: what to show as evidence instead of the value and its bounds.
@@ -155,6 +157,8 @@ def check_value(
     """
     bounds = {"at least": at_least, "at most": at_most}
     bounds = {k: v for k, v in bounds.items() if v is not None}
+    if value is None:
+        return Claim(sentence, "undecided", "not run")
     if isinstance(value, (bool, np.bool_)):
         if bounds:
             raise ValueError(f"The claim {sentence!r} is checked by a condition, which takes no bound.")
@@ -202,6 +206,27 @@ def verdicts(claims: Sequence[Claim], width: int = 110) -> str:
     return "\n".join(
         textwrap.fill(c.sentence, width, initial_indent=f"{c.verdict:<11}", subsequent_indent=indent) for c in claims
     )
+
+
+def show(claims: Sequence[Claim]) -> None:
+    """Display the claims with their evidence in a notebook.
+
+    Args:
+        claims: what was checked, in the order to show.
+    """
+    from IPython.display import display
+
+    colors = {"yes": "#0a7d55", "no": "#b3402a", "undecided": "#667"}
+    style = ' style="text-align:left; white-space:normal"'
+    rows = [
+        f'<tr><td{style}>{html.escape(c.sentence)}</td><td style="color:{colors[c.verdict]}"><b>{c.verdict}</b></td>'
+        f"<td{style}>{html.escape(c.evidence)}</td></tr>"
+        for c in claims
+    ]
+    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "verdict", "evidence"))
+    page = "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table>"])
+    plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}" for c in claims)
+    display({"text/html": page, "text/plain": plain}, raw=True)
 
 
 def _interval_evidence(e: Estimate, margin: float, percent: bool) -> str:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from binvit.lab.pictures import attention_maps, value_histogram
 from binvit.lab.style import (
@@ -78,14 +78,14 @@ def learning_curves(
             for _, run in part.groupby("seed"):
                 ax.plot(run["epoch"], factor * run[name], color=colors[series], lw=0.7, alpha=0.35)
             mean = factor * part.groupby("epoch")[name].mean()
-            ax.plot(mean.index, mean, color=colors[series])
+            ax.plot(mean.index, mean, color=colors[series], marker="o" if len(mean) == 1 else None, clip_on=False)
             ends[series] = (mean.index[-1], mean.iloc[-1])
             texts[series] = f"{series} {mean.iloc[-1]:{'.1f' if factor == 100 else '.2f'}}"
-        ax.set_xlim(table["epoch"].min(), table["epoch"].max())
+        ax.set_xlim(min(history["epoch"].min(), history["epoch"].max() - 1), history["epoch"].max())
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="epoch", ylabel=axis_name(name))
         label_ends(ax, ends, colors, texts)
-    seeds = history.groupby(by)["seed"].nunique()
-    caption(fig, f"thin: single seeds, bold: mean over {count_seeds(seeds)}")
+    caption(fig, f"thin: single seeds, bold: mean over {count_seeds(history.groupby(by)['seed'].nunique())}")
     if title:
         axes[0, 0].set_title(title)
     return fig
@@ -336,7 +336,7 @@ def roofline(
             (6, -1),
             textcoords="offset points",
             va="center",
-            fontsize=7.5,
+            size=7.5,
             color=readable(colors[family]),
         )
     ax.set(xscale="log", yscale="log", xlim=(left, right), xlabel=xlabel, ylabel=ylabel)

@@ -23,8 +23,9 @@ def attention_maps(
 ) -> Figure:
     """Lay attention maps over their images: one row per image, one column per map, the image itself first.
 
-    Where a map has many query tokens, the first one, the class token, is shown. Each map is scaled by its own largest
-    weight, so that what is compared is where a model looks and how many levels its weights have.
+    Of a map over all tokens the class token's row is shown, or the mean over all rows if there is no such token. Each
+    map is scaled by its own largest weight, so that what is compared is where a model looks and how many levels its
+    weights have.
 
     Args:
         images: (H, W, 3), (B, H, W, 3) or a sequence of B PIL images; floats from 0 to 1 or bytes.
@@ -70,7 +71,7 @@ def attention_maps(
         )
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    caption(fig, "attention of the class token to the patches; full colour: the largest weight of the map")
+    caption(fig, "attention paid to each patch; full colour: the largest weight of the map")
     return fig
 
 
@@ -184,7 +185,7 @@ def _batch(name: str, stack: Any, count: int) -> np.ndarray:
 
 
 def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The map over patches: itself, or the class token's row without the tokens that stand before the patches."""
+    """The map over patches, (h, w), of a map over patches or over tokens."""
     rows, columns = grid
     if m.shape != (rows, columns):
         if m.shape[0] != m.shape[1] or m.shape[1] < rows * columns:
@@ -192,7 +193,8 @@ def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
                 f"The map {name!r} has the shape {m.shape}, which fits neither the {rows} x {columns} patches nor "
                 f"at least {rows * columns} tokens."
             )
-        m = m[0, m.shape[1] - rows * columns :].reshape(rows, columns)
+        extra = m.shape[1] - rows * columns
+        m = (m[0, extra:] if extra else m.mean(axis=0)).reshape(rows, columns)
     if not np.isfinite(m).all() or m.min() < 0:
         raise ValueError(f"The map {name!r} has weights that are negative or not finite.")
     return m

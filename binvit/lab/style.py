@@ -115,7 +115,12 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with plt.style.context(["default", STYLE]):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            interactive = mpl.is_interactive()
+        # The first figure loads the backend, and a notebook's backend switches this on: leaving the context undoes it,
+        # and no further figure would be shown.
+        mpl.interactive(interactive)
+        return result
 
     return wrapper
 
