@@ -5,6 +5,10 @@
 #
 # PYTHON chooses the interpreter that the environment in .venv is made of: make test PYTHON=python3.13
 
+# Only for an environment that is empty altogether.
+PATH ?= /usr/local/bin:/usr/bin:/bin
+export PATH
+
 PYTHON ?= python3
 SIZE   ?= smoke
 OUT    ?= report
