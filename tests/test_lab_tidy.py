@@ -65,6 +65,7 @@ def test_good_notebook_has_no_problems(tmp_path):
         (lambda made: code(made, 1)["outputs"].append(shown(text_html="<i>/tm" + "p/x</i>")), "a machine's path"),
         (lambda made: code(made, 1)["outputs"].append(shown(text_plain="<A at 0x7f01aa00>")), "an object's address"),
         (lambda made: code(made, 1)["outputs"].append(stream("x" * 700_000)), "allowed are fewer than 600000"),
+        (lambda made: code(made, 1).update(source="1\n" * 25 + "1"), "cell 2: 26 lines of code, allowed are 25"),
         (lambda made: code(made, 0).update(source="count = 2"), "not a parameters cell of annotated literals"),
         (lambda made: code(made, 0).update(source="count: int = 2  # a=b"), "a second '='"),
     ],

@@ -196,7 +196,7 @@ def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
                 str(unfinished),
                 dict(job.values),
                 kernel_name="python3",
-                progress_bar=progress,
+                progress_bar={"desc": job.notebook.stem, "leave": False} if progress else False,
                 extra_arguments=["--log-level=50"],  # the kernel's own messages would break the progress bars
             )
     except papermill.PapermillExecutionError as failed:

@@ -19,6 +19,7 @@ __all__ = ["TAGS", "clean", "problems", "write"]
 
 TAGS = ("parameters", "nbval-check-output", "nbval-ignore-output", "figure", "claims", "hide-input")
 MAX_BYTES = 600_000
+MAX_LINES = 25  # of a code cell
 
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -158,6 +159,9 @@ def _cell_problems(cell: dict[str, Any]) -> list[str]:
     if set(cell["metadata"]) - {"tags"}:
         found.append(f"metadata other than tags: {sorted(set(cell['metadata']) - {'tags'})}")
     found += [f"the tag {tag!r} is not allowed" for tag in cell["metadata"].get("tags", []) if tag not in TAGS]
+    lines = _text(cell["source"]).count("\n") + 1
+    if cell["cell_type"] == "code" and lines > MAX_LINES:
+        found.append(f"{lines} lines of code, allowed are {MAX_LINES}: logic belongs in the library")
     if _MACHINE_PATH.search(_text(cell["source"])):
         found.append(f"a machine's path in its source: {_MACHINE_PATH.search(_text(cell['source'])).group()}")
     for output in cell.get("outputs", []):
