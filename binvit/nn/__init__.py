@@ -5,7 +5,7 @@ from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
 from binvit.nn.convert import binarize, calibrate, set_progress
 from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.official import load_official_gsb
-from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.parts import AttentionBias, Binarizer, RPReLU, Shortcut
 from binvit.nn.schemes import COMPONENTS, PLACES, Scheme
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "BinaryPatchConv",
     "RPReLU",
     "Scheme",
+    "Shortcut",
     "binarize",
     "calibrate",
     "functional",

@@ -97,6 +97,21 @@ _CATALOGUE = (
         **_everywhere("sign_approx", weight="sign_mean", attention="head_sign", value="head_sign"),
     ),
     Scheme(
+        "binaryvit",
+        "shortcuts and norms around every linear layer, query, key and value added to the context",
+        "Le and Li, BinaryViT: Pushing binary vision transformers towards convolutional models, 2023.",
+        shortcut=True,
+        context_residual=True,
+        **_everywhere("elastic", weight="bwn", attention="elastic_small", value="elastic"),
+    ),
+    Scheme(
+        "bhvit-qd",
+        "attention map decomposed into three binary maps, query, key and value added to the context",
+        "Gao et al., BHViT: Binarized hybrid vision transformer, 2025, arXiv 2503.02394; its decomposition alone.",
+        context_residual=True,
+        **_everywhere("elastic", weight="bwn", attention="three_maps", value="sign"),
+    ),
+    Scheme(
         "bit",
         "learned (elastic) scale and shift per tensor, one group",
         "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022; the baseline of " + _GSB_PAPER + ".",

@@ -38,7 +38,6 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     _check_model(model, scheme)
     model = copy.deepcopy(model)
     model.scheme = scheme
-    options = {"shift": scheme.shift, "rprelu": scheme.rprelu}
     if scheme.binarizes("patch_embed"):
         weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
         # No shift: it would undo the normalization of the images.
@@ -54,7 +53,7 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
             head = getattr(model, name, None)
             if isinstance(head, nn.Linear):
                 rules = scheme.rule("head_weight"), scheme.rule("head_input")
-                setattr(model, name, BinaryLinear(head, *rules, shift=options["shift"]))
+                setattr(model, name, BinaryLinear(head, *rules, shift=scheme.shift))
     return model.train(model.training)
 
 
@@ -73,6 +72,8 @@ def _check_model(model: nn.Module, scheme: Scheme) -> None:
             )
     if scheme.binarizes("mhsa") and (model.dynamic_img_size and scheme.attention_bias != "none"):
         raise ValueError("A learned attention bias needs a fixed image size; use dynamic_img_size=False.")
+    if scheme.binarizes("mhsa") and scheme.attention_bias != "none" and not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError("A learned attention bias needs every patch in its place; use patch_drop_rate=0.")
     for i, block in enumerate(model.blocks):
         if type(block) is not Block:
             raise ValueError(f"Block {i} is a {type(block).__name__}; only timm's pre-norm Block can be binarized.")

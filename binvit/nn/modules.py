@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from binvit.nn import fused
 from binvit.nn.functional import attention_product, binary_product, superpose
-from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.parts import AttentionBias, Binarizer, RPReLU, Shortcut
 from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
 
@@ -22,10 +22,18 @@ class BinaryLinear(nn.Module):
         input: Rule of the inputs.
         shift: Learn a shift per input feature, added before the inputs are binarized.
         rprelu: Follow the layer with an `RPReLU`.
+        shortcut: Follow it with a `Shortcut` instead: a norm, the layer's own input and an `RPReLU`.
     """
 
     def __init__(
-        self, linear: nn.Linear | nn.Conv2d, weight: Rule, input: Rule, *, shift: bool = False, rprelu: bool = False
+        self,
+        linear: nn.Linear | nn.Conv2d,
+        weight: Rule,
+        input: Rule,
+        *,
+        shift: bool = False,
+        rprelu: bool = False,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         matrix = linear.weight.detach().flatten(1)
@@ -36,6 +44,8 @@ class BinaryLinear(nn.Module):
         self.weight_binarizer = Binarizer(weight, channels=self.out_features)
         self.input_binarizer = Binarizer(input)
         self.post = RPReLU(self.out_features) if rprelu else None
+        if shortcut:
+            self.post = Shortcut(self.in_features, self.out_features)
 
     @property
     def matrix(self) -> Tensor:
@@ -51,7 +61,7 @@ class BinaryLinear(nn.Module):
             y = fused.elastic_linear(x, w, *rules, *px, pw, self.shift, self.bias)
         else:
             y = binary_product(x, w, *rules, px, pw, self.shift, self.bias)
-        return y if self.post is None else self.post(y)
+        return y if self.post is None else self.post(y, x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -66,14 +76,10 @@ class BinaryPatchConv(BinaryLinear):
         conv: Convolution whose stride equals its kernel.
         weight: Rule of the weights.
         input: Rule of the patches; a mean over a patch is XNOR-Net's box filter, since patches do not overlap.
-        shift: Learn a shift per input feature.
-        rprelu: Follow the layer with an `RPReLU`.
     """
 
-    def __init__(
-        self, conv: nn.Conv2d, weight: Rule, input: Rule, *, shift: bool = False, rprelu: bool = False
-    ) -> None:
-        super().__init__(conv, weight, input, shift=shift, rprelu=rprelu)
+    def __init__(self, conv: nn.Conv2d, weight: Rule, input: Rule) -> None:
+        super().__init__(conv, weight, input)
         self.patch_size = tuple(conv.kernel_size)
         self.in_chans = conv.in_channels
 
@@ -113,7 +119,7 @@ class BinaryAttention(nn.Module):
         heads = self.num_heads = attention.num_heads
         self.head_dim, self.attn_dim = attention.head_dim, attention.attn_dim
         self.register_buffer("factor", torch.tensor(self.head_dim**-0.5), persistent=False)
-        options = {"shift": scheme.shift, "rprelu": scheme.rprelu}
+        options = {"shift": scheme.shift, "rprelu": scheme.rprelu, "shortcut": scheme.shortcut}
         weight, input = scheme.rule("weight"), scheme.rule("input")
         self.qkv = BinaryLinear(attention.qkv, weight, input, **options)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
@@ -129,6 +135,7 @@ class BinaryAttention(nn.Module):
         self.softmax = scheme.attention != "scores"
         kind = scheme.attention_bias
         self.bias = None if kind == "none" else AttentionBias(kind, heads, grid, prefix)
+        self.context_residual = scheme.context_residual
         self.record = False
         self.last_attention: dict[str, Tensor] = {}
 
@@ -155,6 +162,11 @@ class BinaryAttention(nn.Module):
         a = scores.softmax(dim=-1) if self.softmax else scores
         return a if self.bias is None else a + self.bias()
 
+    def attend(self, a: Tensor, v: Tensor) -> Tensor:
+        """Return the binarized map (B, H, N, N) times the binarized value (B, H, N, d)."""
+        map_, value = self.attention_binarizer, self.value_binarizer
+        return attention_product(a, v, map_.rule, value.rule, map_.values(a), value.values(v), exact=not self.training)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, D) to (B, N, D).
 
@@ -171,16 +183,17 @@ class BinaryAttention(nn.Module):
         q, k, v = self.split_heads(qkv)
         scores = self.scores(q, k)
         a = self.attn_drop(self.attention_map(scores))
-        map_, value = self.attention_binarizer, self.value_binarizer
         if self.record:
             self._keep(scores, a, q, k, v)
-        y = attention_product(a, v, map_.rule, value.rule, map_.values(a), value.values(v), exact=not self.training)
+        y = self.attend(a, v)
+        if self.context_residual:
+            y = y + q + k + v
         return y.transpose(1, 2).reshape(*qkv.shape[:2], self.attn_dim)
 
     def _can_fuse(self, qkv: Tensor) -> bool:
         """The fused core is for training; the first batch goes step by step, since it sets the scales."""
         binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
-        plain = self.training and self.softmax and not self.record and not self.attn_drop.p
+        plain = self.training and self.softmax and not (self.record or self.context_residual or self.attn_drop.p)
         plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         return plain and binarizers[2].is_set and fused.takes_attention(*(b.rule for b in binarizers), qkv)
 
@@ -214,7 +227,7 @@ class BinaryMlp(nn.Module):
 
     def __init__(self, mlp: nn.Module, scheme: Scheme) -> None:
         super().__init__()
-        options = {"shift": scheme.shift, "rprelu": scheme.rprelu}
+        options = {"shift": scheme.shift, "rprelu": scheme.rprelu, "shortcut": scheme.shortcut}
         weight = scheme.rule("weight")
         self.fc1 = BinaryLinear(mlp.fc1, weight, scheme.rule("input"), **options)
         self.act, self.drop1, self.norm = mlp.act, mlp.drop1, mlp.norm

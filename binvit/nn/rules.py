@@ -161,7 +161,7 @@ class Elastic(Rule):
     channel and n still counts the whole tensor, as released.
     With `gradient="bit"` the scale of the signed binarizer gets BiT's da = sum(sign(x) 1[|x/a| <= 1] g) / sqrt(n); the
     other quantizers of BiT have the gradient above.
-    Init: a = 2 mean|x| (signed), 4 mean|x| ({0, 1}), 2 mean|x| / sqrt(hi) (more bits).
+    Init: a = 2 mean|x| (signed), 4 mean|x| ({0, 1}), 2 mean|x| / sqrt(hi) (more bits), or the constant `start`.
 
     References:
         Esser et al., Learned step size quantization, 2020; Liu et al., BiT: Robustly binarized multi-distilled
@@ -171,6 +171,7 @@ class Elastic(Rule):
     lo: int = -1
     hi: int = 1
     gradient: str = "official"
+    start: float | None = None
 
     parameters: ClassVar[tuple[str, ...]] = ("scale",)
 
@@ -183,6 +184,8 @@ class Elastic(Rule):
         return self.hi
 
     def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.start is not None:
+            return (torch.full_like(self._mean(x), self.start),)
         factor = 4.0 if self.lo == 0 else 2.0 / self.hi**0.5
         return ((factor * self._mean(x.abs())).clamp(min=SMALLEST_SCALE),)
 

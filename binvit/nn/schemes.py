@@ -61,6 +61,7 @@ ATTENTION_RULES = _FLOAT | {
     "three_maps": lambda s: ThreeMaps(),
     "head_sign": lambda s: HeadSign(),
     "elastic": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
+    "elastic_small": lambda s: Elastic(lo=0, start=0.005),
     "gsb": lambda s: GsbAttention(**s.gsb_options()),
 }
 VALUE_RULES = {name: INPUT_RULES[name] for name in ("float", "sign", "sign_approx", "sign_ede", "elastic")} | {
@@ -111,6 +112,8 @@ class Scheme:
             pair of tokens; "relative", one per head and relative position of two patches; "none".
         activation_limit: The activation of the MLP is clipped to [-limit, limit]; None leaves it as it is.
         rprelu: A shifted PReLU (ReActNet) follows every binarized linear layer.
+        shortcut: A norm, the layer's own input and a shifted PReLU (BinaryViT) follow every binarized linear layer.
+        context_residual: Query, key and value are added to the product of map and value.
         thresholds: GSB: shares of the maximum above which groups 2, 3, ... start.
         reduce: GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row".
         gradient: "official", "masked" (GSB) or "bit" (BiT's own gradient of the elastic scales).
@@ -136,6 +139,8 @@ class Scheme:
     attention_bias: str = "none"
     activation_limit: float | None = None
     rprelu: bool = False
+    shortcut: bool = False
+    context_residual: bool = False
     thresholds: tuple[float, ...] = ()
     reduce: str = "row"
     gradient: str = "official"
@@ -155,7 +160,12 @@ class Scheme:
         object.__setattr__(self, "components", tuple(c for c in COMPONENTS if c in self.components))
         for place, rules in PLACES.items():
             check_name(f"rule for {place}", getattr(self, place), rules)
-        for name, kind in (("shift", bool), ("rprelu", bool)):
+        for name, kind in (
+            ("shift", bool),
+            ("rprelu", bool),
+            ("shortcut", bool),
+            ("context_residual", bool),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
         limit = self.activation_limit
