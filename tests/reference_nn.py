@@ -315,6 +315,7 @@ ATTENTION: dict[str, Callable[..., Outcome]] = {
     "three_maps": three_maps,
     "head_sign": head_sign,
     "elastic": elastic(0, 1),
+    "elastic_small": elastic(0, 1),
     "gsb": gsb_attention((0.7, 0.9), "row"),
 }
 VALUE: dict[str, Callable[..., Outcome]] = {

@@ -211,6 +211,11 @@ def test_the_input_factor_of_a_patch_is_its_box_filtered_mean():
     torch.testing.assert_close(y, want)
 
 
+def test_a_shortcut_needs_widths_that_divide():
+    with pytest.raises(ValueError, match="one divides the other, got 8 and 5"):
+        BinaryLinear(nn.Linear(8, 5), rules.Bwn(), rules.Elastic(), shortcut=True)
+
+
 # --- attention bias
 
 
@@ -263,19 +268,34 @@ def binarized(binarizer, place, scheme, x):
 
 def linear_oracle(layer, places, scheme, x):
     weight, input = places
+    original = x
     if layer.shift is not None:
         x = x + layer.shift.detach().numpy()
     w = layer.matrix.detach().numpy()
     xb = binarized(layer.input_binarizer, input, scheme, x)
     wb = binarized(layer.weight_binarizer, weight, scheme, w)
     y = xb @ wb.T + layer.bias.detach().numpy()
-    if layer.post is not None:
-        moved = y - layer.post.shift_in.detach().numpy()
-        y = (
-            np.where(moved >= 0, moved, layer.post.slope.detach().numpy() * moved)
-            + layer.post.shift_out.detach().numpy()
-        )
+    if isinstance(layer.post, RPReLU):
+        y = rprelu_oracle(layer.post, y)
+    elif layer.post is not None:
+        y = shortcut_oracle(layer.post, y, original)
     return y
+
+
+def rprelu_oracle(layer, x):
+    first, second, slope = (t.detach().numpy() for t in (layer.shift_in, layer.shift_out, layer.slope))
+    return np.where(x >= first, x - first, slope * (x - first)) + second
+
+
+def shortcut_oracle(layer, y, x):
+    weight, bias = layer.norm.weight.detach().numpy(), layer.norm.bias.detach().numpy()
+    centred = y - y.mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.norm.eps) * weight + bias
+    short = np.zeros_like(y)
+    for c in range(y.shape[-1]):
+        ratio = x.shape[-1] // y.shape[-1]
+        short[..., c] = x[..., c * ratio : (c + 1) * ratio].mean(-1) if ratio else x[..., c % x.shape[-1]]
+    return rprelu_oracle(layer.activation, normed + short)
 
 
 def attention_oracle(layer, scheme, x):
@@ -299,6 +319,8 @@ def attention_oracle(layer, scheme, x):
     if layer.bias is not None:
         a = a + layer.bias().detach().numpy()
     y = np.einsum("bhij,bhjd->bihd", binarized(layer.attention_binarizer, "attention", scheme, a), v)
+    if scheme.context_residual:
+        y = y + sum(parts.values()).transpose(0, 2, 1, 3)
     return linear_oracle(layer.proj, ("weight", "input"), scheme, y.reshape(b, n, width))
 
 
@@ -389,8 +411,10 @@ def test_recorded_tensors_are_the_ones_multiplied(name):
     kept = layer.last_attention
     assert set(kept) == {"scores", "map", "binary", "query", "key", "value", "value_binary"}
     assert not any(t.requires_grad for t in kept.values())
-    product = (kept["binary"] @ kept["value_binary"]).transpose(1, 2).reshape(2, 5, 12)
-    torch.testing.assert_close(layer.proj(product), y)
+    context = kept["binary"] @ kept["value_binary"]
+    if scheme.context_residual:
+        context = context + kept["query"] + kept["key"] + kept["value"]
+    torch.testing.assert_close(layer.proj(context.transpose(1, 2).reshape(2, 5, 12)), y)
     for place in ("query", "key", "value"):
         assert kept[place].shape == (2, 3, 5, 4)
     for place in ("scores", "map", "binary"):

@@ -113,6 +113,12 @@ def test_initial_scale_of_a_tensor(rule, factor):
     assert scale.item() == pytest.approx(factor * np.abs(x).mean(), rel=1e-12)
 
 
+def test_a_scale_can_start_from_a_constant():
+    (scale,) = rules.Elastic(lo=0, start=0.005).initial(torch.randn(3, 4))
+    assert scale.shape == ()
+    assert scale.item() == pytest.approx(0.005)
+
+
 @pytest.mark.parametrize(
     ("rule", "factor"),
     [(rules.Elastic(per="channel"), 2.0), (rules.Elastic(per="channel", lo=-128, hi=127), 2 / math.sqrt(127))],
