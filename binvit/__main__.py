@@ -16,7 +16,7 @@ import click
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="binvit")
 def cli() -> None:
-    """1-bit vision transformers: train them and repeat the experiments of two papers."""
+    """1-bit vision transformers: train, pack, and repeat the experiments of two papers."""
 
 
 @cli.command()
@@ -106,16 +106,38 @@ def train(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The packed file.  [default: MODEL with .packed in its name]"
+)
+@click.option("--exact", is_flag=True, help="Logits equal the trained model's bit for bit, at the price of speed.")
+def pack(model: Path, out: Path | None, exact: bool) -> None:
+    """Fold a trained model into bits.
+
+    MODEL is a file that binvit train has written.
+    """
+    from binvit.lab.predict import pack_checkpoint
+
+    out = out or model.with_suffix(f".packed{model.suffix}")
+    if out.resolve() == model.resolve():
+        raise ValueError(f"The packed file would replace the model {model}; choose another --out.")
+    click.echo(repr(pack_checkpoint(model, out, exact)))
+    share = out.stat().st_size / model.stat().st_size
+    click.echo(f"The packed model is {out}, {share:.1%} of the trained model's file.")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
 def predict(model: Path, images: Path, top: int) -> None:
     """Print class names and probabilities for an image file or for all images of a folder.
 
-    MODEL is a checkpoint that `binvit train` has written.
+    MODEL is a file that binvit train or binvit pack has written.
     """
-    from binvit.lab.predict import image_files, predict_files
+    from binvit.lab.predict import image_files, open_model, predict_files
 
-    for path, guesses in predict_files(model, image_files(images), top):
+    files = image_files(images)
+    for path, guesses in predict_files(open_model(model), files, top):
         click.echo(f"{path}: " + ", ".join(f"{name} {probability:.3f}" for name, probability in guesses))
 
 

@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
     """A checkpoint that the command line has trained."""
     out = tmp_path_factory.mktemp("trained")
     with pytest.raises(SystemExit) as stopped:
-        main(f"train --scheme float --seed 5 --samples-per-class 2 --out {out}".split())
+        main(f"train --scheme bit --seed 5 --samples-per-class 2 --out {out}".split())
     assert stopped.value.code == 0
     (checkpoint,) = out.glob("*.safetensors")
     return checkpoint
@@ -42,7 +42,7 @@ def test_help_is_cheap_and_module_and_script_are_the_same():
     by_function = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     by_module = subprocess.run([sys.executable, "-m", "binvit", "--help"], capture_output=True, text=True, check=True)
     assert by_function == by_module.stdout + "False\n"
-    for command in ("reproduce", "train", "predict", "schemes"):
+    for command in ("reproduce", "train", "pack", "predict", "schemes"):
         assert command in by_module.stdout
 
 
@@ -93,7 +93,7 @@ def test_wrong_input_is_refused_with_one_sentence_and_nothing_is_written(
 def test_train_keeps_a_model_and_reads_it_back(capsys, model):
     out = model.parent
     before = model.stat().st_mtime_ns
-    code, shown, err = run(capsys, *f"train --scheme float --seed 5 --samples-per-class 2 --out {out}".split())
+    code, shown, err = run(capsys, *f"train --scheme bit --seed 5 --samples-per-class 2 --out {out}".split())
     assert (code, err) == (0, "")
     assert f"The model is {model}." in shown
     assert shown.startswith("test accuracy 0.")
@@ -116,6 +116,29 @@ def test_predict_prints_probabilities_of_a_file_and_of_a_folder(capsys, model, t
     assert both.splitlines()[0] == single.strip()
     assert both.splitlines()[1].startswith(f"{images[1]}: ")
     assert len(both.splitlines()) == 2
+
+
+def test_packed_model_predicts_the_same(capsys, model, tmp_path):
+    image = tmp_path / "a.png"
+    Image.linear_gradient("L").resize((8, 8)).save(image)
+    code, shown, err = run(capsys, "pack", model, "--exact")
+    packed = model.with_suffix(".packed.safetensors")
+    assert (code, err) == (0, "")
+    assert f"The packed model is {packed}, " in shown
+    assert packed.stat().st_size < model.stat().st_size
+    trained, exact = (run(capsys, "predict", file, image, "--top", 10) for file in (model, packed))
+    assert trained == exact
+    code, _, _ = run(capsys, "pack", model, "--out", tmp_path / "fast.safetensors")
+    assert code == 0
+    assert run(capsys, "predict", tmp_path / "fast.safetensors", image)[1].split()[1] == trained[1].split()[1]
+
+
+def test_pack_refuses_what_it_cannot_pack(capsys, model, tmp_path):
+    assert "choose another --out" in refused(capsys, "pack", model, "--out", model)
+    assert "There is no checkpoint" in refused(capsys, "pack", tmp_path / "gone.safetensors")
+    (tmp_path / "text.safetensors").write_text("no model")
+    assert "text.safetensors is truncated" in refused(capsys, "pack", tmp_path / "text.safetensors")
+    assert not list(tmp_path.glob("*.packed.*"))
 
 
 def test_predict_refuses_what_it_cannot_read(capsys, model, tmp_path):

@@ -1,17 +1,22 @@
-"""Predictions of a kept model for image files."""
+"""Kept models at work: predictions for image files, and packing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from binvit.lab.checkpoint import load_checkpoint
 from binvit.lab.images import open_image
 from binvit.lab.transforms import eval_transform
+from binvit.packed import PackedViT, load, pack, save
+from binvit.packed.files import is_packed
 
-__all__ = ["image_files", "predict_files"]
+__all__ = ["Classifier", "image_files", "open_model", "pack_checkpoint", "predict_files"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -32,14 +37,70 @@ def image_files(path: Path) -> list[Path]:
     return [path]
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode with everything that images need on their way through it.
+
+    Args:
+        network: float32 (B, 3, S, S) -> logits (B, classes).
+        transform: an RGB image -> float32 (3, S, S).
+        classes: class names.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    transform: Callable[[Image], Tensor]
+    classes: Sequence[str]
+
+
+def open_model(path: Path) -> Classifier:
+    """Open a model that `binvit train` has kept or `binvit pack` has packed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither, is damaged, or does not say what its images look like.
+    """
+    if not is_packed(path):
+        network, info = load_checkpoint(path)
+        return Classifier(network, eval_transform(info.image_size, info.mean, info.std), info.classes)
+    packed = load(path)
+    channels, height, width = packed.blueprint.image_shape
+    mean, std = packed.blueprint.mean, packed.blueprint.std
+    if height != width or channels != 3 or not mean:
+        raise ValueError(
+            f"The packed model {path} takes images of shape {(channels, height, width)} with the means {mean}; "
+            "image files need square RGB images and a known normalization."
+        )
+    classes = packed.classes or [f"class {number}" for number in range(packed.blueprint.vit["num_classes"])]
+    return Classifier(packed, eval_transform(height, mean, std), classes)
+
+
+def pack_checkpoint(model: Path, out: Path, exact: bool = False) -> PackedViT:
+    """Pack a model that `binvit train` has kept, with its class names and the normalization of its images.
+
+    Args:
+        model: the checkpoint.
+        out: the packed file.
+        exact: as in `binvit.pack`.
+
+    Returns:
+        The packed model.
+    """
+    network, info = load_checkpoint(model)
+    packed = pack(network, exact=exact, classes=info.classes, mean=info.mean, std=info.std)
+    save(packed, out)
+    return packed
+
+
 @torch.inference_mode()
-def predict_files(model: Path, images: Iterable[Path], top: int = 1) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
-    """Predict the classes of image files with a model that `binvit train` has kept.
+def predict_files(
+    classifier: Classifier, images: Iterable[Path], top: int = 1
+) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """Predict the classes of image files.
 
     Each image is a batch of its own, so that its neighbours cannot change what a batch-dependent scheme sees in it.
 
     Args:
-        model: the checkpoint.
+        classifier: what `open_model` returned.
         images: the files.
         top: how many classes to return per image, likeliest first.
 
@@ -47,12 +108,11 @@ def predict_files(model: Path, images: Iterable[Path], top: int = 1) -> Iterator
         The file, and pairs of class name and probability.
 
     Raises:
-        FileNotFoundError: the checkpoint or an image is missing.
-        ValueError: the checkpoint or an image cannot be read.
+        FileNotFoundError: an image is missing.
+        ValueError: an image cannot be read.
     """
-    network, info = load_checkpoint(model)
-    transform = eval_transform(info.image_size, info.mean, info.std)
     for path in images:
-        logits = network(transform(open_image(path))[None])  # (1, classes)
-        probabilities, classes = logits.softmax(dim=-1)[0].topk(min(top, len(info.classes)))
-        yield path, [(info.classes[i], p) for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+        logits = classifier.network(classifier.transform(open_image(path))[None])  # (1, classes)
+        probabilities, classes = logits.softmax(dim=-1)[0].topk(min(top, len(classifier.classes)))
+        found = zip(classes.tolist(), probabilities.tolist(), strict=True)
+        yield path, [(classifier.classes[number], probability) for number, probability in found]
