@@ -119,3 +119,8 @@ def test_threads_are_restored_after_a_block():
     with bits.use_threads(1) as used:
         assert used == bits.get_threads() == 1
     assert bits.get_threads() == before
+
+
+def test_warm_up_tells_its_seconds():
+    assert bits.warm_up() > 0
+    assert bits.warm_up() < 1

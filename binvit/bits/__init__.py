@@ -4,7 +4,7 @@ This package knows numpy and numba only. Bit 1 means +1 (or 1), the lowest bit o
 bits are zero.
 """
 
-from binvit.bits.gemm import PreparedWeights, binary_matmul, prepare_weights
+from binvit.bits.gemm import PreparedWeights, binary_matmul, prepare_weights, warm_up
 from binvit.bits.jit import aligned_empty, get_threads, set_threads, use_threads
 from binvit.bits.packing import pack_levels, pack_planes, pack_signs, unpack_levels, unpack_signs, word_count
 
@@ -21,5 +21,6 @@ __all__ = [
     "unpack_levels",
     "unpack_signs",
     "use_threads",
+    "warm_up",
     "word_count",
 ]

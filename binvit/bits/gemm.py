@@ -14,16 +14,17 @@ lowers the same code to AVX-512, to shuffles on AVX2 and SSE, and to NEON.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
+from binvit.bits.emitter import Emitter, check_arrays
 from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, use_threads, vector_code
-from binvit.bits.packing import check_words, word_count
+from binvit.bits.packing import check_words, pack_signs, word_count
 
 PANEL = 64
 """Columns of a panel of prepared weights; also the bits of one word, so that a panel's signs are one output word."""
@@ -168,6 +169,20 @@ def binary_matmul(
     return out
 
 
+def warm_up() -> float:
+    """Compiles the kernels of packing and products, or loads them from disk, so that no measurement includes it.
+
+    Returns:
+        The seconds it took: about ten at the first time on a machine, then a fraction of one.
+    """
+    start = time.perf_counter()
+    signs = pack_signs(np.ones((200, 384), np.float32))
+    for threads in (1, max(2, get_threads())):
+        binary_matmul(signs, signs, 384, threads=threads)
+    binary_matmul(signs[:1], signs[:1], 384, unsigned=True, mask=signs[:1])
+    return time.perf_counter() - start
+
+
 def halves(words: np.ndarray) -> np.ndarray:
     """Views uint64 words as the 32-bit halves that the kernels read.
 
@@ -196,106 +211,63 @@ def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, nam
         )
 
 
-def _tile_twin(signed: bool):
+def _tile_twin(signed: bool, vectors: int):
+    columns = vectors * _LANES
+
     def tile(a, row, last, panels, panel, steps, length, out, out_row, out_column):
         rows = np.minimum(np.arange(row, row + TILE), last)
-        left, right = a[rows, :steps, None], panels[panel, :steps]
+        left, right = a[rows, :steps, None], panels[panel, :steps, :columns]
         counts = np.bitwise_count(left ^ right if signed else left & right).sum(axis=1, dtype=np.int32)
-        out[out_row : out_row + TILE, out_column : out_column + PANEL] = length - 2 * counts if signed else counts
+        out[out_row : out_row + TILE, out_column : out_column + columns] = length - 2 * counts if signed else counts
 
     return tile
 
 
-def _make_tile(signed: bool):
-    @vector_code(twin=_tile_twin(signed))
+def _make_tile(signed: bool, vectors: int):
+    @vector_code(twin=_tile_twin(signed, vectors))
     def tile(typing_context, a, row, last, panels, panel, steps, length, out, out_row, out_column):
-        for name, array, dtype, ndim in (
-            ("a", a, types.uint32, 2),
-            ("w", panels, types.uint32, 3),
-            ("out", out, types.int32, 2),
-        ):
-            if not (isinstance(array, types.Array) and array.dtype == dtype and array.ndim == ndim):
-                raise TypeError(f"a register tile needs {name} as a {ndim}-D array of {dtype}")
+        check_arrays("a register tile", {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3)})
+        check_arrays("a register tile", {"out": (out, types.int32, 2)})
         position = types.intp
         signature = types.void(a, position, position, panels, position, position, types.int32, out, position, position)
 
         def codegen(context, builder, signature, arguments):
+            emit = Emitter(context, builder, signature, arguments)
             _, row, last, _, panel, steps, length, _, out_row, out_column = arguments
             index, lane = ir.IntType(64), ir.IntType(32)
-            vector = ir.VectorType(lane, _LANES)
-
-            def address(position, *indices):
-                # Rows may be strided (a slice of a wider buffer); the last axis is contiguous.
-                array = context.make_array(signature.args[position])(context, builder, arguments[position])
-                strides = cgutils.unpack_tuple(builder, array.strides)
-                offset = builder.mul(indices[-1], ir.Constant(index, 4))
-                for i, stride in zip(indices[:-1], strides, strict=False):
-                    offset = builder.add(offset, builder.mul(i, stride))
-                return cgutils.pointer_add(builder, array.data, offset)
 
             def number(value):
                 return ir.Constant(index, value)
 
-            def splat(scalar):
-                first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(lane, 0))
-                return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, None))
-
-            popcount = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector]), f"llvm.ctpop.v{_LANES}i32"
-            )
             # Rows past the end repeat the last one, so that a short tile needs no code of its own.
             rows = []
             for r in range(TILE):
                 i = builder.add(row, number(r))
-                i = builder.select(builder.icmp_signed("<", i, last), i, last)
-                rows.append(address(0, i, number(0)))
-            weights = address(3, panel, number(0), number(0))
+                rows.append(emit.address(0, builder.select(builder.icmp_signed("<", i, last), i, last), 0))
+            page = emit.address(3, panel, 0, 0)
 
             def step(k, counts):
-                base = builder.gep(weights, [builder.mul(k, number(PANEL))])
+                base = builder.mul(k, number(PANEL))
                 columns = [
-                    builder.load(builder.bitcast(builder.gep(base, [number(v * _LANES)]), vector.as_pointer()), align=4)
-                    for v in range(_VECTORS)
+                    emit.load(builder.gep(page, [builder.add(base, number(v * _LANES))]), lane, _LANES)
+                    for v in range(vectors)
                 ]
                 result = []
                 for r in range(TILE):
-                    activation = splat(builder.load(builder.gep(rows[r], [k])))
-                    for v in range(_VECTORS):
-                        bits = (builder.xor if signed else builder.and_)(activation, columns[v])
-                        count = builder.call(popcount, [bits])
-                        result.append(count if counts is None else builder.add(counts[r * _VECTORS + v], count))
+                    activation = emit.splat(builder.load(builder.gep(rows[r], [k])), _LANES)
+                    for v in range(vectors):
+                        count = emit.popcount((builder.xor if signed else builder.and_)(activation, columns[v]))
+                        result.append(count if counts is None else builder.add(counts[r * vectors + v], count))
                 return result
 
-            # The first step is peeled off: it starts the counts instead of adding to zeros.
-            first = step(number(0), None)
-            before = builder.block
-            loop, end = builder.append_basic_block("tile.step"), builder.append_basic_block("tile.end")
-            more = builder.icmp_signed(">", steps, number(1))
-            builder.cbranch(more, loop, end)
-            builder.position_at_end(loop)
-            k = builder.phi(index)
-            counts = [builder.phi(vector) for _ in first]
-            following = step(k, counts)
-            next_k = builder.add(k, number(1))
-            k.add_incoming(number(1), before)
-            k.add_incoming(next_k, loop)
-            for phi, start, again in zip(counts, first, following, strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(again, loop)
-            builder.cbranch(builder.icmp_signed("<", next_k, steps), loop, end)
-            builder.position_at_end(end)
-            totals = [builder.phi(vector) for _ in first]
-            for phi, start, again in zip(totals, first, following, strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(again, loop)
+            totals = emit.accumulate(steps, step)
             for r in range(TILE):
-                target = address(7, builder.add(out_row, number(r)), out_column)
-                for v in range(_VECTORS):
-                    total = totals[r * _VECTORS + v]
+                target = emit.address(7, builder.add(out_row, number(r)), out_column)
+                for v in range(vectors):
+                    total = totals[r * vectors + v]
                     if signed:
-                        total = builder.sub(splat(length), builder.add(total, total))
-                    place = builder.bitcast(builder.gep(target, [number(v * _LANES)]), vector.as_pointer())
-                    builder.store(total, place, align=4)
+                        total = builder.sub(emit.splat(length, _LANES), builder.add(total, total))
+                    emit.store(total, builder.gep(target, [number(v * _LANES)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -303,10 +275,14 @@ def _make_tile(signed: bool):
     return tile
 
 
-tile_of_signs = _make_tile(signed=True)
+tile_of_signs = _make_tile(signed=True, vectors=_VECTORS)
 """Writes K - 2 popcount(a xor w) of six rows (repeating the last) and 64 columns to an int32 array."""
-tile_of_common_bits = _make_tile(signed=False)
+narrow_tile_of_signs = _make_tile(signed=True, vectors=1)
+"""The same for the first 16 columns of a panel: 197 tokens are three panels and a bit."""
+tile_of_common_bits = _make_tile(signed=False, vectors=_VECTORS)
 """Writes popcount(a and w) of six rows (repeating the last) and 64 columns to an int32 array."""
+narrow_tile_of_common_bits = _make_tile(signed=False, vectors=1)
+"""The same for the first 16 columns of a panel."""
 
 
 @kernel

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import llvmlite.binding
 import numba
 import numpy as np
 from numba import config
@@ -18,9 +17,20 @@ from numba.extending import intrinsic
 JIT = not config.DISABLE_JIT
 """False under ``NUMBA_DISABLE_JIT=1``: kernels then run as plain Python, their vector code as numpy."""
 
+# Features of the CPU that code is compiled for, which NUMBA_CPU_NAME=generic and NUMBA_CPU_FEATURES may narrow.
+if config.CPU_FEATURES is None:
+    _FEATURES = {name for name, present in llvmlite.binding.get_host_cpu_features().items() if present}
+else:
+    _FEATURES = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+
+FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
+"""Whether one instruction looks up 16 floats in a table of 32."""
+BYTE_PERMUTE = JIT and {"avx512bw", "avx512vbmi"} <= _FEATURES
+"""Whether one instruction looks up 64 bytes in a table of 64."""
+
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
-# Sums may be reordered, which lets LLVM keep one partial sum per lane; nothing may assume finite numbers.
+# Lets LLVM keep one partial sum per lane.
 _REORDERED_SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -170,20 +180,3 @@ def use_threads(threads: int | None) -> Iterator[int]:
         yield before if threads is None else set_threads(threads)
     finally:
         set_threads(before)
-
-
-def compile_all(kernels: list[Callable]) -> float:
-    """Calls small examples so that nothing compiles later, and tells how long that took.
-
-    Args:
-        kernels: functions without arguments that call the kernels once.
-
-    Returns:
-        The seconds it took: some tens at the first time on a machine, about one when the cache on disk is warm.
-    """
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for call in kernels:
-            call()
-    return time.perf_counter() - start

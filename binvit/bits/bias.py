@@ -1,0 +1,167 @@
+"""The learned bias of the attention map, in full or by relative positions on a grid of patches, as rows of floats.
+
+A relative bias of 14 x 14 patches is a table of 729 floats a head, which stays in the first-level cache; a row of the
+map takes from it one run of consecutive entries for every row of patches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.jit import aligned_empty, kernel, vector_code
+from binvit.bits.packing import word_count
+
+_RUN = 16
+
+
+class Bias(NamedTuple):
+    """The attention bias of all heads of a layer, as the kernels read it; what a kind does not use is empty.
+
+    Attributes:
+        full: float32 (H, T, 64 ceil(T / 64)), one number per head and pair of tokens.
+        runs: float32 (H, (2 h - 1)(2 w - 1) + 16), relative positions in falling order: the key's minus the query's.
+        prefix_rows: float32 (H, prefix, 64 ceil(T / 64)), the rows of queries that are no patches.
+        prefix_keys: float32 (H, prefix), the bias between any patch and a key that is none.
+        width: w, patches in a row of the grid.
+    """
+
+    full: np.ndarray
+    runs: np.ndarray
+    prefix_rows: np.ndarray
+    prefix_keys: np.ndarray
+    width: int
+
+
+def no_bias() -> Bias:
+    """Returns the bias of a map that has none.
+
+    Returns:
+        A `Bias` of empty arrays.
+    """
+    return _bias()
+
+
+def full_bias(values: np.ndarray) -> Bias:
+    """Prepares one number per head and pair of tokens.
+
+    Args:
+        values: (H, T, T), any float type.
+
+    Returns:
+        The bias with padded rows.
+
+    Raises:
+        ValueError: if the last two axes differ.
+    """
+    values = np.asarray(values)
+    if values.ndim != 3 or values.shape[1] != values.shape[2]:
+        raise ValueError(f"A full attention bias has the shape (heads, tokens, tokens), not {values.shape}.")
+    return _bias(full=_padded(values))
+
+
+def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bias:
+    """Prepares one number per head and relative position of two patches.
+
+    Args:
+        values: (H, (2 h - 1)(2 w - 1) + prefix**2 + 2 prefix), any float type: the positions of the query relative to
+            the key, row by row; the pairs of prefix tokens; one number per prefix token as a query of patches; one per
+            prefix token as a key of patches.
+        grid: h and w, the patches along height and width.
+        prefix: number of tokens before the patches.
+
+    Returns:
+        The bias as runs of consecutive numbers.
+
+    Raises:
+        ValueError: if the table's length does not fit the grid and prefix.
+    """
+    values, (h, w) = np.asarray(values, np.float32), grid
+    positions = (2 * h - 1) * (2 * w - 1)
+    wanted = positions + prefix * prefix + 2 * prefix
+    if values.ndim != 2 or values.shape[1] != wanted:
+        raise ValueError(
+            f"A relative attention bias of {h} x {w} patches and {prefix} prefix tokens has the shape "
+            f"(heads, {wanted}), not {values.shape}."
+        )
+    heads = len(values)
+    runs = np.zeros((heads, positions + _RUN), np.float32)  # a run is copied in whole vectors
+    runs[:, :positions] = values[:, positions - 1 :: -1] if positions else 0
+    pairs, queries, keys = np.split(values[:, positions:], [prefix * prefix, prefix * prefix + prefix], axis=1)
+    patches = np.broadcast_to(queries[:, :, None], (heads, prefix, h * w))
+    rows = np.concatenate([pairs.reshape(heads, prefix, prefix), patches], axis=2)
+    return _bias(runs=runs, prefix_rows=_padded(rows), prefix_keys=np.ascontiguousarray(keys), width=w)
+
+
+def _bias(full=None, runs=None, prefix_rows=None, prefix_keys=None, width=0) -> Bias:
+    nothing, flat = np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.float32)
+    return Bias(
+        nothing if full is None else full,
+        flat if runs is None else runs,
+        nothing if prefix_rows is None else prefix_rows,
+        flat if prefix_keys is None else prefix_keys,
+        width,
+    )
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    padded = aligned_empty((*rows.shape[:-1], 64 * word_count(rows.shape[-1])), np.float32)
+    padded[..., : rows.shape[-1]] = rows
+    padded[..., rows.shape[-1] :] = 0
+    return padded
+
+
+def _copy_run_twin(source, start, target, row, column):
+    target[row, column : column + _RUN] = source[start : start + _RUN]
+
+
+@vector_code(twin=_copy_run_twin)
+def _copy_run(typing_context, source, start, target, row, column):
+    """Copies sixteen floats."""
+    check_arrays("copy_run", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
+    signature = types.void(source, types.intp, target, types.intp, types.intp)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, start, _, row, column = arguments
+        emit.store(emit.load(emit.address(0, start), ir.FloatType(), _RUN), emit.address(2, row, column))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def relative_rows(runs, prefix_rows, prefix_keys, width, tokens, rows, start, stop):
+    """Expands a relative bias for some queries of one head.
+
+    Args:
+        runs: float32, `Bias.runs` of the head.
+        prefix_rows: float32, `Bias.prefix_rows` of the head.
+        prefix_keys: float32, `Bias.prefix_keys` of the head.
+        width: w, patches in a row of the grid.
+        tokens: T.
+        rows: float32 (at least stop - start, at least 64 ceil(T / 64) + 16), row 0 is that of query start.
+        start: first query.
+        stop: one past the last query.
+    """
+    prefix = prefix_keys.shape[0]
+    height = (tokens - prefix) // width
+    for query in range(start, stop):
+        row = query - start
+        if query < prefix:
+            for j in range(tokens):
+                rows[row, j] = prefix_rows[query, j]
+            continue
+        for j in range(prefix):
+            rows[row, j] = prefix_keys[j]
+        y, x = (query - prefix) // width, (query - prefix) % width
+        first = (height - 1 - y) * (2 * width - 1) + width - 1 - x
+        for key_y in range(height):
+            for key_x in range(0, width, _RUN):
+                # What a run writes past its row of patches is overwritten by the next one, or lies in the padding.
+                source = first + key_y * (2 * width - 1) + key_x
+                _copy_run(runs, source, rows, row, prefix + key_y * width + key_x)
