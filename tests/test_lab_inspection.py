@@ -78,7 +78,7 @@ def test_predictions_name_the_class():
 
 def test_histories_are_one_table(tmp_path):
     record = {"stage": 0, "train_loss": 1.0, "train_accuracy": 0.5, "lr": 0.1}
-    trials = [Trial("digits", "bit", seed=seed, recipe_options={"epochs": 2, "warmup_epochs": 0}) for seed in (0, 1)]
+    trials = [Trial("digits", "bit", seed=seed, recipe_options={"epochs": 2}) for seed in (0, 1)]
     for trial in trials:
         history = [record | {"epoch": 1, "test_accuracy": None}, record | {"epoch": 2, "test_accuracy": 0.5}]
         numbers = {"test_accuracy": 0.5, "train_accuracy": 0.5, "clean_train_accuracy": None, "memorized": None}
@@ -88,7 +88,7 @@ def test_histories_are_one_table(tmp_path):
     table = inspection.histories(trials, tmp_path)
     assert list(table["seed"]) == [0, 0, 1, 1]
     assert math.isnan(table["test_accuracy"][0])
-    assert set(table["recipe_options"]) == {"epochs=2, warmup_epochs=0"}
+    assert set(table["recipe_options"]) == {"epochs=2"}
     with pytest.raises(FileNotFoundError):
         inspection.histories([Trial("digits", "gsb")], tmp_path)
 

@@ -26,14 +26,25 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
     if recipe.model is not None:
         if not timm.is_model(recipe.model):
             raise ValueError(f"timm knows no model named {recipe.model!r} (the recipe's field model).")
-        size = {"img_size": image_size, "drop_path_rate": recipe.drop_path}
-        model = timm.create_model(recipe.model, pretrained=pretrained, num_classes=num_classes, **size)
+        options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": recipe.drop_path}
+        try:
+            model = timm.create_model(recipe.model, pretrained=pretrained, **options)
+        except (
+            AssertionError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # whatever the model's constructor raises
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"timm cannot build {recipe.model!r} for images of {image_size} pixels: {why}.") from None
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"The recipe's model must be a vision transformer, got {recipe.model!r}.")
+        if image_size % model.patch_embed.patch_size[0]:
+            raise ValueError(_indivisible(image_size, model.patch_embed.patch_size[0]))
         return model
     patch_size = recipe.patch_size or max(2, image_size // 8)
     if image_size % patch_size:
-        raise ValueError(f"The image size {image_size} is not divisible by the patch size {patch_size}.")
+        raise ValueError(_indivisible(image_size, patch_size))
     cls = VisionTransformerDistilled if recipe.distilled else VisionTransformer
     return cls(
         img_size=image_size,
@@ -48,3 +59,7 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
         drop_path_rate=recipe.drop_path,
         norm_layer=torch.nn.LayerNorm,
     )
+
+
+def _indivisible(image_size: int, patch_size: int) -> str:
+    return f"The image size {image_size} is not divisible by the patch size {patch_size}."

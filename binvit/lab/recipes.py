@@ -83,7 +83,7 @@ class Recipe:
         lr_binary: highest learning rate of models with any other scheme than "float"; None means `lr`.
         lr_batch: batch size at which `lr` holds; the rate grows linearly with `batch_size`. None: no scaling.
         min_lr: learning rate at the end of the schedule.
-        warmup_epochs: epochs over which the rate rises linearly from a hundredth of its highest value.
+        warmup: share of a stage's steps over which the rate rises linearly from a hundredth of its highest value.
         schedule: a name known to `timm.scheduler.create_scheduler_v2`, stepped per optimizer step.
         weight_decay: decoupled weight decay, not applied to biases, norms, scales and shifts.
         clip_grad: largest norm of the gradient; 0 does not clip.
@@ -127,7 +127,7 @@ class Recipe:
     lr_binary: float | None = None
     lr_batch: int | None = None
     min_lr: float = 1e-6
-    warmup_epochs: int = 0
+    warmup: float = 0.0
     schedule: str = "cosine"
     weight_decay: float = 0.05
     clip_grad: float = 1.0
@@ -166,10 +166,6 @@ class Recipe:
             raise ValueError(
                 f"A distilled model reads its tokens: global_pool must be 'token', got {self.global_pool!r}."
             )
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
-            raise ValueError(
-                f"The recipe's warmup_epochs must be below its epochs {self.epochs}, got {self.warmup_epochs}."
-            )
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"Unknown schedule {self.schedule!r}; valid are {', '.join(_SCHEDULES)}.")
 
@@ -193,9 +189,9 @@ class Recipe:
 _RANGES = (
     (("width", "depth", "heads", "patch_size", "image_size", "epochs", "batch_size"), 1, math.inf),
     (("eval_batch_size", "eval_every", "lr_batch", "teacher_epochs"), 1, math.inf),
-    (("warmup_epochs", "workers", "lr", "lr_binary", "min_lr", "weight_decay", "clip_grad"), 0, math.inf),
+    (("workers", "lr", "lr_binary", "min_lr", "weight_decay", "clip_grad"), 0, math.inf),
     (("mixup", "cutmix", "mlp_ratio", "checkpoint_minutes"), 0, math.inf),
-    (("label_smoothing", "erasing", "crop", "flip", "alpha", "drop_path"), 0, 1),
+    (("label_smoothing", "erasing", "crop", "flip", "alpha", "drop_path", "warmup"), 0, 1),
     (("temperature",), 1e-3, math.inf),
 )
 _SCHEDULES = ("cosine", "tanh", "poly", "wsd", "constant")
@@ -218,9 +214,8 @@ def _coerce(owner: Recipe, name: str, kind: Any) -> Any:
         return float(value)
     if int in kinds and isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, bool) and bool not in kinds:
-        kinds = tuple(kind for kind in kinds if kind is not int)
-    if float not in kinds and any(isinstance(value, kind) for kind in kinds):
+    misfit = float in kinds or (isinstance(value, bool) and bool not in kinds)  # True is an int to Python
+    if not misfit and isinstance(value, kinds):
         return value
     expected = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
     raise ValueError(f"The recipe's {name} must be of type {expected}, got {value!r}.")
@@ -270,7 +265,7 @@ _REGISTRY = {
             batch_size=64,
             eval_every=5,
             lr=3e-3,
-            warmup_epochs=5,
+            warmup=0.125,
         ),
         # Minutes on two cores: photographs of 32 to 64 pixels, 64 patches and the class token.
         Recipe(
@@ -283,7 +278,7 @@ _REGISTRY = {
             eval_every=10,
             lr=1e-3,
             lr_binary=2e-3,
-            warmup_epochs=5,
+            warmup=0.1,
             label_smoothing=0.1,
             crop=0.5,
             flip=0.5,
@@ -324,7 +319,7 @@ def list_recipes() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def recipe(name: str, **overrides: Any) -> Recipe:
+def recipe(name: str, /, **overrides: Any) -> Recipe:
     """Return a registered recipe, with some of its fields changed.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -173,6 +173,8 @@ class _Run:
         self.test_images = Batches(data.test, whole, recipe.eval_batch_size, workers=recipe.workers)
         self.stages = [(stage.epochs, trial.get_scheme(**dict(stage.scheme_options))) for stage in recipe.stages]
         self.stages.append((recipe.epochs, trial.get_scheme()))
+        # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
+        self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
         self.position = _Position()
         self.saved = time.monotonic()
 
@@ -236,8 +238,7 @@ class _Run:
             self.model = new_model(info, pretrained=recipe.pretrained)
         else:
             self.model = new_model(info)
-            latent = build_model(recipe, len(info.classes), info.image_size).state_dict().keys()
-            weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in latent}
+            weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in self.latent}
             self.model.load_state_dict(weights, strict=False)
         self.model.to(self.device).train()
         if self.teacher is not None and hasattr(self.model, "set_distilled_training"):
@@ -245,15 +246,17 @@ class _Run:
         peak = recipe.lr if scheme.name == "float" or recipe.lr_binary is None else recipe.lr_binary
         peak *= recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0
         fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
-        options = {"opt": recipe.optimizer, "lr": peak, "weight_decay": recipe.weight_decay}
-        self.optimizer = create_optimizer_v2(self.model, **options, **fused)
+        added = [name for name, _ in self.model.named_parameters() if name not in self.latent]
+        undecayed = [*self.model.no_weight_decay(), *added]
+        groups = param_groups_weight_decay(self.model, recipe.weight_decay, no_weight_decay_list=undecayed)
+        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             recipe.schedule,
             num_epochs=epochs,
             min_lr=recipe.min_lr,
             warmup_lr=peak / 100,
-            warmup_epochs=recipe.warmup_epochs,
+            warmup_epochs=recipe.warmup * epochs,
             step_on_epochs=False,
             updates_per_epoch=len(self.batches),
         )
