@@ -93,7 +93,7 @@ def _sum_by_permutation(typing_context, counts, row, panels, least, planes):
 def _sums_by_gather(counts, smallest, table, planes, sums, start, stop):
     tokens = sums.shape[0]
     for row in range(start, stop):
-        total = np.float32(0)
+        total = np.float64(0)
         least = np.int64(smallest[row])
         for j in range(tokens):
             total += table[np.int64(counts[row, j]) - least]
@@ -109,7 +109,7 @@ def _sums_by_permutation(counts, smallest, table, planes, sums, start, stop):
         if levels - least <= 64:
             sums[row] = _sum_by_permutation(counts, row, panels, smallest[row], planes) * 2.0**-32
         else:
-            total = np.float32(0)
+            total = np.float64(0)
             for j in range(tokens):
                 total += table[np.int64(counts[row, j]) - least]
             sums[row] = total
