@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
+from binvit.bits import jit
 
 SIDES = st.integers(0, 21)
 LENGTHS = st.integers(1, 300)
@@ -124,3 +125,11 @@ def test_threads_are_restored_after_a_block():
 def test_warm_up_tells_its_seconds():
     assert bits.warm_up() > 0
     assert bits.warm_up() < 1
+
+
+def test_the_limit_is_measured_with_jit_only():
+    if jit.JIT:
+        assert bits.popcount_limit(repeats=3) > 1e9
+    else:
+        with pytest.raises(ValueError, match="only be measured with numba's JIT"):
+            bits.popcount_limit()
