@@ -8,6 +8,7 @@ bit. The path works for every scheme; it is also what the fast path falls back t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,33 +41,39 @@ class PackedLinear(nn.Module):
         self.input_binarizer, self.weight_rule = layer.input_binarizer, layer.weight_binarizer.rule
         self.bias, self.shift, self.post = layer.bias, layer.shift, layer.post
         self.scale = scale
-        if weight.dtype == torch.uint64 and is_binary(self.input_binarizer.rule):
-            self.words, self.levels = bits.prepare_weights(weight.numpy()), None
-        elif weight.dtype == torch.uint64:
-            self.levels = torch.from_numpy(bits.unpack_signs(weight.numpy(), self.in_features))
-        else:
+        self.words = weight.numpy() if weight.dtype == torch.uint64 else None
+        self.on_bits = self.words is not None and is_binary(self.input_binarizer.rule)
+        if self.words is None:
             self.levels = weight
+        elif not self.on_bits:
+            self.levels = torch.from_numpy(bits.unpack_signs(self.words, self.in_features))
+
+    @cached_property
+    def _prepared(self) -> bits.PreparedWeights:
+        return bits.prepare_weights(self.words)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        if self.shift is not None:
-            x = x + self.shift
         rule = self.input_binarizer.rule
-        (plane,) = self.input_binarizer.planes(x)
-        if self.levels is None:
+        (plane,) = self.input_binarizer.planes(x if self.shift is None else x + self.shift)
+        if self.on_bits:
             rows = plane.levels.reshape(-1, self.in_features).numpy()
             unsigned = rule.lowest == 0
             packed = bits.pack_levels(rows) if unsigned else bits.pack_signs(rows)
-            product = torch.from_numpy(bits.binary_matmul(packed, self.words, self.in_features, unsigned=unsigned))
+            product = torch.from_numpy(bits.binary_matmul(packed, self._prepared, self.in_features, unsigned=unsigned))
             y = product.float().reshape(*x.shape[:-1], self.out_features)
         else:
             floats = rule.is_float or self.weight_rule.is_float
             exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
             y = integer_product(plane.levels, self.levels.float(), exact)
-        apply_scales(y, plane.scale, self.scale)
+        return self.finish(y, plane.scale, x)
+
+    def finish(self, product: Tensor, input_scale: Tensor | None, x: Tensor | None = None) -> Tensor:
+        """Turn integer products (..., out_features), overwritten, and the input x into the layer's output."""
+        y = apply_scales(product, input_scale, self.scale)
         if self.bias is not None:
             y.add_(self.bias)
-        return y if self.post is None else self.post(y)
+        return y if self.post is None else self.post(y, x)
 
 
 class PackedPatchConv(PackedLinear):
@@ -110,13 +117,6 @@ class PackedAttention(BinaryAttention):
                     product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
                 total = product if total is None else total.add_(product)
         return total
-
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens (B, N, D) to (B, N, D); there are no masks."""
-        b, n, _ = x.shape
-        q, k, v = self.split_heads(self.qkv(x))
-        y = self.attend(self.attention_map(self.scores(q, k)), v)
-        return self.proj(self.norm(y.transpose(1, 2).reshape(b, n, self.attn_dim)))
 
 
 def bit_product(x: Tensor, w: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
+from binvit.packed.fast import FastBlocks
+from binvit.packed.folding import NotFoldable
 
 PARTS = (
     "1-bit weights",
@@ -40,11 +42,18 @@ class PackedViT:
         blueprint: What is no tensor: scheme, shape, class names, normalization.
         tensors: Everything else, by name.
         exact: The logits equal the evaluation-mode model's bit for bit.
+        reason: Why the fast path takes generic steps for this model; empty if it does not.
     """
 
     def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
         self.blueprint, self.tensors, self.exact = blueprint, dict(tensors), bool(exact)
-        self._run = build_exact(blueprint, tensors)
+        self._model = build_exact(blueprint, tensors)
+        self._blocks, self.reason = None, ""
+        if not self.exact:
+            try:
+                self._blocks = FastBlocks(self._model)
+            except NotFoldable as error:
+                self.reason = str(error)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -87,6 +96,13 @@ class PackedViT:
             logits = self._run(images.detach()) if len(images) else torch.empty(0, self.blueprint.vit["num_classes"])
         return logits.clone() if is_tensor else logits.numpy()
 
+    def _run(self, images: Tensor) -> Tensor:
+        model = self._model
+        if self._blocks is None or not self._blocks.takes(len(images)):
+            return model(images)
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        return model.forward_head(model.norm(self._blocks(tokens.contiguous())))
+
     def predict(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
         """Compute the likeliest class of normalized images; the arguments are those of a call.
 
@@ -95,11 +111,16 @@ class PackedViT:
         """
         return self(images).argmax(-1)
 
+    def _path(self) -> str:
+        if self.exact:
+            return "exact"
+        return f"generic ({self.reason})" if self.reason else "fast"
+
     def __repr__(self) -> str:
         vit, size = self.blueprint.vit, sum(self.nbytes.values())
         channels, height, width = self.blueprint.image_shape
         lines = [
-            f"scheme={self.blueprint.scheme.name!r}, path={'exact' if self.exact else 'fast'}",
+            f"scheme={self.blueprint.scheme.name!r}, path={self._path()}",
             f"images=({channels}, {height}, {width}), patch={'x'.join(map(str, vit['patch_size']))}, "
             f"width={vit['embed_dim']}, depth={vit['depth']}, heads={vit['num_heads']}, "
             f"classes={vit['num_classes']}{', distilled' if vit['distilled'] else ''}",

@@ -1,0 +1,385 @@
+"""The fast path's forward pass through the blocks: the steps of `binvit.bits`, composed into one compiled function.
+
+A block is two phases with one meeting point each: `_enter` and `_leave` work on token rows, `_score` and `_attend` on
+heads. For many images every thread runs whole passes; for one image the threads share the rows and the heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from binvit.bits.attention import planes_below, prepare_keys, score_counts
+from binvit.bits.bias import Bias
+from binvit.bits.gemm import TILE
+from binvit.bits.head import Workspace, compute_map, compute_values, make_workspace, multiply, pack_map, pack_values
+from binvit.bits.jit import aligned_empty, kernel
+from binvit.bits.linear import linear_to_bits, linear_to_floats, normalize_and_pack, words_to_panels
+
+ROW, HEAD, SAMPLE = 0, 1, 2
+"""Over what the maxima of map and value run: a query row (the map's only), a head, all heads of an image."""
+
+
+class Layers(NamedTuple):
+    """All blocks, folded; L blocks, width D, H heads of d channels, T tokens, G and V groups of map and value.
+
+    Attributes:
+        norms: float32 (L, 2, 3, D): weight, bias and following shift of the two LayerNorms.
+        epsilons: float64 (L, 2).
+        qk_panels: uint32 (L, ...): weights of query and key; every head starts at a panel of its own.
+        qk_lower: int32 (L, columns): the intervals of query and key, see `binvit.bits.linear.Intervals`.
+        qk_span: uint32 (L, columns).
+        qk_flip: uint64 (L, panels).
+        v_words: uint64 (L, H d, words): weights of the value.
+        v_affine: float32 (L, 4, H d): scale and bias of the value, its shift, and its shift after an RPReLU.
+        tables: float32 (L, entries): exponentials of the scores, see `binvit.bits.attention.exponential_table`.
+        fractions: uint8 (L, 4, 64): the same in fixed point.
+        cuts: float32 (L, H, G): constant parts of the map's thresholds.
+        shares: float32 (G,): shares of the maximum, added to them.
+        inclusive: bool (G,): whether the threshold itself is above.
+        value_shares: float32 (V - 1,): thresholds of the value's higher groups as shares of the extrema.
+        coefficients: float32 (L, H, G, V): products of the scales of map and value.
+        proj_shift: float32 (L, H d): shift before the sign of what the projection reads.
+        proj_panels: uint32 (L, ...): weights of the projection, inputs of every head padded to words.
+        proj_affine: float32 (L, 2, columns): scale and bias.
+        proj_sums: int32 (columns,): minus the number of padded inputs.
+        fc1_panels: uint32 (L, ...).
+        fc1_lower: int32 (L, columns): intervals of the hidden layer's bits.
+        fc1_span: uint32 (L, columns).
+        fc1_flip: uint64 (L, panels).
+        fc2_panels: uint32 (L, ...).
+        fc2_affine: float32 (L, 2, columns).
+        fc2_sums: int32 (L, columns): see `binvit.bits.linear.linear_to_floats`.
+        posts: float32 (L, 2, 4, D): shift in, slope, shift out and gain after projection and fc2; used if `post`.
+        value_post: float32 (L, 3, H d): the same for the value, used if `rprelu`.
+        heads: H.
+        width: d.
+        hidden: number of hidden channels.
+        map_reduce: ROW, HEAD or SAMPLE, for the map.
+        value_reduce: HEAD or SAMPLE, for the value.
+        softmax: whether the map is a softmax.
+        value_mean: whether the value's scale is its mean absolute value per head.
+        hidden_unsigned: whether hidden bits mean {0, 1}.
+        post: whether projection and fc2 are followed by more than bias and residual stream.
+        rprelu: whether the value is followed by RPReLU.
+    """
+
+    norms: np.ndarray
+    epsilons: np.ndarray
+    qk_panels: np.ndarray
+    qk_lower: np.ndarray
+    qk_span: np.ndarray
+    qk_flip: np.ndarray
+    v_words: np.ndarray
+    v_affine: np.ndarray
+    tables: np.ndarray
+    fractions: np.ndarray
+    cuts: np.ndarray
+    shares: np.ndarray
+    inclusive: np.ndarray
+    value_shares: np.ndarray
+    coefficients: np.ndarray
+    proj_shift: np.ndarray
+    proj_panels: np.ndarray
+    proj_affine: np.ndarray
+    proj_sums: np.ndarray
+    fc1_panels: np.ndarray
+    fc1_lower: np.ndarray
+    fc1_span: np.ndarray
+    fc1_flip: np.ndarray
+    fc2_panels: np.ndarray
+    fc2_affine: np.ndarray
+    fc2_sums: np.ndarray
+    posts: np.ndarray
+    value_post: np.ndarray
+    heads: int
+    width: int
+    hidden: int
+    map_reduce: int
+    value_reduce: int
+    softmax: bool
+    value_mean: bool
+    hidden_unsigned: bool
+    post: bool
+    rprelu: bool
+
+
+class Scratch(NamedTuple):
+    """Memory of the forward pass; the first axis is the task.
+
+    Attributes:
+        words: uint64 (tasks, T, words): packed input of the qkv layer and of the MLP.
+        qk: uint64 (tasks, T, words): bits of all queries, then of all keys; each head starts at a word of its own.
+        token_panels: uint32 (tasks, ...): `words` for products whose columns are the tokens.
+        joined: uint64 (tasks, T, words): bits of all heads' outputs.
+        hidden: uint64 (tasks, T, words): bits of the hidden layer.
+        floats: float32 (tasks, T, D): output of a layer that is followed by more than bias and residual stream.
+        tops: float32 (slots, 3): maximum of the map, least and largest value.
+    """
+
+    words: np.ndarray
+    qk: np.ndarray
+    token_panels: np.ndarray
+    joined: np.ndarray
+    hidden: np.ndarray
+    floats: np.ndarray
+    tops: np.ndarray
+
+
+def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
+    """Allocate the memory of a forward pass.
+
+    Args:
+        layers: The folded blocks.
+        biased: Whether the attention map has a bias.
+        tokens: T.
+        tasks: Images that run at once.
+        slots: Heads per image whose results are kept at once.
+    """
+    size, head_words = layers.norms.shape[-1], -(-layers.width // 64)
+    words = -(-size // 64)
+    groups = len(layers.shares), len(layers.value_shares) + 1
+    workspace = make_workspace(tasks * slots, tokens, layers.width, *groups, biased)
+    scratch = Scratch(
+        words=aligned_empty((tasks, tokens, words), np.uint64),
+        qk=aligned_empty((tasks, tokens, 2 * layers.heads * head_words), np.uint64),
+        token_panels=aligned_empty((tasks, -(-tokens // 64), 2 * words, 64), np.uint32),
+        joined=aligned_empty((tasks, tokens, layers.heads * head_words), np.uint64),
+        hidden=aligned_empty((tasks, tokens, -(-layers.hidden // 64)), np.uint64),
+        floats=aligned_empty((tasks, tokens if layers.post else 0, size), np.float32),
+        tops=aligned_empty((tasks * slots, 3), np.float32),
+    )
+    return scratch, workspace
+
+
+@kernel
+def _enter(s, block, x, c, task, start, stop):
+    # Residual stream -> bits of query and key, and the tokens' bits side by side for the value.
+    norm = s.norms[block, 0]
+    normalize_and_pack(x, norm[0], norm[1], norm[2], s.epsilons[block, 0], c.words[task], start, stop)
+    linear_to_bits(
+        c.words[task],
+        s.qk_panels[block],
+        x.shape[1],
+        s.qk_lower[block],
+        s.qk_span[block],
+        s.qk_flip[block],
+        c.qk[task],
+        start,
+        stop,
+    )
+    words_to_panels(c.words[task], c.token_panels[task], start, stop)
+
+
+@kernel
+def _leave(s, block, x, c, task, start, stop):
+    # Bits of the heads -> projection -> residual stream -> MLP -> residual stream.
+    out = c.floats[task] if s.post else x
+    affine = s.proj_affine[block]
+    length = 64 * c.joined.shape[2]
+    linear_to_floats(
+        c.joined[task],
+        s.proj_panels[block],
+        length,
+        s.proj_sums,
+        False,
+        affine[0],
+        affine[1],
+        out,
+        not s.post,
+        start,
+        stop,
+    )
+    if s.post:
+        _add_post(out, s.posts[block, 0], x, start, stop)
+    norm = s.norms[block, 1]
+    normalize_and_pack(x, norm[0], norm[1], norm[2], s.epsilons[block, 1], c.words[task], start, stop)
+    linear_to_bits(
+        c.words[task],
+        s.fc1_panels[block],
+        x.shape[1],
+        s.fc1_lower[block],
+        s.fc1_span[block],
+        s.fc1_flip[block],
+        c.hidden[task],
+        start,
+        stop,
+    )
+    affine = s.fc2_affine[block]
+    linear_to_floats(
+        c.hidden[task],
+        s.fc2_panels[block],
+        s.hidden,
+        s.fc2_sums[block],
+        s.hidden_unsigned,
+        affine[0],
+        affine[1],
+        out,
+        not s.post,
+        start,
+        stop,
+    )
+    if s.post:
+        _add_post(out, s.posts[block, 1], x, start, stop)
+
+
+@kernel
+def _add_post(y, post, x, start, stop):
+    for i in range(start, stop):
+        for n in range(x.shape[1]):
+            moved = y[i, n] - post[0, n]
+            x[i, n] += ((moved if moved >= 0 else post[1, n] * moved) + post[2, n]) * post[3, n]
+
+
+@kernel
+def _score(s, biases, block, head, c, heads, task, slot):
+    # Value, popcounts, softmax sums and maxima of one head.
+    tokens, width = c.words.shape[1], s.width
+    affine = s.v_affine[block]
+    least, most = compute_values(
+        heads,
+        slot,
+        s.v_words[block],
+        head * width,
+        c.token_panels[task],
+        tokens,
+        s.norms.shape[3],
+        affine[0],
+        affine[1],
+        affine[2],
+    )
+    if s.rprelu:
+        least, most = _bend(heads.values[slot], s.value_post[block], affine[3], head * width, tokens)
+    words, qk = (width + 63) // 64, c.qk[task]
+    first = head * words, (s.heads + head) * words
+    top = np.float32(0)
+    if s.softmax:
+        full, runs = biases.full[block], biases.runs[block]
+        bias = Bias(full, runs, biases.prefix_rows[block], biases.prefix_keys[block], biases.width)
+        compute_map(heads, slot, qk, qk, first, width, s.tables[block], s.fractions[block], bias, head)
+        largest = heads.largest[slot]
+        top = largest[0]
+        for t in range(tokens):
+            top = max(top, largest[t])
+    else:
+        prepare_keys(qk, first[1], width, heads.keys[slot])
+        score_counts(qk, first[0], width, heads.keys[slot], heads.counts[slot], heads.smallest[slot], 0, tokens)
+    c.tops[slot, 0], c.tops[slot, 1], c.tops[slot, 2] = top, least, most
+
+
+@kernel
+def _bend(values, post, shift, first, tokens):
+    # RPReLU, then the shift; returns the new extrema.
+    least, most = np.float32(np.inf), np.float32(-np.inf)
+    for k in range(values.shape[0]):
+        n = first + k
+        for t in range(tokens):
+            moved = values[k, t] - post[0, n]
+            values[k, t] = ((moved if moved >= 0 else post[1, n] * moved) + post[2, n]) + shift[n]
+            least, most = min(least, values[k, t]), max(most, values[k, t])
+    return least, most
+
+
+@kernel
+def _attend(s, block, head, c, heads, task, slot, tops):
+    # Groups of map and value of one head, their products, and the head's share of the projection's input.
+    tokens, width = c.words.shape[1], s.width
+    if s.softmax:
+        maxima = heads.largest[slot]
+        if s.map_reduce != ROW:
+            maxima[:] = tops[0] if s.map_reduce == SAMPLE else c.tops[slot, 0]
+        pack_map(heads, slot, s.tables[block], s.cuts[block, head], s.shares, s.inclusive, maxima)
+    else:
+        heads.bounds[slot][:] = (width + 1) // 2  # d - 2 p > 0
+        planes_below(heads.counts[slot], heads.bounds[slot], heads.planes[slot], heads.sizes[slot], 0, tokens)
+    extremes = tops if s.value_reduce == SAMPLE else c.tops[slot]
+    groups = len(s.value_shares) + 1
+    lower, upper = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    lower[0], upper[0] = np.inf, -np.inf
+    for g in range(1, groups):
+        lower[g], upper[g] = s.value_shares[g - 1] * extremes[1], s.value_shares[g - 1] * extremes[2]
+    pack_values(heads, slot, tokens, lower, upper)
+    coefficients = s.coefficients[block, head].copy()
+    if s.value_mean:
+        coefficients *= _mean_size(heads.values[slot], tokens)
+    words, shift = (width + 63) // 64, s.proj_shift[block, head * width : (head + 1) * width]
+    nothing = np.empty((0, 0), np.float32)
+    multiply(heads, slot, tokens, coefficients, shift, c.joined[task], head * words, nothing, 0)
+
+
+@kernel
+def _mean_size(values, tokens):
+    total = 0.0
+    for k in range(values.shape[0]):
+        for t in range(tokens):
+            total += abs(values[k, t])
+    return np.float32(total / (values.shape[0] * tokens))
+
+
+@kernel
+def _pass(s, biases, x, c, heads, task):
+    tokens, tops = x.shape[0], np.empty(3, np.float32)
+    slots = c.tops.shape[0] // c.words.shape[0]
+    for block in range(s.norms.shape[0]):
+        _enter(s, block, x, c, task, 0, tokens)
+        if s.map_reduce == SAMPLE or s.value_reduce == SAMPLE:
+            tops[0], tops[1], tops[2] = -np.inf, np.inf, -np.inf
+            for head in range(s.heads):
+                slot = task * slots + head
+                _score(s, biases, block, head, c, heads, task, slot)
+                tops[0], tops[1] = max(tops[0], c.tops[slot, 0]), min(tops[1], c.tops[slot, 1])
+                tops[2] = max(tops[2], c.tops[slot, 2])
+            for head in range(s.heads):
+                _attend(s, block, head, c, heads, task, task * slots + head, tops)
+        else:
+            for head in range(s.heads):
+                _score(s, biases, block, head, c, heads, task, task)
+                _attend(s, block, head, c, heads, task, task, tops)
+        _leave(s, block, x, c, task, 0, tokens)
+
+
+@kernel(parallel=True)
+def run_images(s, biases, x, c, heads):
+    """Run images through all blocks, every thread whole images.
+
+    Args:
+        s: The folded blocks.
+        biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        x: float32 (B, T, D), the residual stream, overwritten.
+        c: `make_scratch` with one task per thread, and a slot for every head if a maximum runs over all of them.
+        heads: The workspace that belongs to it.
+    """
+    tasks = c.words.shape[0]
+    for task in numba.prange(tasks):
+        for image in range(task, x.shape[0], tasks):
+            _pass(s, biases, x[image], c, heads, task)
+
+
+@kernel(parallel=True)
+def run_together(s, biases, x, c, heads):
+    """Run one image through all blocks, all threads together.
+
+    Args:
+        s: The folded blocks; no maximum may run over all heads.
+        biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        x: float32 (T, D), the residual stream, overwritten.
+        c: `make_scratch` with one task and one slot per thread.
+        heads: The workspace that belongs to it.
+    """
+    tasks, tokens, blocks = c.tops.shape[0], x.shape[0], s.norms.shape[0]
+    tiles = (tokens + TILE - 1) // TILE
+    nothing = np.empty(3, np.float32)
+    for task in numba.prange(tasks):
+        _enter(s, 0, x, c, 0, tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE))
+    for block in range(blocks):
+        for task in numba.prange(tasks):
+            for head in range(task, s.heads, tasks):
+                _score(s, biases, block, head, c, heads, 0, task)
+                _attend(s, block, head, c, heads, 0, task, nothing)
+        for task in numba.prange(tasks):
+            start, stop = tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE)
+            _leave(s, block, x, c, 0, start, stop)
+            if block + 1 < blocks:
+                _enter(s, block + 1, x, c, 0, start, stop)

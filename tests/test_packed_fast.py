@@ -1,0 +1,129 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from packed_models import images, logits_of, trained
+
+import binvit
+from binvit import bits
+
+X = images(20)
+GENERIC = {"float", "xnor-k", "binaryvit", "bhvit-qd"}
+
+
+def check_fast(model, x=X, generic=False):
+    """The fast path may differ in a few images, where a sum lies within rounding of a threshold."""
+    packed = binvit.pack(model)
+    assert bool(packed.reason) == generic
+    logits, expected = packed(x), logits_of(model, x)
+    assert (logits == expected).all(1).float().mean() >= (1 if generic else 0.9)
+    assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.9
+    return packed
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("name", binvit.list_schemes())
+def test_every_scheme(name, distilled):
+    check_fast(trained(name, distilled), generic=name in GENERIC)
+
+
+@pytest.mark.parametrize("reduce", ["sample", "head", "row"])
+@pytest.mark.parametrize("thresholds", [(), (0.6,), (0.3, 0.5, 0.7)])
+def test_reductions_and_numbers_of_groups(reduce, thresholds):
+    check_fast(trained(binvit.scheme("gsb", reduce=reduce, thresholds=thresholds)))
+
+
+def test_a_maximum_over_the_batch_is_fused_for_one_image():
+    model = trained(binvit.scheme("gsb", reduce="batch"))
+    check_fast(model, X[:1])
+    assert torch.equal(check_fast(model)(X), logits_of(model, X))
+
+
+@pytest.mark.parametrize("bias", ["full", "relative", "none"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_attention_biases(bias, distilled):
+    check_fast(trained(binvit.scheme("gsb", attention_bias=bias), distilled))
+
+
+@pytest.mark.parametrize("attention", ["half_max", "quarter_max", "three_maps", "head_sign", "elastic"])
+@pytest.mark.parametrize("value", ["sign", "sign_learned", "head_sign", "elastic"])
+def test_rules_of_map_and_value_mix(attention, value):
+    check_fast(trained(binvit.scheme("gsb", attention=attention, value=value)))
+
+
+@pytest.mark.parametrize("place", ["input", "hidden", "query", "key", "value"])
+@pytest.mark.parametrize("rule", ["sign", "sign_ede", "elastic"])
+def test_rules_of_inputs_mix(place, rule):
+    check_fast(trained(binvit.scheme("bit", **{place: rule})))
+
+
+@pytest.mark.parametrize("weight", ["sign", "sign_mean", "standardized", "bwn_channel", "elastic_channel"])
+def test_rules_of_weights_mix(weight):
+    check_fast(trained(binvit.scheme("gsb", weight=weight)))
+
+
+VARIANTS = {
+    "layer scale": {"init_values": 0.1},
+    "registers": {"reg_tokens": 3},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "heads of 6 channels": {"num_heads": 8},
+    "one head of 130 channels": {"embed_dim": 130, "num_heads": 1},
+    "heads of 65 channels": {"embed_dim": 195},
+    "mlp ratio": {"mlp_ratio": 2.75},
+    "patches that are no squares": {"patch_size": (4, 8)},
+    "65 tokens": {"patch_size": 2},
+    "silu": {"act_layer": "silu"},
+    "relu": {"act_layer": "relu"},
+}
+
+
+@pytest.mark.parametrize("name", ["gsb", "reactnet"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_transformer(name, variant):
+    check_fast(trained(name, depth=1, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_mlp_norm": True}, {"norm_layer": "rmsnorm"}])
+def test_steps_without_a_kernel_take_the_generic_path(options):
+    check_fast(trained("gsb", **options), generic=True)
+
+
+@pytest.mark.parametrize("components", [["mlp"], ["mhsa", "head"], ["patch_embed"]])
+def test_parts_that_stay_float_take_the_generic_path(components):
+    check_fast(trained(binvit.scheme("gsb", components=components)), generic=True)
+
+
+def test_logits_do_not_depend_on_batch_and_threads():
+    model = trained(binvit.scheme("gsb", attention_bias="relative"))
+    packed = binvit.pack(model)
+    expected = packed(X)
+    for threads in (1, 2, 3):
+        with bits.use_threads(threads):
+            assert torch.equal(packed(X), expected)
+            assert torch.equal(torch.cat([packed(x) for x in X.split(1)]), expected)
+            assert torch.equal(torch.cat([packed(x) for x in X.split(3)]), expected)
+
+
+def test_python_threads_may_share_a_model():
+    packed = binvit.pack(trained("gsb"))
+    expected, results = packed(X), [None] * 4
+
+    def run(i):
+        results[i] = packed(X)
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_numpy_images_stay_untouched():
+    packed = binvit.pack(trained("gsb"))
+    array = X.numpy().copy()
+    array.flags.writeable = False
+    np.testing.assert_array_equal(packed(array), packed(X))
+    assert packed(X[:0]).shape == (0, 5)
