@@ -74,7 +74,9 @@ def train_trial(
     )
     started = time.perf_counter()
     with _own_random_state(device):
-        if recipe.distillation != "none":
+        if recipe.distillation == "none":
+            teacher = None
+        else:
             teacher = teacher if teacher is not None else _teacher(trial, recipe, data, device)
             teacher = teacher.to(device).eval()
         run = _Run(trial, recipe, data, teacher, device, Path(resume) if resume else None, started)
@@ -250,15 +252,21 @@ class _Run:
         undecayed = [*self.model.no_weight_decay(), *added]
         groups = param_groups_weight_decay(self.model, recipe.weight_decay, no_weight_decay_list=undecayed)
         self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
+        steps = epochs * len(self.batches)
+        rising = min(round(recipe.warmup * steps), steps - 1)
+        # In steps, and with the decay starting only where the warm-up ends.
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             recipe.schedule,
-            num_epochs=epochs,
+            num_epochs=steps - rising,
+            decay_epochs=0.2,
+            decay_rate=1.0,
             min_lr=recipe.min_lr,
             warmup_lr=peak / 100,
-            warmup_epochs=recipe.warmup * epochs,
+            warmup_epochs=rising,
+            warmup_prefix=True,
             step_on_epochs=False,
-            updates_per_epoch=len(self.batches),
+            updates_per_epoch=1,
         )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]

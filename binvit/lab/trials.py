@@ -72,11 +72,11 @@ class Trial:
         object.__setattr__(self, "label_noise", float(noise))
         object.__setattr__(self, "root", None if self.root is None else str(self.root))
         _check_dataset(self.dataset)
-        for name, resolved in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
+        for name, resolve in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
             options = _pairs(getattr(self, name), name)
+            record = resolve(options)
             # The record has coerced the values: 1 and 1.0, list and tuple are the same trial.
-            coerced = {key: freeze(getattr(resolved(options), key)) for key in options}
-            object.__setattr__(self, name, tuple(sorted(coerced.items())))
+            object.__setattr__(self, name, tuple(sorted((key, freeze(getattr(record, key))) for key in options)))
 
     def _scheme(self, options: Mapping[str, Any]) -> Scheme:
         return binvit.scheme(self.scheme, **options)
