@@ -29,7 +29,7 @@ thresholds = st.lists(st.sampled_from([0.25, 0.5, 0.7, 0.75, 0.9]), max_size=3, 
 
 
 @pytest.mark.parametrize("name", ATTENTION_RULES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_attention_rules(name, data):
     a = data.draw(arrays(MAP, values if name == "scores" else entries), label="a")
@@ -40,7 +40,7 @@ def test_attention_rules(name, data):
 
 
 @pytest.mark.parametrize("name", VALUE_RULES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_value_rules(name, data):
     v = data.draw(arrays(VALUE, values), label="v")
@@ -52,7 +52,7 @@ def test_value_rules(name, data):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data(), thresholds=thresholds)
 def test_gsb_attention_for_any_number_of_groups(reduce, gradient, data, thresholds):
     a = data.draw(arrays(MAP, entries), label="a")
@@ -65,7 +65,7 @@ def test_gsb_attention_for_any_number_of_groups(reduce, gradient, data, threshol
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data(), thresholds=thresholds)
 def test_gsb_value_for_any_number_of_groups(reduce, gradient, data, thresholds):
     v = data.draw(arrays(VALUE, values), label="v")

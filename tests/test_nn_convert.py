@@ -118,7 +118,7 @@ def test_binarized_copies_of_every_shape_train(name, shape):
             assert SHAPES[shape].get("drop_path_rate"), key
         else:
             assert torch.isfinite(parameter.grad).all(), key
-    losses = train(binary, x, 6)
+    losses = train(binary, x, 4)
     assert min(losses[1:]) < losses[0]
 
     binary.eval()
@@ -141,7 +141,7 @@ def test_every_scheme_trains_every_parameter(name, distilled):
         assert torch.isfinite(parameter.grad).all(), key
     for key in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "head.weight"):
         assert model.get_parameter(key).grad.abs().max() > 0, key
-    losses = train(model, x, 8)
+    losses = train(model, x, 5)
     assert min(losses[1:]) < losses[0]
 
 
@@ -314,7 +314,7 @@ def test_parameters_of_the_full_bias_are_those_of_the_paper():
 # --- independence of the batch
 
 
-@pytest.mark.parametrize("shape", ["plain", "distilled", "registers", "odd width", "images higher than wide"])
+@pytest.mark.parametrize("shape", ["distilled", "odd width", "images higher than wide"])
 @pytest.mark.parametrize("name", BINARY)
 @torch.no_grad()
 def test_logits_of_an_image_do_not_depend_on_its_batch(name, shape):

@@ -219,7 +219,7 @@ def test_a_shortcut_needs_widths_that_divide():
 # --- attention bias
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
 def test_a_relative_bias_hangs_on_the_offset_between_patches(h, w, prefix):
     index = AttentionBias.relative_index((h, w), prefix)

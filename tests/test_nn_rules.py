@@ -23,7 +23,7 @@ def test_every_rule_has_an_oracle(place):
 
 
 @pytest.mark.parametrize("name", WEIGHT_RULES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_weight_rules(name, data):
     w = data.draw(arrays((4, 7)), label="w")
@@ -39,7 +39,7 @@ def test_weight_rules(name, data):
 
 
 @pytest.mark.parametrize("name", INPUT_RULES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_input_rules(name, data):
     x = data.draw(arrays((2, 3, 5)), label="x")
@@ -50,7 +50,7 @@ def test_input_rules(name, data):
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_bit_has_its_own_gradient_of_signed_scales(per, data):
     x = data.draw(arrays((4, 6)), label="x")

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import binvit
@@ -115,6 +115,7 @@ def test_gsb_is_bit_with_two_more_groups():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+@settings(max_examples=25)
 @given(overrides=overrides)
 def test_json_round_trip(name, overrides):
     scheme = binvit.scheme(name, **overrides)
