@@ -35,14 +35,18 @@ def save(model: PackedViT, path: str | Path) -> Path:
         raise ValueError(f"save() writes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"version": VERSION, "exact": model.exact, "blueprint": model.blueprint.to_dict()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(model.tensors, temporary, {KEY: json.dumps(header)})
+        save_file(model.tensors, temporary, pack_header(model))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def pack_header(model: PackedViT) -> dict[str, str]:
+    """Return the metadata of a packed model's file."""
+    return {KEY: json.dumps({"version": VERSION, "exact": model.exact, "blueprint": model.blueprint.to_dict()})}
 
 
 def load(path: str | Path, exact: bool | None = None) -> PackedViT:

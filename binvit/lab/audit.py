@@ -1,0 +1,170 @@
+"""Where a packed model's bytes and operations are: nothing that is still float is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save as serialize
+from torch import nn
+
+from binvit.packed import PARTS, PackedViT, load
+from binvit.packed.exact import PackedAttention, PackedLinear
+from binvit.packed.files import is_packed, pack_header
+from binvit.packed.vit import part_of
+
+PRODUCTS, SOFTMAX, STREAM = "query x key, map x value", "softmax and groups", "residual stream"
+COLUMNS = ("parameters", "float32_bytes", "bytes", "binary_ops", "float_ops")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Bytes and operations of one image's forward pass, by part.
+
+    Attributes:
+        table: One row per part with the columns of `COLUMNS`. A multiply-add, an addition, a comparison, an exponential
+            is one operation; a product of 1-bit numbers and its addition is one binary operation.
+        file_bytes: Size of the packed file.
+        float32_file_bytes: Size of a file with all parameters of the trained model in float32.
+    """
+
+    table: pd.DataFrame
+    file_bytes: int
+    float32_file_bytes: int
+
+    @property
+    def totals(self) -> pd.Series:
+        """Sums of the table, and OPs = binary_ops / 64 + float_ops, as binary networks are compared."""
+        sums = self.table.sum().to_dict()
+        return pd.Series(sums | {"ops": sums["binary_ops"] / 64 + sums["float_ops"]})
+
+    def __str__(self) -> str:
+        shown = pd.concat([self.table, self.table.sum().to_frame("total").T])
+        lines = [shown.map(lambda number: f"{number:,.0f}").to_string()]
+        ops, size, whole = self.totals["ops"], self.file_bytes, self.float32_file_bytes
+        lines.append(f"OPs = binary_ops / 64 + float_ops = {ops:,.0f} per image")
+        lines.append(f"file: {size:,} bytes, {size / whole:.1%} of the {whole:,} bytes of float32")
+        return "\n".join(lines)
+
+
+def audit(model: PackedViT | str | Path) -> Audit:
+    """Count a model's bytes and operations by part.
+
+    Args:
+        model: A packed model, its file, or a checkpoint that `binvit train` has kept.
+
+    Returns:
+        The audit; patch embedding and heads count as float operations even where their weights have eight bits.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is neither a packed model nor a checkpoint.
+    """
+    if not isinstance(model, PackedViT):
+        model = _open(Path(model))
+    trained = {name: t for name, t in model.blueprint.build().state_dict().items() if not name.endswith("initialized")}
+    counts = {column: Counter() for column in COLUMNS}
+    for name, tensor in trained.items():
+        part = part_of(name, model.tensors.get(name, tensor))
+        if ".weight_binarizer." in name:
+            part = part_of(name.replace("weight_binarizer.scale", "weight_scale"), tensor)
+        counts["parameters"][part] += tensor.numel()
+        counts["float32_bytes"][part] += 4 * tensor.numel()
+    counts["bytes"].update(model.nbytes)
+    _count_operations(model, counts["binary_ops"], counts["float_ops"])
+    order = [*PARTS, PRODUCTS, SOFTMAX, STREAM]
+    rows = [part for part in order if any(counter[part] for counter in counts.values())]
+    table = pd.DataFrame({column: [counter[row] for row in rows] for column, counter in counts.items()}, index=rows)
+    floats = {name: torch.zeros(tensor.shape) for name, tensor in trained.items()}
+    file_bytes = len(serialize(model.tensors, pack_header(model)))
+    return Audit(table, file_bytes, len(serialize(floats)))
+
+
+def _open(path: Path) -> PackedViT:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model {path}.")
+    if is_packed(path):
+        return load(path)
+    from binvit.lab.checkpoint import load_checkpoint
+    from binvit.packed import pack
+
+    network, info = load_checkpoint(path)
+    return pack(network, classes=info.classes, mean=info.mean, std=info.std)
+
+
+def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> None:
+    vit = model._model
+    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+    width, patches = vit.embed_dim, vit.patch_embed.num_patches
+    proj = vit.patch_embed.proj
+    area = vit.patch_embed.patch_size[0] * vit.patch_embed.patch_size[1] * model.blueprint.image_shape[0]
+    on_bits = isinstance(proj, PackedLinear) and proj.on_bits
+    (binary if on_bits else floats)["patch embedding"] += patches * area * width
+    if vit.pos_embed is not None:
+        floats["position embedding and tokens"] += vit.pos_embed.numel()
+    for block in vit.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            _count_linear(linear, tokens, binary, floats)
+        _count_attention(block.attn, tokens, binary, floats)
+        floats["activation functions"] += tokens * block.mlp.fc1.out_features
+        floats[STREAM] += 2 * tokens * width
+    floats["norms"] += sum(_count_norm(name, module, vit, tokens) for name, module in vit.named_modules())
+    for name in ("head", "head_dist"):
+        head = getattr(vit, name, None)
+        if hasattr(head, "in_features"):
+            on_bits = isinstance(head, PackedLinear) and head.on_bits
+            (binary if on_bits else floats)["heads"] += head.in_features * head.out_features
+
+
+def _count_norm(name: str, module: nn.Module, vit: nn.Module, tokens: int) -> int:
+    if not hasattr(module, "normalized_shape"):
+        return 0
+    rows = 1 if name == "fc_norm" else tokens
+    if name.endswith((".q_norm", ".k_norm")):
+        rows *= vit.blocks[0].attn.num_heads
+    return 4 * rows * module.normalized_shape[-1]  # mean, variance, normalization, weight and bias
+
+
+def _count_linear(linear: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
+    products, outputs = tokens * linear.in_features * linear.out_features, tokens * linear.out_features
+    if not isinstance(linear, PackedLinear) or not linear.on_bits:
+        floats["float weights"] += products
+    else:
+        binary["1-bit weights"] += products
+    if isinstance(linear, PackedLinear):
+        if not linear.input_binarizer.rule.is_float:
+            floats["activation scales"] += tokens * linear.in_features  # the comparison that makes the bits
+        if linear.scale is not None:
+            floats["weight scales"] += outputs
+        if linear.shift is not None:
+            floats["shifts"] += tokens * linear.in_features
+        if linear.post is not None:
+            floats["activation functions"] += 3 * outputs
+    if linear.bias is not None:
+        floats["biases"] += outputs
+
+
+def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
+    entries, elements = attention.num_heads * tokens * tokens, tokens * attention.attn_dim
+    if not isinstance(attention, PackedAttention):
+        floats[PRODUCTS] += 2 * entries * attention.head_dim
+        floats[SOFTMAX] += 3 * entries
+        return
+    rules = {place: getattr(attention, f"{place}_binarizer").rule for place in ("query", "key", "attention", "value")}
+    places = {place: rule.is_float for place, rule in rules.items()}
+    groups = {place: len(getattr(rules[place], "thresholds", ())) + 1 for place in ("attention", "value")}
+    scores_are_float = places["query"] or places["key"]
+    (floats if scores_are_float else binary)[PRODUCTS] += entries * attention.head_dim
+    sums_are_float = places["attention"] or places["value"] or rules["value"].scale_per_token
+    planes = 1 if sums_are_float else groups["attention"] * groups["value"]
+    (floats if sums_are_float else binary)[PRODUCTS] += planes * entries * attention.head_dim
+    # Exponential, sum and division, then one comparison a group.
+    floats[SOFTMAX] += 3 * entries * attention.softmax + entries * groups["attention"] * (not places["attention"])
+    if attention.bias is not None:
+        floats["attention bias"] += entries
+    for place, factor in (("query", 1), ("key", 1), ("value", groups["value"])):
+        floats["activation scales"] += 0 if places[place] else factor * elements
+        floats["shifts"] += elements if getattr(attention, f"{place}_shift") is not None else 0
