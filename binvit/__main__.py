@@ -142,6 +142,18 @@ def predict(model: Path, images: Path, top: int) -> None:
 
 
 @cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+def audit(model: Path) -> None:
+    """Print where a model's bytes and operations are, part by part.
+
+    MODEL is a file that binvit train or binvit pack has written.
+    """
+    from binvit.lab.audit import audit as count
+
+    click.echo(str(count(model)))
+
+
+@cli.command()
 def schemes() -> None:
     """List the schemes: what each binarizes and where it was published."""
     import binvit
