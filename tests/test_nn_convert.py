@@ -118,7 +118,8 @@ def test_binarized_copies_of_every_shape_train(name, shape):
             assert SHAPES[shape].get("drop_path_rate"), key
         else:
             assert torch.isfinite(parameter.grad).all(), key
-    losses = train(binary, x, 4)
+    random = any("drop" in option for option in SHAPES[shape])  # a lucky first loss needs more steps to be beaten
+    losses = train(binary, x, 16 if random else 5)
     assert min(losses[1:]) < losses[0]
 
     binary.eval()
