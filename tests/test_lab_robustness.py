@@ -1,0 +1,186 @@
+"""Trials with few images or wrong labels differ by nothing else, and their claims can fail."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from binvit.lab import robustness
+from binvit.lab.data import load_data
+from binvit.lab.panels import confusion_map, noise_curves, sample_curves
+
+
+def trials(runs) -> list:
+    return [run.trial for run in runs]
+
+
+def test_few_images_are_trained_as_long_as_many():
+    runs = robustness.sample_runs(["digits"], ["float", "gsb"], [5, 20, 50], [0, 1], updates=120)
+    assert len(runs) == 12
+    for trial in trials(runs):
+        given = trial.get_recipe()
+        images = 10 * trial.samples_per_class
+        steps = given.epochs * (images // min(given.batch_size, images))
+        assert abs(steps - 120) <= 0.05 * 120
+        assert given.eval_every == given.epochs
+    whole = robustness.sample_runs(["digits"], ["float"], [5], [0])
+    assert trials(whole)[0].recipe_options == ()
+
+
+def test_counts_that_a_data_set_lacks_are_left_out():
+    runs = robustness.sample_runs(["digits"], ["float"], [5, 1000], [0])
+    assert [trial.samples_per_class for trial in trials(runs)] == [5]
+    capped = robustness.sample_runs(["digits, 10 per class"], ["float"], [5, 20], [0])
+    assert [trial.samples_per_class for trial in trials(capped)] == [5]
+    with pytest.raises(ValueError, match="fewer than the 200 asked for by samples_per_class"):
+        robustness.sample_runs(["digits"], ["float"], [200], [0])
+
+
+def test_images_choose_their_recipe_and_seeds():
+    text = ["digits, recipe cpu, 1 seeds"]
+    (run,) = robustness.sample_runs(text, ["gsb"], [5], [3, 4], recipe="smoke")
+    assert (run.trial.recipe, run.trial.seed, run.data, run.condition) == ("cpu", 3, "digits", "gsb")
+
+
+def test_noise_runs_cover_both_kinds_once():
+    runs = robustness.noise_runs(["digits, 5 per class"], ["float", "gsb"], [0.0, 0.4], [0.0, 0.4], [0, 1])
+    kinds = {(trial.label_noise, isinstance(trial.noise, str)) for trial in trials(runs)}
+    assert kinds == {(0.0, True), (0.4, True), (0.4, False)}
+    assert len(runs) == len(set(trials(runs))) == 12
+    matrix = next(trial.noise for trial in trials(runs) if not isinstance(trial.noise, str))
+    assert matrix == robustness.pixel_confusion(load_data("digits"))
+
+
+def test_pixel_confusion_is_the_leave_one_out_nearest_mean():
+    data = load_data("digits", samples_per_class=4)
+    matrix = np.array(robustness.pixel_confusion(data))
+    x = np.stack([np.asarray(image, dtype=float).ravel() for image, _ in (data.train[i] for i in range(40))])
+    expected = np.zeros((10, 10))
+    for i, label in enumerate(data.train.labels):
+        kept = np.arange(40) != i
+        means = [x[kept & (data.train.labels == c)].mean(0) for c in range(10)]
+        expected[label, np.argmin([np.linalg.norm(x[i] - mean) for mean in means])] += 0.25
+    np.testing.assert_allclose(matrix, expected, atol=1e-12)
+    np.testing.assert_allclose(matrix.sum(1), 1)
+    assert 0 < np.trace(matrix) < 10
+
+
+def test_pixel_confusion_of_single_images_never_finds_the_own_class():
+    matrix = np.array(robustness.pixel_confusion(load_data("digits", samples_per_class=1)))
+    assert not np.diag(matrix).any()
+    np.testing.assert_allclose(matrix.sum(1), 1)
+
+
+def test_class_conditional_labels_go_where_classes_look_alike():
+    matrix = np.array(robustness.pixel_confusion(load_data("digits")))
+    train = load_data("digits", label_noise=0.3, noise=matrix).train
+    wrong = train.labels != train.clean_labels
+    assert wrong.sum() == round(0.3 * len(train))
+    for row in range(10):
+        if matrix[row].sum() > matrix[row, row]:
+            assert set(train.labels[wrong & (train.clean_labels == row)]) <= set(np.flatnonzero(matrix[row]))
+
+
+def test_plan_counts_images_and_wrong_labels():
+    runs = robustness.noise_runs(["digits, 5 per class"], ["float", "gsb"], [0.0, 0.5], [0.3], [0, 1], updates=60)
+    table = robustness.plan_table(runs)
+    assert table["wrong labels"].tolist() == [0, 25, 15]
+    assert table["noise"].tolist() == ["", "symmetric", "class-conditional"]
+    assert table["training images"].tolist() == [50] * 3
+    assert table["steps"].tolist() == [60] * 3
+    assert table["trainings"].tolist() == [4] * 3
+    whole = robustness.plan_table(robustness.noise_runs(["digits"], ["float"], [0.1], [0.0], [0]))
+    assert whole["training images"].tolist() == [1078]
+
+
+def test_table_of_a_run(tmp_path, monkeypatch):
+    def finished(trials, results_dir, jobs):
+        return pd.DataFrame([{"noise": t.noise, "train_accuracy": 0.9, "test_accuracy": 0.6} for t in trials])
+
+    monkeypatch.setattr(robustness, "run_trials", finished)
+    runs = robustness.noise_runs(["digits, 5 per class"], ["float"], [0.2], [0.2], [0])
+    table = robustness.run(runs, tmp_path)
+    assert table["labels"].tolist() == ["symmetric", "class-conditional"]
+    assert table["data"].tolist() == ["digits", "digits"]
+    np.testing.assert_allclose(table["gap"], 0.3)
+
+
+def sample_table(few: dict[str, float], many: dict[str, float]) -> pd.DataFrame:
+    rows = [
+        {
+            "scheme": s,
+            "samples_per_class": n,
+            "seed": k,
+            "test_accuracy": a + 0.001 * k,
+            "gap": 0.9 - a,
+            "data": "digits",
+        }
+        for n, level in ((5, few), (50, many))
+        for s, a in level.items()
+        for k in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_claims_about_few_images_can_come_out_either_way():
+    good = sample_table({"float": 0.4, "bit": 0.5, "gsb": 0.7}, {"float": 0.9, "bit": 0.8, "gsb": 0.9})
+    assert [claim.verdict for claim in robustness.sample_claims(good)] == ["yes"] * 4
+    bad = sample_table({"float": 0.7, "bit": 0.6, "gsb": 0.5}, {"float": 0.8, "bit": 0.8, "gsb": 0.9})
+    assert [claim.verdict for claim in robustness.sample_claims(bad)] == ["no"] * 4
+    fewer = robustness.sample_claims(good[good["scheme"] != "float"])
+    assert [claim.verdict for claim in fewer] == ["undecided", "yes", "undecided", "undecided"]
+    one = robustness.sample_claims(good[good["samples_per_class"] == 5])
+    assert len(one) == 3
+
+
+def noise_table(noisy: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    rows = []
+    for k in range(3):
+        for s, (accuracy, memorized) in noisy.items():
+            base = {"scheme": s, "seed": k, "data": "digits"}
+            rows.append(base | {"label_noise": 0.0, "labels": "symmetric", "test_accuracy": 0.9, "memorized": np.nan})
+            for kind in ("symmetric", "class-conditional"):
+                found = {"label_noise": 0.4, "labels": kind, "test_accuracy": accuracy + 0.001 * k}
+                rows.append(base | found | {"memorized": memorized})
+    return pd.DataFrame(rows)
+
+
+def test_claims_about_wrong_labels_can_come_out_either_way():
+    good = noise_table({"float": (0.5, 0.6), "bit": (0.6, 0.3), "gsb": (0.7, 0.2)})
+    assert [claim.verdict for claim in robustness.noise_claims(good)] == ["yes"] * 7
+    bad = noise_table({"float": (0.7, 0.2), "bit": (0.6, 0.3), "gsb": (0.5, 0.6)})
+    assert [claim.verdict for claim in robustness.noise_claims(bad)] == ["no"] * 7
+    assert robustness.noise_claims(good[good["label_noise"] == 0]) == []
+
+
+def test_differences_are_paired_within_each_setting():
+    table = sample_table({"float": 0.4, "gsb": 0.7}, {"float": 0.9, "gsb": 0.8})
+    found = robustness.differences(table, "samples_per_class")
+    assert found["scheme"].tolist() == ["gsb", "gsb"]
+    np.testing.assert_allclose(found["mean"], [0.3, -0.1])
+    np.testing.assert_allclose(found["low"], found["high"])
+    assert robustness.differences(table[table["scheme"] == "gsb"], "samples_per_class").empty
+
+
+def test_change_is_paired_and_refuses_what_is_ambiguous():
+    table = sample_table({"float": 0.4}, {"float": 0.9})
+    np.testing.assert_allclose(robustness.change(table, "samples_per_class", 5, 50)["change"], 0.5)
+    with pytest.raises(ValueError, match="samples_per_class = 7; there are"):
+        robustness.change(table, "samples_per_class", 5, 7)
+    with pytest.raises(ValueError, match="select one data set"):
+        robustness.change(pd.concat([table, table]), "samples_per_class", 5, 50)
+
+
+def test_figures_have_a_row_for_each_kind_of_images():
+    import matplotlib.pyplot as plt
+
+    table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
+    both = pd.concat([table, table.assign(data="cifar100")])
+    assert len(sample_curves(table).axes) == 2
+    assert [ax.get_title(loc="left") for ax in sample_curves(both).axes] == ["digits", "", "cifar100", ""]
+    noisy = noise_table({"float": (0.5, 0.6), "gsb": (0.7, 0.2)})
+    figure = noise_curves(noisy)
+    assert "class-conditional" in figure._supxlabel.get_text()
+    assert len(figure.axes) == 2
+    matrix = robustness.pixel_confusion(load_data("digits"))
+    assert len(confusion_map(matrix, [str(i) for i in range(10)]).axes[0].texts) > 10
+    plt.close("all")
