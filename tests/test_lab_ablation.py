@@ -51,6 +51,14 @@ def test_stages_share_the_epochs():
     assert paper["training: one stage"].trial.get_recipe().epochs == 900
 
 
+def test_a_result_of_two_stages_is_read_back(tmp_path):
+    tiny = {"width": 8, "depth": 1, "heads": 1, "batch_size": 32, "epochs": 1}
+    stages = lambda recipe: tiny | ablation.FACTORS["training"][1].recipe_options(recipe)  # noqa: E731
+    runs = experiments.plan([experiments.Condition("a", "gsb", {}, stages)], "digits", [0], "smoke", 2, 4)
+    table = experiments.train(runs, tmp_path, progress=False)
+    assert experiments.train(runs, tmp_path, progress=False).equals(table)
+
+
 def test_changes_are_differences_to_gsb_of_the_same_seed():
     table = accuracies({"gradient: masked": 0.9})
     table.loc[(table["condition"] == "gradient: masked") & (table["seed"] == 2), "test_accuracy"] += 0.1

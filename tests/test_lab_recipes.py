@@ -34,7 +34,7 @@ def test_values_take_their_declared_type():
     assert isinstance(made.lr, float)
     assert isinstance(made.epochs, int)
     assert made.stages == (Stage(2, {"components": ("mlp",)}),)
-    assert made.to_dict()["stages"] == [{"epochs": 2, "scheme_options": {"components": ("mlp",)}}]
+    assert made.to_dict()["stages"] == [{"epochs": 2, "scheme_options": {"components": ["mlp"]}}]
 
 
 @pytest.mark.parametrize(

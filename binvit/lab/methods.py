@@ -11,7 +11,7 @@ from binvit.lab.statistics import paired_difference
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "full precision": ("float",),
-    "made for convolutional networks": ("bnn", "xnor", "xnor-k", "xnor++", "bireal", "irnet", "reactnet"),
+    "made for CNNs": ("bnn", "xnor", "xnor-k", "xnor++", "bireal", "irnet", "reactnet"),
     "made for transformers": ("bibert", "bit", "bivit", "bivit-head", "binaryvit", "bhvit-qd"),
     "group superposition": ("gsb",),
 }

@@ -39,7 +39,8 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the stage as JSON types."""
-        return {"epochs": self.epochs, "scheme_options": dict(self.scheme_options)}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in self.scheme_options}
+        return {"epochs": self.epochs, "scheme_options": options}
 
 
 def mlp_weights_stage(epochs: int) -> Stage:
