@@ -14,7 +14,7 @@ def trials(runs) -> list:
 
 
 def test_few_images_are_trained_as_long_as_many():
-    runs = robustness.sample_runs(["digits"], ["float", "gsb"], [5, 20, 50], [0, 1], updates=120)
+    runs = robustness.sample_runs("digits", ["float", "gsb"], [5, 20, 50], [0, 1], updates=120)
     assert len(runs) == 12
     for trial in trials(runs):
         given = trial.get_recipe()
@@ -22,27 +22,27 @@ def test_few_images_are_trained_as_long_as_many():
         steps = given.epochs * (images // min(given.batch_size, images))
         assert abs(steps - 120) <= 0.05 * 120
         assert given.eval_every == given.epochs
-    whole = robustness.sample_runs(["digits"], ["float"], [5], [0])
+    whole = robustness.sample_runs("digits", ["float"], [5], [0])
     assert trials(whole)[0].recipe_options == ()
 
 
 def test_counts_that_a_data_set_lacks_are_left_out():
-    runs = robustness.sample_runs(["digits"], ["float"], [5, 1000], [0])
+    runs = robustness.sample_runs("digits", ["float"], [5, 1000], [0])
     assert [trial.samples_per_class for trial in trials(runs)] == [5]
-    capped = robustness.sample_runs(["digits, 10 per class"], ["float"], [5, 20], [0])
+    capped = robustness.sample_runs("digits, 10 per class", ["float"], [5, 20], [0])
     assert [trial.samples_per_class for trial in trials(capped)] == [5]
     with pytest.raises(ValueError, match="fewer than the 200 asked for by samples_per_class"):
-        robustness.sample_runs(["digits"], ["float"], [200], [0])
+        robustness.sample_runs("digits", ["float"], [200], [0])
 
 
 def test_images_choose_their_recipe_and_seeds():
-    text = ["digits, recipe cpu, 1 seeds"]
+    text = "digits, recipe cpu, 1 seeds"
     (run,) = robustness.sample_runs(text, ["gsb"], [5], [3, 4], recipe="smoke")
     assert (run.trial.recipe, run.trial.seed, run.data, run.condition) == ("cpu", 3, "digits", "gsb")
 
 
 def test_noise_runs_cover_both_kinds_once():
-    runs = robustness.noise_runs(["digits, 5 per class"], ["float", "gsb"], [0.0, 0.4], [0.0, 0.4], [0, 1])
+    runs = robustness.noise_runs("digits, 5 per class", ["float", "gsb"], [0.0, 0.4], [0.0, 0.4], [0, 1])
     kinds = {(trial.label_noise, isinstance(trial.noise, str)) for trial in trials(runs)}
     assert kinds == {(0.0, True), (0.4, True), (0.4, False)}
     assert len(runs) == len(set(trials(runs))) == 12
@@ -81,14 +81,14 @@ def test_class_conditional_labels_go_where_classes_look_alike():
 
 
 def test_plan_counts_images_and_wrong_labels():
-    runs = robustness.noise_runs(["digits, 5 per class"], ["float", "gsb"], [0.0, 0.5], [0.3], [0, 1], updates=60)
+    runs = robustness.noise_runs("digits, 5 per class", ["float", "gsb"], [0.0, 0.5], [0.3], [0, 1], updates=60)
     table = robustness.plan_table(runs)
     assert table["wrong labels"].tolist() == [0, 25, 15]
     assert table["noise"].tolist() == ["", "symmetric", "class-conditional"]
     assert table["training images"].tolist() == [50] * 3
     assert table["steps"].tolist() == [60] * 3
     assert table["trainings"].tolist() == [4] * 3
-    whole = robustness.plan_table(robustness.noise_runs(["digits"], ["float"], [0.1], [0.0], [0]))
+    whole = robustness.plan_table(robustness.noise_runs("digits", ["float"], [0.1], [0.0], [0]))
     assert whole["training images"].tolist() == [1078]
 
 
@@ -97,7 +97,7 @@ def test_table_of_a_run(tmp_path, monkeypatch):
         return pd.DataFrame([{"noise": t.noise, "train_accuracy": 0.9, "test_accuracy": 0.6} for t in trials])
 
     monkeypatch.setattr(robustness, "run_trials", finished)
-    runs = robustness.noise_runs(["digits, 5 per class"], ["float"], [0.2], [0.2], [0])
+    runs = robustness.noise_runs("digits, 5 per class", ["float"], [0.2], [0.2], [0])
     table = robustness.run(runs, tmp_path)
     assert table["labels"].tolist() == ["symmetric", "class-conditional"]
     assert table["data"].tolist() == ["digits", "digits"]

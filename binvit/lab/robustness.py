@@ -13,7 +13,7 @@ import pandas as pd
 
 from binvit.lab.claims import Claim, check_pair
 from binvit.lab.data import ImageData, load_data
-from binvit.lab.experiments import Images, Run
+from binvit.lab.experiments import Images, Run, parse_images
 from binvit.lab.images import resize_square
 from binvit.lab.recipes import recipe as recipe_of
 from binvit.lab.runner import run_trials
@@ -46,7 +46,7 @@ def equal_updates(recipe: str, updates: int | None, images: int) -> dict[str, An
 
 
 def sample_runs(
-    images: Sequence[str],
+    images: str,
     schemes: Sequence[str],
     samples_per_class: Sequence[int],
     seeds: Sequence[int],
@@ -57,7 +57,7 @@ def sample_runs(
     """Make the trials of accuracy against the number of training images.
 
     Args:
-        images: texts that `experiments.Images` understands.
+        images: a text that `experiments.parse_images` understands.
         schemes: names of `binvit.list_schemes`.
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
@@ -73,7 +73,7 @@ def sample_runs(
         FileNotFoundError: the files of a data set are missing.
     """
     runs = []
-    for part in map(Images.parse, images):
+    for part in parse_images(images):
         data = load_data(part.dataset, part.samples_per_class, root=data_dir)
         most = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         counts = [count for count in samples_per_class if count <= most]
@@ -90,19 +90,20 @@ def sample_runs(
 
 
 def noise_runs(
-    images: Sequence[str],
+    images: str,
     schemes: Sequence[str],
     label_noises: Sequence[float],
     confused_noises: Sequence[float],
     seeds: Sequence[int],
     recipe: str = "smoke",
     updates: int | None = None,
+    samples_per_class: int = 0,
     data_dir: str | Path | None = None,
 ) -> list[Run]:
     """Make the trials of accuracy against the share of wrong training labels.
 
     Args:
-        images: texts that `experiments.Images` understands.
+        images: a text that `experiments.parse_images` understands.
         schemes: names of `binvit.list_schemes`.
         label_noises: shares of labels that become any other class.
         confused_noises: shares of labels that become a class that looks alike, as `pixel_confusion` says; 0 is the
@@ -110,6 +111,7 @@ def noise_runs(
         seeds: of every combination.
         recipe: of images that name none.
         updates: optimizer steps of every trial, as in `equal_updates`.
+        samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.
 
     Returns:
@@ -120,15 +122,16 @@ def noise_runs(
         FileNotFoundError: the files of a data set are missing.
     """
     runs = []
-    for part in map(Images.parse, images):
+    for part in parse_images(images):
         kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
         data = load_data(part.dataset, root=data_dir)
-        count = len(data.train) if part.samples_per_class is None else part.samples_per_class * len(data.classes)
+        each = part.samples_per_class or samples_per_class or None
+        count = len(data.train) if each is None else each * len(data.classes)
         if any(confused_noises):
             matrix = pixel_confusion(data)
             kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
         length = equal_updates(part.recipe or recipe, updates, count)
-        settings = {"samples_per_class": part.samples_per_class, "recipe_options": length, "root": data_dir}
+        settings = {"samples_per_class": each, "recipe_options": length, "root": data_dir}
         for kind in kinds:
             runs += _runs(part, schemes, seeds, recipe, settings | kind)
     return runs
