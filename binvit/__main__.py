@@ -126,6 +126,32 @@ def pack(model: Path, out: Path | None, exact: bool) -> None:
 
 
 @cli.command()
+@click.option("--part", "parts", multiple=True, metavar="[kernels|models|growth|memory]",
+              help="What to measure; may be repeated.  [default: kernels, models, memory]")  # fmt: skip
+@click.option("--training", is_flag=True, help="Measure a training step instead.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
+              help="Images per run; may be repeated.  [default: 1, 8, 32; of a training step 8]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Folder of tables and figures."
+)
+def bench(
+    parts: tuple[str, ...], training: bool, batches: tuple[int, ...], threads: int | None, seconds: float, out: Path
+) -> None:
+    """Measure bits against their float peers, side by side in this process.
+
+    Prints tables with medians and ratios, and writes them as CSV, with a roofline of the kernels.
+    """
+    from binvit.lab.bench import run_benchmarks
+
+    if training and parts:
+        raise ValueError("--training is a measurement of its own; leave --part out.")
+    run_benchmarks(("training",) if training else parts or ("kernels", "models", "memory"), out,
+                   batches=batches, threads=threads, seconds=seconds, say=click.echo)  # fmt: skip
+
+
+@cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")

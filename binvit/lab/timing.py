@@ -1,0 +1,71 @@
+"""Timing side by side: every contender runs in every round, so that all see the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from binvit import bits
+from binvit.bits.jit import check_threads
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+@contextmanager
+def use_threads(threads: int | None) -> Iterator[int]:
+    """Give torch and the bit kernels the same number of threads inside a `with` block.
+
+    Args:
+        threads: At least 1; None keeps torch's present number for both.
+
+    Yields:
+        The number of threads.
+
+    Raises:
+        ValueError: If `threads` is below 1 or more than the bit kernels can have.
+    """
+    before = torch.get_num_threads()
+    threads = before if threads is None else check_threads(threads)
+    with bits.use_threads(threads) as available:
+        if available != threads:
+            raise ValueError(f"{threads} threads were asked for, but this machine gives the bit kernels {available}.")
+        torch.set_num_threads(threads)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(before)
+
+
+def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, most: int = 400) -> dict[str, np.ndarray]:
+    """Run all contenders in turn, round by round, and return the seconds of each run.
+
+    A contender runs twice per round and its second run counts: the first one brings its threads and its data back.
+
+    Args:
+        contenders: What to run, by name; the first call of each, which may compile, is not counted.
+        seconds: Time to spend per contender, roughly.
+        least: Fewest rounds.
+        most: Most rounds.
+
+    Returns:
+        For each name, seconds per run, float64 (rounds,).
+    """
+    once = {}
+    for name, run in contenders.items():
+        run()
+        start = time.perf_counter()
+        run()
+        once[name] = time.perf_counter() - start
+    rounds = int(np.clip(len(contenders) * seconds / max(2 * sum(once.values()), 1e-9), least, most))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            run()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in times.items()}
