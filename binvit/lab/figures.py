@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from binvit.lab.pictures import attention_maps, value_histogram
@@ -266,26 +266,18 @@ def heat(
     columns, rows = list(summary[x].unique()), list(summary[y].unique())
     fig, ax = figure_with(ax, 1.4 + 1.0 * len(columns), 0.9 + 0.5 * len(rows))
     factor, spec = (100, ".1f") if percent else (1, ".3g")
-    low, high = summary["mean"].min(), summary["mean"].max()
-    span = (high - low) or 1.0
-    for cell in summary.to_dict("records"):
-        i, j = columns.index(cell[x]), rows.index(cell[y])
-        shade = (cell["mean"] - low) / span
-        ax.add_patch(Rectangle((i - 0.48, j - 0.46), 0.96, 0.92, color=BLUES(shade)))
-        ink = "white" if shade > 0.55 else INK
-        half = factor * (cell["high"] - cell["low"]) / 2
-        known = not math.isnan(half)
-        ax.text(
-            i, j - 0.12 * known, f"{factor * cell['mean']:{spec}}", color=ink, ha="center", va="center", weight="bold"
-        )
-        if known:
-            ax.text(i, j + 0.2, f"± {half:{spec}}", color=ink, ha="center", va="center", fontsize=6.5)
-    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
+    half = (summary["high"] - summary["low"]) / 2
+    spread = half.map(lambda h: "" if math.isnan(h) else f"\n± {factor * h:{spec}}")
+    cells = summary.assign(text=summary["mean"].map(lambda mean: f"{factor * mean:{spec}}") + spread)
+    means, texts = (
+        cells.pivot_table(index=y, columns=x, values=v, aggfunc="first").reindex(index=rows, columns=columns)
+        for v in ("mean", "text")
+    )
+    seaborn.heatmap(
+        means.astype(float), annot=texts.fillna("").to_numpy(), fmt="", cmap=BLUES, cbar=False, linewidths=2, ax=ax
+    )
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.tick_params(length=0, rotation=0)
     caption(fig, interval_caption(summary["n"]))
     if title:
         ax.set_title(title)
