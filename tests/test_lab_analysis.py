@@ -96,6 +96,13 @@ def test_fitted_scales_are_closer_than_initial_ones(seed):
         assert all(a > 0 and a.shape == () for a in fitted)
 
 
+def test_an_even_map_is_one_level():
+    x = 1 / 9 + 0.01 * torch.rand(1, 2, 9, 9)
+    for rule in (Elastic(lo=0), GsbAttention(thresholds=(0.7, 0.9))):
+        scales = analysis.fit_scales(rule, x)  # the initial scales round all of it to zero
+        assert analysis.relative_error(superpose(rule.planes(x, *scales)), x) < 0.05
+
+
 def test_an_empty_group_is_fitted_without_error():
     x = torch.zeros(1, 1, 3, 3)
     assert all(torch.isfinite(a) for a in analysis.fit_scales(GsbAttention(thresholds=(0.7, 0.9)), x))

@@ -36,7 +36,7 @@ TENSORS: dict[str, dict[str, str]] = {
 }
 SUPERPOSED = {"attention map": {"attention": "gsb"}, "value": {"value": "gsb"}}
 _PLACES = ("weight", "input", "hidden", "query", "key", "attention", "value")
-_REFITS = 20  # levels of an unsigned binarizer depend on its scale; they settle within a few rounds
+_REFITS = 12  # levels of an unsigned binarizer depend on its scale; they settle within a few rounds
 
 
 def single_tensor_options(tensor: str, superposed: bool = False, **options: Any) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _fitted_values(binarizer: Binarizer, x: Tensor, shift: Tensor | None = None)
 def fit_scales(rule: Rule, x: Tensor) -> tuple[Tensor, ...]:
     """Return the scales that bring the binarized tensor closest to x in the sense of least squares.
 
-    Starts from the rule's own initial scales. Where levels depend on a scale, levels and scales are computed in turn,
-    and the best pair is kept.
+    Where levels depend on a scale, levels and scales are computed in turn, from two starts: the rule's own initial
+    scales and tiny ones, at which everything positive has the upper level. The best scales found are returned.
 
     Args:
         rule: a rule with one scale per plane and tensor, such as `Elastic` or GSB's.
@@ -111,18 +111,22 @@ def fit_scales(rule: Rule, x: Tensor) -> tuple[Tensor, ...]:
     Returns:
         one scale per plane, each of shape ().
     """
-    scales = rule.initial(x)
-    best, least = scales, math.inf
-    target = x.flatten().double()
-    for _ in range(_REFITS):
-        levels = torch.stack([plane.levels.flatten().double() for plane in rule.planes(x, *scales)])
-        error = float((torch.stack(scales).double() @ levels - target).square().sum())
-        if not error < least:
-            break
-        best, least = scales, error
-        # A plane without any entry makes the equations singular; the pseudo-inverse gives it the scale 0.
-        solution = torch.linalg.pinv(levels @ levels.T, hermitian=True) @ (levels @ target)
-        scales = tuple(scale.clamp(min=SMALLEST_SCALE) for scale in solution.to(x.dtype))
+    initial, target = rule.initial(x), x.flatten().double()
+    best, least = initial, math.inf
+    for start in (initial, tuple(torch.full_like(scale, SMALLEST_SCALE) for scale in initial))[
+        : 1 + (rule.lowest == 0)
+    ]:
+        scales = start
+        for _ in range(_REFITS):
+            levels = torch.stack([plane.levels.flatten().double() for plane in rule.planes(x, *scales)])
+            error = float((torch.stack(scales).double() @ levels - target).square().sum())
+            if error < least:
+                best, least = scales, error
+            # A plane without any entry makes the equations singular; the pseudo-inverse gives it the scale 0.
+            solution = torch.linalg.pinv(levels @ levels.T, hermitian=True) @ (levels @ target)
+            before, scales = scales, tuple(scale.clamp(min=SMALLEST_SCALE) for scale in solution.to(x.dtype))
+            if all(torch.isclose(*pair, rtol=1e-5) for pair in zip(before, scales, strict=True)):
+                break
     return best
 
 
