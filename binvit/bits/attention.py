@@ -18,8 +18,9 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.gemm import PANEL
 from binvit.bits.jit import kernel, vector_code
-from binvit.bits.lanes import bytes_below, floats_above, popcount
+from binvit.bits.lanes import column_sizes, write_bytes_below, write_floats_above
 
 _ROWS = 6
 
@@ -173,24 +174,35 @@ def group_bounds(table, smallest, sums, cuts, bounds, start, stop):
         table: from `exponential_table`.
         smallest: from `score_counts`.
         sums: from `softmax_sums`.
-        cuts: float32 (T, G), a threshold per query row and group. For A >= cut pass the next smaller number.
-        bounds: uint8 (T, G), rows start to stop are overwritten.
+        cuts: float32 (G, T), a threshold per group and query row. For A >= cut pass the next smaller number.
+        bounds: uint8 (G, T), columns start to stop are overwritten.
         start: first query.
         stop: one past the last query.
     """
     levels = table.shape[0]
-    for row in range(start, stop):
-        least = np.int64(smallest[row])
-        for g in range(cuts.shape[1]):
+    for g in range(cuts.shape[0]):
+        for row in range(start, stop):
+            least = np.int64(smallest[row])
             # The table falls: bisect for the number of levels above the cut.
             low, high = 0, levels - least
             while low < high:
                 middle = (low + high) // 2
-                if table[middle] / sums[row] > cuts[row, g]:
+                if table[middle] / sums[row] > cuts[g, row]:
                     low = middle + 1
                 else:
                     high = middle
-            bounds[row, g] = least + low
+            bounds[g, row] = least + low
+
+
+@kernel
+def _count_columns(planes, groups, sizes, start, stop):
+    panels = planes.shape[0] // groups
+    scratch = np.empty((1, PANEL), np.int32)
+    for g in range(groups):
+        for panel in range(start // PANEL, (stop + PANEL - 1) // PANEL):
+            column_sizes(planes, g * panels + panel, planes.shape[1], scratch)
+            for query in range(max(start, panel * PANEL), min(stop, (panel + 1) * PANEL)):
+                sizes[g, query] = scratch[0, query % PANEL]
 
 
 @kernel
@@ -199,24 +211,18 @@ def planes_below(counts, bounds, planes, sizes, start, stop):
 
     Args:
         counts: from `score_counts`.
-        bounds: uint8 (T, G), from `group_bounds`, or any others: bound b means scores above d - 2 b.
+        bounds: uint8 (G, T), from `group_bounds`, or any others: bound b means scores above d - 2 b.
         planes: uint32 (G * P, 2 P, 64), the columns of queries start to stop are overwritten.
         sizes: int32 (G, 64 P), entries start to stop are overwritten.
         start: first query.
         stop: one past the last query.
     """
     panels = counts.shape[1] // 64
-    for g in range(bounds.shape[1]):
-        for row in range(start, stop):
-            page, column = g * panels + row // 64, row % 64
-            bound = bounds[row, g]
-            size = 0
-            for w in range(panels):
-                word = bytes_below(counts, row, 64 * w, bound)
-                planes[page, 2 * w, column] = np.uint32(word & np.uint64(0xFFFFFFFF))
-                planes[page, 2 * w + 1, column] = np.uint32(word >> np.uint64(32))
-                size += popcount(word)
-            sizes[g, row] = size
+    for row in range(start, stop):
+        panel, column = row // 64, row % 64
+        for g in range(bounds.shape[0]):
+            write_bytes_below(counts, row, bounds[g, row], planes, g * panels + panel, column)
+    _count_columns(planes, bounds.shape[0], sizes, start, stop)
 
 
 @kernel
@@ -224,21 +230,16 @@ def planes_above(attention, cuts, planes, sizes, start, stop):
     """Packs the groups of a map of floats: the bits 1[A > cut].
 
     Args:
-        attention: from `biased_map`, or any float32 (T, 64 P) whose padding is minus infinity.
-        cuts: float32 (T, G), a threshold per query row and group. For A >= cut pass the next smaller number.
+        attention: float32 (T, 64 P), from `biased_map` or any other; padding is minus infinity.
+        cuts: float32 (G, T), a threshold per group and query row. For A >= cut pass the next smaller number.
         planes: as in `planes_below`.
         sizes: as in `planes_below`.
         start: first query.
         stop: one past the last query.
     """
     panels = attention.shape[1] // 64
-    for g in range(cuts.shape[1]):
-        for row in range(start, stop):
-            page, column = g * panels + row // 64, row % 64
-            size = 0
-            for w in range(panels):
-                word = floats_above(attention, row, 64 * w, cuts[row, g])
-                planes[page, 2 * w, column] = np.uint32(word & np.uint64(0xFFFFFFFF))
-                planes[page, 2 * w + 1, column] = np.uint32(word >> np.uint64(32))
-                size += popcount(word)
-            sizes[g, row] = size
+    for row in range(start, stop):
+        panel, column = row // 64, row % 64
+        for g in range(cuts.shape[0]):
+            write_floats_above(attention, row, cuts[g, row], planes, g * panels + panel, column)
+    _count_columns(planes, cuts.shape[0], sizes, start, stop)

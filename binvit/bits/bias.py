@@ -115,20 +115,29 @@ def _padded(rows: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _copy_run_twin(source, start, target, row, column):
-    target[row, column : column + _RUN] = source[start : start + _RUN]
+def _copy_runs_twin(source, start, stride, target, row, column, length, count):
+    for k in range(count):
+        target[row, column + k * length : column + k * length + _RUN] = source[start + k * stride :][:_RUN]
 
 
-@vector_code(twin=_copy_run_twin)
-def _copy_run(typing_context, source, start, target, row, column):
-    """Copies sixteen floats."""
-    check_arrays("copy_run", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
-    signature = types.void(source, types.intp, target, types.intp, types.intp)
+@vector_code(twin=_copy_runs_twin)
+def _copy_runs(typing_context, source, start, stride, target, row, column, length, count):
+    """Copies sixteen floats `count` times, from places `stride` apart to places `length` apart."""
+    check_arrays("copy_runs", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
+    index = types.intp
+    signature = types.void(source, index, index, target, index, index, index, index)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, start, _, row, column = arguments
-        emit.store(emit.load(emit.address(0, start), ir.FloatType(), _RUN), emit.address(2, row, column))
+        _, start, stride, _, row, column, length, count = arguments
+        source, target = emit.address(0, start), emit.address(3, row, column)
+
+        def step(k, _):
+            run = emit.load(builder.gep(source, [builder.mul(k, stride)]), ir.FloatType(), _RUN)
+            emit.store(run, builder.gep(target, [builder.mul(k, length)]))
+            return []
+
+        emit.accumulate(count, step)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -160,8 +169,11 @@ def relative_rows(runs, prefix_rows, prefix_keys, width, tokens, rows, start, st
             rows[row, j] = prefix_keys[j]
         y, x = (query - prefix) // width, (query - prefix) % width
         first = (height - 1 - y) * (2 * width - 1) + width - 1 - x
-        for key_y in range(height):
-            for key_x in range(0, width, _RUN):
-                # What a run writes past its row of patches is overwritten by the next one, or lies in the padding.
-                source = first + key_y * (2 * width - 1) + key_x
-                _copy_run(runs, source, rows, row, prefix + key_y * width + key_x)
+        if width <= _RUN:
+            # What a run writes past its row of patches is overwritten by the next one, or lies in the padding.
+            _copy_runs(runs, first, 2 * width - 1, rows, row, prefix, width, height)
+        else:
+            for key_y in range(height):
+                source, target = first + key_y * (2 * width - 1), prefix + key_y * width
+                for key_x in range(width):
+                    rows[row, target + key_x] = runs[source + key_x]

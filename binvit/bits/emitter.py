@@ -26,9 +26,7 @@ def check_arrays(name: str, wanted: dict[str, tuple[types.Type, types.Type, int]
 
 
 def _suffix(kind: ir.Type) -> str:
-    if isinstance(kind, ir.VectorType):
-        return f"v{kind.count}{_suffix(kind.element)}"
-    return "f32" if isinstance(kind, ir.FloatType) else f"i{kind.width}"
+    return f"v{kind.count}i{kind.element.width}" if isinstance(kind, ir.VectorType) else f"i{kind.width}"
 
 
 class Emitter:
@@ -62,6 +60,18 @@ class Emitter:
         for i, stride in zip(indices[:-1], strides, strict=False):
             offset = self.builder.add(offset, self.builder.mul(i, stride))
         return cgutils.pointer_add(self.builder, array.data, offset)
+
+    def length(self, position: int, axis: int) -> ir.Value:
+        """Returns the length of one axis of an array argument.
+
+        Args:
+            position: which argument.
+            axis: which axis.
+        """
+        array = self.context.make_array(self.signature.args[position])(
+            self.context, self.builder, self.arguments[position]
+        )
+        return cgutils.unpack_tuple(self.builder, array.shape)[axis]
 
     def load(self, address: ir.Value, lane: ir.Type, lanes: int = LANES) -> ir.Value:
         """Loads a vector from an address that may be unaligned.
@@ -115,13 +125,32 @@ class Emitter:
         return self.call(f"llvm.ctpop.{_suffix(value.type)}", value.type, value)
 
     def reduce(self, operation: str, vector: ir.Value) -> ir.Value:
-        """Combines all lanes of a vector.
+        """Combines all lanes of a vector of integers.
 
         Args:
-            operation: ``add`` or ``umin`` of integers, ``fmin`` or ``fmax`` of floats.
+            operation: ``add``, ``umin``, ...
             vector: the vector.
         """
         return self.call(f"llvm.vector.reduce.{operation}.{_suffix(vector.type)}", vector.type.element, vector)
+
+    def extremum(self, predicate: str, vector: ir.Value) -> ir.Value:
+        """Finds the least or largest lane of a vector of floats, by halves: LLVM's own reduction goes lane by lane.
+
+        Args:
+            predicate: ``<`` for the least, ``>`` for the largest.
+            vector: the vector; its number of lanes is a power of two.
+        """
+        builder, lanes = self.builder, vector.type.count
+        while lanes > 1:
+            lanes //= 2
+            low, high = (
+                builder.shuffle_vector(
+                    vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(first, first + lanes)))
+                )
+                for first in (0, lanes)
+            )
+            vector = builder.select(builder.fcmp_ordered(predicate, high, low), high, low)
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
     def accumulate(self, steps: ir.Value, step) -> list[ir.Value]:
         """Emits a loop over at least one step whose sums stay in registers.
@@ -151,6 +180,34 @@ class Emitter:
                 phi.add_incoming(start, before)
                 phi.add_incoming(again, last_block)
         return totals
+
+    def fold(self, first: int, steps: ir.Value, value: ir.Value, step) -> ir.Value:
+        """Emits a loop over any number of steps that carries one value in a register.
+
+        Args:
+            first: index of the first step.
+            steps: one past the index of the last step; no step is done if it is not larger than `first`.
+            value: what is carried into the first step.
+            step: called with the step's index and the value so far; emits one step and returns the new value.
+        """
+        builder = self.builder
+        before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
+        builder.cbranch(builder.icmp_signed(">", steps, ir.Constant(_INDEX, first)), loop, end)
+        builder.position_at_end(loop)
+        k, carried = builder.phi(_INDEX), builder.phi(value.type)
+        following = step(k, carried)
+        next_k = builder.add(k, ir.Constant(_INDEX, 1))
+        last_block = builder.block
+        builder.cbranch(builder.icmp_signed("<", next_k, steps), loop, end)
+        k.add_incoming(ir.Constant(_INDEX, first), before)
+        k.add_incoming(next_k, last_block)
+        carried.add_incoming(value, before)
+        carried.add_incoming(following, last_block)
+        builder.position_at_end(end)
+        result = builder.phi(value.type)
+        result.add_incoming(value, before)
+        result.add_incoming(following, last_block)
+        return result
 
     def word(self, mask: ir.Value) -> ir.Value:
         """Turns 64 comparisons into one word, lane 0 in the lowest bit.

@@ -31,10 +31,10 @@ class Workspace(NamedTuple):
         smallest: uint8 (S, T).
         sums: float32 (S, T).
         largest: float32 (S, T), the maximum of every row of the attention map.
-        attention: float32 (S, T, 64 P), the map itself, only with a bias.
+        attention: float32 (S, T, 64 P), the map itself, only with a bias; padding is minus infinity.
         bias_rows: float32 (S, 16, 64 P + 16).
-        cuts: float32 (S, T, G_a).
-        bounds: uint8 (S, T, G_a).
+        cuts: float32 (S, G_a, T).
+        bounds: uint8 (S, G_a, T).
         planes: uint32 (S, G_a P, 2 P, 64).
         sizes: int32 (S, G_a, 64 P).
         values: float32 (S, d, 64 P).
@@ -88,16 +88,18 @@ def make_workspace(
     panels = word_count(tokens)
     padded = 64 * panels
     map_rows, bias_rows = (tokens, _BIAS_ROWS) if biased else (0, 0)
+    attention = aligned_empty((slots, map_rows, padded), np.float32)
+    attention[:] = -np.inf  # padding is in no group, and nothing ever overwrites it
     return Workspace(
         keys=aligned_empty((slots, panels, -(-width // 8), 64), np.uint8),
         counts=aligned_empty((slots, tokens, padded), np.uint8),
         smallest=aligned_empty((slots, tokens), np.uint8),
         sums=aligned_empty((slots, tokens), np.float32),
         largest=aligned_empty((slots, tokens), np.float32),
-        attention=aligned_empty((slots, map_rows, padded), np.float32),
+        attention=attention,
         bias_rows=aligned_empty((slots, bias_rows, padded + 16), np.float32),
-        cuts=aligned_empty((slots, tokens, attention_groups), np.float32),
-        bounds=aligned_empty((slots, tokens, attention_groups), np.uint8),
+        cuts=aligned_empty((slots, attention_groups, tokens), np.float32),
+        bounds=aligned_empty((slots, attention_groups, tokens), np.uint8),
         planes=aligned_empty((slots, attention_groups * panels, 2 * panels, 64), np.uint32),
         sizes=aligned_empty((slots, attention_groups, padded), np.int32),
         values=aligned_empty((slots, width, padded), np.float32),
@@ -162,10 +164,13 @@ def pack_map(workspace, slot, table, offsets, ratios, inclusive, maxima):
     """
     tokens = maxima.shape[0]
     cuts, planes, sizes = workspace.cuts[slot], workspace.planes[slot], workspace.sizes[slot]
-    for row in range(tokens):
-        for g in range(offsets.shape[0]):
-            cut = offsets[g] + ratios[g] * maxima[row]
-            cuts[row, g] = np.nextafter(cut, np.float32(-np.inf)) if inclusive[g] else cut
+    for g in range(offsets.shape[0]):
+        offset, ratio = offsets[g], ratios[g]
+        for row in range(tokens):
+            cuts[g, row] = offset + ratio * maxima[row]
+        if inclusive[g]:
+            for row in range(tokens):
+                cuts[g, row] = np.nextafter(cuts[g, row], np.float32(-np.inf))
     if workspace.attention.shape[1] > 0:
         planes_above(workspace.attention[slot], cuts, planes, sizes, 0, tokens)
     else:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from binvit.bits.emitter import LANES, Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
+from binvit.bits.jit import vector_code
 
 _INDEX = ir.IntType(64)
 
@@ -20,37 +21,67 @@ def _word(mask: np.ndarray) -> np.uint64:
     return np.packbits(mask, bitorder="little").view("<u8")[0]
 
 
-def _make_comparison(dtype: types.Type, predicate: str, compare):
-    """Makes the intrinsic that returns the word of ``array[row, start + i] <predicate> number`` for 64 lanes i."""
+def _floats_not_below_twin(array, row, start, number):
+    return _word(array[row, start : start + LANES] >= number)
 
-    def twin(array, row, start, number):
-        return _word(compare(array[row, start : start + LANES], number))
+
+@vector_code(twin=_floats_not_below_twin)
+def floats_not_below(typing_context, array, row, start, number):
+    """Returns the word of array[row, start + i] >= number for 64 lanes i; false for NaN."""
+    check_arrays("floats_not_below", {"its operand": (array, types.float32, 2)})
+    signature = types.uint64(array, types.intp, types.intp, types.float32)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, start, number = arguments
+        lanes = emit.load(emit.address(0, row, start), number.type)
+        return emit.word(builder.fcmp_ordered(">=", lanes, emit.splat(number)))
+
+    return signature, codegen
+
+
+def _make_plane_writer(dtype: types.Type, predicate: str, compare):
+    """Makes the intrinsic that writes the bits ``array[row] <predicate> number`` down one column of a panel."""
+
+    def twin(array, row, number, panels, panel, column):
+        octets = np.packbits(compare(array[row, : 32 * panels.shape[1]], number), bitorder="little")
+        panels[panel, :, column] = octets.view("<u4")
 
     @vector_code(twin=twin)
-    def comparison(typing_context, array, row, start, number):
-        check_arrays("a comparison", {"its operand": (array, dtype, 2)})
-        signature = types.uint64(array, types.intp, types.intp, dtype)
+    def write_column(typing_context, array, row, number, panels, panel, column):
+        check_arrays("write_column", {"its operand": (array, dtype, 2), "panels": (panels, types.uint32, 3)})
+        signature = types.void(array, types.intp, dtype, panels, types.intp, types.intp)
 
         def codegen(context, builder, signature, arguments):
             emit = Emitter(context, builder, signature, arguments)
-            _, row, start, number = arguments
-            lanes = emit.load(emit.address(0, row, start), number.type)
+            _, row, number, _, panel, column = arguments
+            steps = emit.length(3, 1)
+            lanes = 16 if isinstance(dtype, types.Float) else 32  # what one comparison of 512 bits has, or a step needs
+            limits = emit.splat(number, lanes)
             function = builder.fcmp_ordered if isinstance(dtype, types.Float) else builder.icmp_unsigned
-            return emit.word(function(predicate, lanes, emit.splat(number)))
+
+            def step(k, _):
+                target = emit.address(3, panel, k, column)
+                for part in range(0, 32, lanes):
+                    start = builder.add(builder.mul(k, ir.Constant(_INDEX, 32)), ir.Constant(_INDEX, part))
+                    numbers = emit.load(emit.address(0, row, start), number.type, lanes)
+                    bits = builder.bitcast(function(predicate, numbers, limits), ir.IntType(lanes))
+                    place = cgutils.pointer_add(builder, target, ir.Constant(_INDEX, part // 8))
+                    builder.store(bits, builder.bitcast(place, bits.type.as_pointer()), align=1)
+                return []
+
+            emit.accumulate(steps, step)
+            return context.get_dummy_value()
 
         return signature, codegen
 
-    return comparison
+    return write_column
 
 
-floats_above = _make_comparison(types.float32, ">", np.greater)
-"""``(array, row, start, number)``: the word of 64 comparisons float32 > number; false for NaN."""
-floats_below = _make_comparison(types.float32, "<", np.less)
-"""``(array, row, start, number)``: the word of 64 comparisons float32 < number; false for NaN."""
-floats_not_below = _make_comparison(types.float32, ">=", np.greater_equal)
-"""``(array, row, start, number)``: the word of 64 comparisons float32 >= number; false for NaN."""
-bytes_below = _make_comparison(types.uint8, "<", np.less)
-"""``(array, row, start, number)``: the word of 64 comparisons uint8 < number."""
+write_floats_above = _make_plane_writer(types.float32, ">", np.greater)
+"""``(array, row, number, panels, panel, column)``: the bits float32 > number of a row, false for NaN, into a column."""
+write_bytes_below = _make_plane_writer(types.uint8, "<", np.less)
+"""``(array, row, number, panels, panel, column)``: the bits uint8 < number of a row into a column."""
 
 
 def _normalized_signs_twin(x, row, start, mean, inverse, gamma, beta, shift):
@@ -79,79 +110,73 @@ def normalized_signs(typing_context, x, row, start, mean, inverse, gamma, beta, 
     return signature, codegen
 
 
-def _make_extremum(predicate: str, reduction: str, twin):
-    """Makes the intrinsic that returns the least or largest of the first `length` >= 16 floats of a row."""
-
-    @vector_code(twin=lambda array, row, length: twin(array[row, :length]))
-    def extremum(typing_context, array, row, length):
-        check_arrays("an extremum", {"its operand": (array, types.float32, 2)})
-        signature = types.float32(array, types.intp, types.intp)
-
-        def codegen(context, builder, signature, arguments):
-            emit = Emitter(context, builder, signature, arguments)
-            _, row, length = arguments
-            sixteen = ir.Constant(_INDEX, 16)
-            last = builder.sub(length, sixteen)
-
-            def step(k, best):
-                # The last vector overlaps the one before it instead of reading past the end.
-                start = builder.mul(k, sixteen)
-                start = builder.select(builder.icmp_signed("<", start, last), start, last)
-                lanes = emit.load(emit.address(0, row, start), ir.FloatType(), 16)
-                if best is None:
-                    return [lanes]
-                return [builder.select(builder.fcmp_ordered(predicate, lanes, best[0]), lanes, best[0])]
-
-            steps = builder.udiv(builder.add(length, ir.Constant(_INDEX, 15)), sixteen)
-            return emit.reduce(reduction, emit.accumulate(steps, step)[0])
-
-        return signature, codegen
-
-    return extremum
+def _outside_twin(array, row, start, lower, upper):
+    lanes = array[row, start : start + LANES]
+    return _word((lanes < lower) | (lanes > upper))
 
 
-_least_of_row = _make_extremum("<", "fmin", np.min)
-_largest_of_row = _make_extremum(">", "fmax", np.max)
+@vector_code(twin=_outside_twin)
+def floats_outside(typing_context, array, row, start, lower, upper):
+    """Returns the word of array[row, start + i] < lower or > upper for 64 lanes i."""
+    check_arrays("floats_outside", {"its operand": (array, types.float32, 2)})
+    signature = types.uint64(array, types.intp, types.intp, types.float32, types.float32)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, start, lower, upper = arguments
+        lanes = emit.load(emit.address(0, row, start), lower.type)
+        below = builder.fcmp_ordered("<", lanes, emit.splat(lower))
+        return emit.word(builder.or_(below, builder.fcmp_ordered(">", lanes, emit.splat(upper))))
+
+    return signature, codegen
 
 
-@kernel
-def least_of_row(array, row, length):
-    """Returns the least of the first `length` numbers of a row of a float32 array.
-
-    Args:
-        array: float32 (rows, at least length).
-        row: which row.
-        length: at least 1.
-
-    Returns:
-        float32.
-    """
-    if length >= 16:
-        return _least_of_row(array, row, length)
-    least = array[row, 0]
-    for k in range(1, length):
-        least = min(least, array[row, k])
-    return least
+def _column_sizes_twin(panels, panel, steps, sizes):
+    sizes[0] = np.bitwise_count(panels[panel, :steps]).sum(axis=0)
 
 
-@kernel
-def largest_of_row(array, row, length):
-    """Returns the largest of the first `length` numbers of a row of a float32 array.
+@vector_code(twin=_column_sizes_twin)
+def column_sizes(typing_context, panels, panel, steps, sizes):
+    """Counts the bits of the 64 columns of a panel into the first row of `sizes`."""
+    check_arrays("column_sizes", {"panels": (panels, types.uint32, 3), "sizes": (sizes, types.int32, 2)})
+    signature = types.void(panels, types.intp, types.intp, sizes)
 
-    Args:
-        array: float32 (rows, at least length).
-        row: which row.
-        length: at least 1.
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, panel, steps, _ = arguments
 
-    Returns:
-        float32.
-    """
-    if length >= 16:
-        return _largest_of_row(array, row, length)
-    largest = array[row, 0]
-    for k in range(1, length):
-        largest = max(largest, array[row, k])
-    return largest
+        def step(k, counts):
+            count = emit.popcount(emit.load(emit.address(0, panel, k, 0), ir.IntType(32)))
+            return [count if counts is None else builder.add(counts[0], count)]
+
+        emit.store(emit.accumulate(steps, step)[0], emit.address(3, 0, 0))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _affine_twin(numbers, row, factor, offset, shift, out, out_row, start):
+    y = numbers[row, :LANES].astype(np.float32) * np.float32(factor) + np.float32(offset)
+    out[out_row, start : start + LANES] = y + np.float32(shift)
+
+
+@vector_code(twin=_affine_twin)
+def affine(typing_context, numbers, row, factor, offset, shift, out, out_row, start):
+    """Writes (numbers * factor + offset) + shift for 64 columns of one channel."""
+    check_arrays("affine", {"numbers": (numbers, types.int32, 2), "out": (out, types.float32, 2)})
+    index, real = types.intp, types.float32
+    signature = types.void(numbers, index, real, real, real, out, index, index)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, factor, offset, shift, _, out_row, start = arguments
+        numbers = emit.load(emit.address(0, row, 0), ir.IntType(32))
+        y = builder.fmul(builder.sitofp(numbers, ir.VectorType(ir.FloatType(), LANES)), emit.splat(factor))
+        y = builder.fadd(builder.fadd(y, emit.splat(offset)), emit.splat(shift))
+        emit.store(y, emit.address(5, out_row, start))
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 def _in_interval_twin(numbers, row, lower, span, start):
@@ -216,62 +241,6 @@ def scale_and_add(typing_context, numbers, row, sums, halve, scale, bias, start,
         result.add_incoming(added, then_block)
         result.add_incoming(y, else_block)
         emit.store(result, target)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-def _add_counts_twin(total, row, twice, twice_row, once, once_row, once_start, factor):
-    counts = 2 * twice[twice_row, :LANES] - once[once_row, once_start : once_start + LANES]
-    total[row, :LANES] = total[row, :LANES] + counts.astype(np.float32) * np.float32(factor)
-
-
-@vector_code(twin=_add_counts_twin)
-def add_counts(typing_context, total, row, twice, twice_row, once, once_row, once_start, factor):
-    """Adds factor * (2 twice - once) to 64 floats of `total`."""
-    check_arrays(
-        "add_counts",
-        {"total": (total, types.float32, 2), "twice": (twice, types.int32, 2), "once": (once, types.int32, 2)},
-    )
-    index = types.intp
-    signature = types.void(total, index, twice, index, once, index, index, types.float32)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, _, twice_row, _, once_row, once_start, factor = arguments
-        lane, real = ir.IntType(32), ir.FloatType()
-        twice = emit.load(emit.address(2, twice_row, 0), lane)
-        counts = builder.sub(builder.add(twice, twice), emit.load(emit.address(4, once_row, once_start), lane))
-        term = builder.fmul(builder.sitofp(counts, ir.VectorType(real, LANES)), emit.splat(factor))
-        target = emit.address(0, row, 0)
-        emit.store(builder.fadd(emit.load(target, real), term), target)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-def _add_bits_twin(counts, row, panels, panel, step, bit, number):
-    counts[row, :LANES] += np.int32(number) * (panels[panel, step] >> np.uint32(bit) & np.uint32(1)).astype(np.int32)
-
-
-@vector_code(twin=_add_bits_twin)
-def add_bits(typing_context, counts, row, panels, panel, step, bit, number):
-    """Adds a number to those of 64 counts whose column has a bit set in one step of a panel."""
-    check_arrays("add_bits", {"counts": (counts, types.int32, 2), "panels": (panels, types.uint32, 3)})
-    index = types.intp
-    signature = types.void(counts, index, panels, index, index, types.uint32, types.int32)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, _, panel, step, bit, number = arguments
-        lane = ir.IntType(32)
-        zeros = ir.Constant(ir.VectorType(lane, LANES), None)
-        selector = emit.splat(builder.shl(ir.Constant(lane, 1), bit))
-        is_set = builder.icmp_unsigned(
-            "!=", builder.and_(emit.load(emit.address(2, panel, step, 0), lane), selector), zeros
-        )
-        target = emit.address(0, row, 0)
-        emit.store(builder.add(emit.load(target, lane), builder.select(is_set, emit.splat(number), zeros)), target)
         return context.get_dummy_value()
 
     return signature, codegen

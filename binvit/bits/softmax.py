@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.extrema import largest_of_rows
 from binvit.bits.jit import BYTE_PERMUTE, FLOAT_PERMUTE, kernel, vector_code
-from binvit.bits.lanes import largest_of_row
 
 MAX_HEAD_WIDTH = 254
 """Widest head whose popcounts, and the bound above all of them, fit into a byte."""
@@ -125,71 +125,108 @@ gather of floats takes 10 microseconds for 197 x 197; permuted bytes, exact sums
 
 
 @vector_code(twin=None)
-def _biased_row(typing_context, counts, row, panels, least, table, total, bias, bias_row, attention):
-    """Writes table[counts - least] / total + bias, minus infinity at levels from 64 on, and returns the maximum."""
-    check_arrays("biased_row", {"counts": (counts, types.uint8, 2), "table": (table, types.float32, 1)})
-    check_arrays("biased_row", {"bias": (bias, types.float32, 2), "attention": (attention, types.float32, 2)})
-    index, real = types.intp, types.float32
-    signature = types.float32(counts, index, index, types.uint8, table, real, bias, index, attention)
+def _largest_byte(typing_context, counts, row, length):
+    """Returns the largest of the first `length` >= 64 bytes of a row."""
+    check_arrays("largest_byte", {"counts": (counts, types.uint8, 2)})
+    signature = types.uint8(counts, types.intp, types.intp)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, row, panels, least, _, total, _, bias_row, _ = arguments
-        position, lane, real = ir.IntType(64), ir.IntType(32), ir.FloatType()
-        integers, floats = ir.VectorType(lane, 16), ir.VectorType(real, 16)
-        totals = emit.splat(total, 16)
-        tables = [
-            builder.fdiv(emit.load(emit.address(4, ir.Constant(position, 16 * p)), real, 16), totals) for p in range(4)
-        ]
-        lowest = emit.splat(builder.zext(least, lane), 16)
-        nothing = ir.Constant(floats, [float("-inf")] * 16)
+        _, row, length = arguments
+        position, octet = ir.IntType(64), ir.IntType(8)
+        last = builder.sub(length, ir.Constant(position, 64))
 
         def step(k, largest):
-            start = builder.mul(k, ir.Constant(position, 16))
-            levels = builder.zext(emit.load(emit.address(0, row, start), ir.IntType(8), 16), integers)
-            levels = builder.sub(levels, lowest)
-            permute = "llvm.x86.avx512.vpermi2var.ps.512"
-            low, high = (emit.call(permute, floats, tables[p], levels, tables[p + 1]) for p in (0, 2))
-            values = builder.select(builder.icmp_unsigned("<", levels, ir.Constant(integers, [32] * 16)), low, high)
-            values = builder.fadd(values, emit.load(emit.address(6, bias_row, start), real, 16))
-            known = builder.icmp_unsigned("<", levels, ir.Constant(integers, [64] * 16))
-            values = builder.select(known, values, nothing)
-            emit.store(values, emit.address(8, row, start))
+            start = builder.mul(k, ir.Constant(position, 64))
+            start = builder.select(builder.icmp_signed("<", start, last), start, last)
+            lanes = emit.load(emit.address(0, row, start), octet)
             if largest is None:
-                return [values]
-            return [builder.select(builder.fcmp_ordered(">", values, largest[0]), values, largest[0])]
+                return [lanes]
+            return [builder.select(builder.icmp_unsigned(">", lanes, largest[0]), lanes, largest[0])]
 
-        steps = builder.mul(panels, ir.Constant(position, 4))
-        return emit.reduce("fmax", emit.accumulate(steps, step)[0])
+        steps = builder.udiv(builder.add(length, ir.Constant(position, 63)), ir.Constant(position, 64))
+        return emit.reduce("umax", emit.accumulate(steps, step)[0])
 
     return signature, codegen
+
+
+def _make_biased_row(levels: int):
+    """Makes the intrinsic that computes a row of a biased map whose scores span less than 32 or 64 levels."""
+
+    @vector_code(twin=None)
+    def biased_row(typing_context, counts, row, length, least, table, total, bias, bias_row, attention):
+        check_arrays("biased_row", {"counts": (counts, types.uint8, 2), "table": (table, types.float32, 1)})
+        check_arrays("biased_row", {"bias": (bias, types.float32, 2), "attention": (attention, types.float32, 2)})
+        index, real = types.intp, types.float32
+        signature = types.float32(counts, index, index, types.uint8, table, real, bias, index, attention)
+
+        def codegen(context, builder, signature, arguments):
+            emit = Emitter(context, builder, signature, arguments)
+            _, row, length, least, _, total, _, bias_row, _ = arguments
+            position, lane, real = ir.IntType(64), ir.IntType(32), ir.FloatType()
+            integers, floats = ir.VectorType(lane, 16), ir.VectorType(real, 16)
+            totals = emit.splat(total, 16)
+            tables = [
+                builder.fdiv(emit.load(emit.address(4, first), real, 16), totals) for first in range(0, levels, 16)
+            ]
+            lowest = emit.splat(builder.zext(least, lane), 16)
+            last = builder.sub(length, ir.Constant(position, 16))
+
+            def look_up(first, second, where):
+                return emit.call("llvm.x86.avx512.vpermi2var.ps.512", floats, first, where, second)
+
+            def step(k, largest):
+                # The last vector overlaps the one before it, so that no padding is looked up.
+                start = builder.mul(k, ir.Constant(position, 16))
+                start = builder.select(builder.icmp_signed("<", start, last), start, last)
+                where = builder.zext(emit.load(emit.address(0, row, start), ir.IntType(8), 16), integers)
+                where = builder.sub(where, lowest)
+                values = look_up(*tables[:2], where)
+                if levels > 32:
+                    is_low = builder.icmp_unsigned("<", where, ir.Constant(integers, [32] * 16))
+                    values = builder.select(is_low, values, look_up(*tables[2:], where))
+                values = builder.fadd(values, emit.load(emit.address(6, bias_row, start), real, 16))
+                emit.store(values, emit.address(8, row, start))
+                if largest is None:
+                    return [values]
+                return [builder.select(builder.fcmp_ordered(">", values, largest[0]), values, largest[0])]
+
+            steps = builder.udiv(builder.add(length, ir.Constant(position, 15)), ir.Constant(position, 16))
+            return emit.extremum(">", emit.accumulate(steps, step)[0])
+
+        return signature, codegen
+
+    return biased_row
+
+
+_biased_row_of_32, _biased_row_of_64 = _make_biased_row(32), _make_biased_row(64)
 
 
 @kernel
 def _fill_biased_row(counts, row, tokens, least, table, total, bias, bias_row, attention):
     for j in range(tokens):
         attention[row, j] = table[np.int64(counts[row, j]) - np.int64(least)] / total + bias[bias_row, j]
-    for j in range(tokens, attention.shape[1]):
-        attention[row, j] = -np.float32(np.inf)
-    return largest_of_row(attention, row, tokens)
+    return largest_of_rows(attention, row, 1, tokens)
 
 
 @kernel
 def _map_by_loop(counts, smallest, table, sums, bias, bias_start, attention, largest, start, stop):
     tokens = sums.shape[0]
     for row in range(start, stop):
-        total = sums[row]
-        bias_row = row - bias_start
+        total, bias_row = sums[row], row - bias_start
         largest[row] = _fill_biased_row(counts, row, tokens, smallest[row], table, total, bias, bias_row, attention)
 
 
 @kernel
 def _map_by_permutation(counts, smallest, table, sums, bias, bias_start, attention, largest, start, stop):
-    tokens, panels = sums.shape[0], counts.shape[1] // 64
+    tokens = sums.shape[0]
     for row in range(start, stop):
         least, total, bias_row = smallest[row], sums[row], row - bias_start
-        if table.shape[0] - least <= 64:
-            largest[row] = _biased_row(counts, row, panels, least, table, total, bias, bias_row, attention)
+        span = _largest_byte(counts, row, tokens) - least if tokens >= 64 else 255
+        if span < 32:
+            largest[row] = _biased_row_of_32(counts, row, tokens, least, table, total, bias, bias_row, attention)
+        elif span < 64:
+            largest[row] = _biased_row_of_64(counts, row, tokens, least, table, total, bias, bias_row, attention)
         else:
             largest[row] = _fill_biased_row(counts, row, tokens, least, table, total, bias, bias_row, attention)
 
@@ -199,5 +236,5 @@ biased_map = _map_by_permutation if FLOAT_PERMUTE else _map_by_loop
 
 ``(counts, smallest, table, sums, bias, bias_start, attention, largest, start, stop)`` with the first four as for
 `softmax_sums`; bias float32 (rows, at least 64 P), whose row 0 belongs to query bias_start; attention float32
-(T, 64 P), rows start to stop are overwritten, padding is minus infinity; largest float32 (T,).
+(T, 64 P), of which the first T columns of rows start to stop are overwritten; largest float32 (T,).
 """

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from binvit.bits.combine import add_counts, combine_row, count_entries
+from binvit.bits.extrema import largest_of_rows, least_of_rows
 from binvit.bits.gemm import (
     PANEL,
     TILE,
@@ -28,13 +30,9 @@ from binvit.bits.gemm import (
 )
 from binvit.bits.jit import kernel
 from binvit.bits.lanes import (
-    add_bits,
-    add_counts,
-    floats_above,
-    floats_below,
+    affine,
     floats_not_below,
-    largest_of_row,
-    least_of_row,
+    floats_outside,
     lowest_bit,
     popcount,
 )
@@ -84,9 +82,8 @@ def linear_transposed(weights, first, width, panels, tokens, length, scale, bias
             else:
                 tile_of_signs(halves, row, first + width - 1, panels, panel, steps, length, counts, 0, 0)
             for r in range(min(TILE, width - channel)):
-                factor, offset, after = scale[row + r], bias[row + r], shift[row + r]
-                for c in range(PANEL):
-                    values[channel + r, panel * PANEL + c] = (np.float32(counts[r, c]) * factor + offset) + after
+                n = row + r
+                affine(counts, r, scale[n], bias[n], shift[n], values, channel + r, panel * PANEL)
 
 
 @kernel
@@ -100,11 +97,8 @@ def extrema(values, tokens):
     Returns:
         Two float32 numbers.
     """
-    least, largest = np.float32(np.inf), -np.float32(np.inf)
-    for c in range(values.shape[0]):
-        least = min(least, least_of_row(values, c, tokens))
-        largest = max(largest, largest_of_row(values, c, tokens))
-    return least, largest
+    rows = values.shape[0]
+    return least_of_rows(values, 0, rows, tokens), largest_of_rows(values, 0, rows, tokens)
 
 
 @kernel
@@ -123,29 +117,34 @@ def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
         entries: int32 (G, capacity), overwritten, see `entry_capacity`.
     """
     width, words = values.shape[0], values.shape[1] // 64
-    capacity = entries.shape[1]
-    for g in range(lower.shape[0]):
-        total = 0
-        for c in range(width):
-            starts[g, c] = min(total, capacity)
-            sign_row, mask_row = 2 * g * width + c, (2 * g + 1) * width + c
-            for w in range(words):
-                rest = tokens - 64 * w
-                valid = ~np.uint64(0) if rest >= 64 else (np.uint64(1) << np.uint64(rest)) - np.uint64(1)
-                mask = (floats_below(values, c, 64 * w, lower[g]) | floats_above(values, c, 64 * w, upper[g])) & valid
-                sign = floats_not_below(values, c, 64 * w, np.float32(0)) & mask
-                planes[sign_row, 2 * w] = np.uint32(sign & np.uint64(0xFFFFFFFF))
+    groups, capacity = lower.shape[0], entries.shape[1]
+    totals = np.zeros(groups, np.int64)
+    low_half = np.uint64(0xFFFFFFFF)
+    for c in range(width):
+        for g in range(groups):
+            starts[g, c] = min(totals[g], capacity)
+        for w in range(words):
+            rest = tokens - 64 * w
+            valid = ~np.uint64(0) if rest >= 64 else (np.uint64(1) << np.uint64(rest)) - np.uint64(1)
+            positive = floats_not_below(values, c, 64 * w, np.float32(0)) & valid
+            for g in range(groups):
+                mask = floats_outside(values, c, 64 * w, lower[g], upper[g]) & valid
+                sign = positive & mask
+                sign_row, mask_row = 2 * g * width + c, (2 * g + 1) * width + c
+                planes[sign_row, 2 * w] = np.uint32(sign & low_half)
                 planes[sign_row, 2 * w + 1] = np.uint32(sign >> np.uint64(32))
-                planes[mask_row, 2 * w] = np.uint32(mask & np.uint64(0xFFFFFFFF))
+                planes[mask_row, 2 * w] = np.uint32(mask & low_half)
                 planes[mask_row, 2 * w + 1] = np.uint32(mask >> np.uint64(32))
-                before = total
-                total += popcount(mask)
-                if total <= capacity:
+                before = totals[g]
+                totals[g] = before + popcount(mask)
+                if totals[g] <= capacity:
                     while mask != np.uint64(0):
                         bit = lowest_bit(mask)
                         entries[g, before] = 2 * (64 * w + bit) + np.int64(sign >> np.uint64(bit) & np.uint64(1))
                         before += 1
                         mask &= mask - np.uint64(1)
+    for g in range(groups):
+        total = totals[g]
         starts[g, width] = min(total, capacity)
         kinds[g] = EVERYTHING if total == width * tokens else LISTED if total <= capacity else MASKED
 
@@ -171,46 +170,67 @@ def attend(panels, sizes, planes, kinds, starts, entries, tokens, coefficients, 
     attention_groups, value_groups = coefficients.shape
     width, query_panels = signs.shape
     steps = steps_of(tokens)
-    counts = np.empty((2 * TILE, PANEL), np.int32)
+    # Six rows of counts for every pair of groups: common bits with the sign plane, then with the mask plane.
+    counts = np.empty((attention_groups * value_groups * 2 * TILE, PANEL), np.int32)
+    listed = np.empty((1, PANEL), np.int32)
     total = np.empty((TILE, PANEL), np.float32)
+    simple = kinds[0] == EVERYTHING
+    for j in range(1, value_groups):
+        simple = simple and kinds[j] == LISTED
     for channel in range(0, width, TILE):
         rows = min(TILE, width - channel)
         for query_panel in range(query_panels):
-            queries = min(PANEL, tokens - query_panel * PANEL)
-            total[:] = 0
-            for i in range(attention_groups):
+            start_query = query_panel * PANEL
+            queries = min(PANEL, tokens - start_query)
+            for pair in range(attention_groups * value_groups):
+                i, j = pair // value_groups, pair % value_groups
                 panel = i * query_panels + query_panel
-                for j in range(value_groups):
-                    factor = coefficients[i, j]
-                    if kinds[j] == LISTED:
-                        for r in range(rows):
-                            start, stop = starts[j, channel + r], starts[j, channel + r + 1]
-                            if start < stop:
-                                counts[r] = 0
-                                for e in range(start, stop):
-                                    token, sign = entries[j, e] >> 1, 2 * (entries[j, e] & 1) - 1
-                                    add_bits(counts, r, panels, panel, token >> 5, token & 31, sign)
-                                add_counts(total, r, counts, r, counts, r, 0, factor)
+                for mask in range(2):
+                    if kinds[j] == LISTED or (kinds[j] == EVERYTHING and mask == 1):
                         continue
-                    for mask in range(1 if kinds[j] == EVERYTHING else 2):
-                        first = (2 * j + mask) * width
-                        row, last = first + channel, first + width - 1
-                        if queries <= _NARROW:
-                            narrow_tile_of_common_bits(
-                                planes, row, last, panels, panel, steps, 0, counts, TILE * mask, 0
-                            )
-                        else:
-                            tile_of_common_bits(planes, row, last, panels, panel, steps, 0, counts, TILE * mask, 0)
-                    for r in range(rows):
-                        if kinds[j] == EVERYTHING:
-                            add_counts(total, r, counts, r, sizes, i, query_panel * PANEL, factor)
-                        else:
-                            add_counts(total, r, counts, r, counts, TILE + r, 0, factor)
+                    first = (2 * j + mask) * width
+                    row, last, place = first + channel, first + width - 1, (2 * pair + mask) * TILE
+                    if queries <= _NARROW:
+                        narrow_tile_of_common_bits(planes, row, last, panels, panel, steps, 0, counts, place, 0)
+                    else:
+                        tile_of_common_bits(planes, row, last, panels, panel, steps, 0, counts, place, 0)
             for r in range(rows):
+                if simple:
+                    combine_row(
+                        counts,
+                        r,
+                        2 * TILE * value_groups,
+                        sizes,
+                        start_query,
+                        coefficients,
+                        starts,
+                        channel + r,
+                        entries,
+                        panels,
+                        query_panel,
+                        query_panels,
+                        total,
+                        r,
+                    )
+                else:
+                    for pair in range(attention_groups * value_groups):
+                        i, j = pair // value_groups, pair % value_groups
+                        factor, place, begins = coefficients[i, j], 2 * pair * TILE + r, pair == 0
+                        if kinds[j] == EVERYTHING:
+                            add_counts(total, r, counts, place, sizes, i, start_query, factor, begins)
+                        elif kinds[j] == MASKED:
+                            add_counts(total, r, counts, place, counts, place + TILE, 0, factor, begins)
+                        else:
+                            start, stop = starts[j, channel + r], starts[j, channel + r + 1]
+                            if begins or start < stop:
+                                panel = i * query_panels + query_panel
+                                count_entries(listed, 0, panels, panel, entries, j, start, stop)
+                                add_counts(total, r, listed, 0, listed, 0, 0, factor, begins)
                 signs[channel + r, query_panel] = floats_not_below(total, r, 0, -shift[channel + r])
-                if floats.shape[0]:
+            if floats.shape[0]:
+                for r in range(rows):
                     for q in range(queries):
-                        floats[query_panel * PANEL + q, column + channel + r] = total[r, q]
+                        floats[start_query + q, column + channel + r] = total[r, q]
 
 
 @kernel
