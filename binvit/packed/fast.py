@@ -17,6 +17,7 @@ from binvit.bits.bias import Bias
 from binvit.bits.head import Workspace
 from binvit.packed.folding import NotFoldable, fold_block, over_batch
 from binvit.packed.kernels import SAMPLE, Layers, Scratch, make_scratch, run_images, run_together
+from binvit.packed.softmax import torch_lanes
 
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 
@@ -50,7 +51,9 @@ class FastBlocks:
         biases = [block["bias"] for block in folded]
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
         self.bias = Bias(**arrays, width=biases[0].width)
-        self.layers = Layers(**{name: value for name, value in (first | stacked).items() if name != "bias"})
+        self.layers = Layers(
+            **{name: value for name, value in (first | stacked).items() if name != "bias"}, lanes=torch_lanes()
+        )
         self._scratch: dict[tuple[int, ...], tuple[Scratch, Workspace]] = {}
 
     def takes(self, images: int) -> bool:

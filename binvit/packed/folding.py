@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from binvit import bits
 from binvit.bits.bias import Bias, full_bias, no_bias, relative_bias
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
-from binvit.bits.softmax import MAX_HEAD_WIDTH, exponential_table, fixed_point_planes
+from binvit.bits.softmax import MAX_HEAD_WIDTH
 from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, HeadSign, MapThreshold, ScoreSign, ThreeMaps
 from binvit.nn.modules import BinaryMlp
 from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
 from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.kernels import HEAD, ROW, SAMPLE
+from binvit.packed.softmax import score_table
 
 _LOWEST = np.finfo(np.float32).min
 
@@ -160,19 +161,18 @@ def _fold_qkv(attention: PackedAttention) -> dict[str, Any]:
     scale = _constant_scale("input", qkv.input_binarizer)
     size = heads * width
     outputs, tables = _outputs(qkv, scale), []
-    score = attention.factor
+    score = None
     for i, place in enumerate(("query", "key")):
         shift, binarizer = getattr(attention, f"{place}_shift"), getattr(attention, f"{place}_binarizer")
         own = _constant_scale(place, binarizer)
-        score = score if own is None else score * own
+        score = own if score is None else score if own is None else score * own
         y = outputs[:, i * size : (i + 1) * size]
         y = y if shift is None else y + shift.flatten()
         tables.append(binarizer.planes(y)[0].levels > 0)
-    _require(float(score) > 0, "the scale of the scores is not positive")
+    _require(score is None or float(score) > 0, "the scale of the scores is not positive")
     _require(width <= MAX_HEAD_WIDTH, f"a head is wider than {MAX_HEAD_WIDTH} channels")
     # Padding channels come from integers that set no bit.
     intervals = _intervals(torch.from_numpy(_pad_heads(torch.cat(tables, 1).numpy().T, width).T.copy()))
-    table = exponential_table(float(score), width)
     affine, post = _affine(qkv, scale)[:, 2 * size :], qkv.post
     shift = _vector(attention.value_shift, size)
     rule = attention.value_binarizer.rule
@@ -191,8 +191,7 @@ def _fold_qkv(attention: PackedAttention) -> dict[str, Any]:
         "v_affine": np.stack([*affine, *after]),
         "value_post": np.stack(slopes)[:, 2 * size :],
         "rprelu": post is not None,
-        "tables": table,
-        "fractions": fixed_point_planes(table),
+        "tables": score_table(score, attention.factor, width),
     }
 
 

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from binvit.bits.attention import planes_below, prepare_keys, score_counts
-from binvit.bits.bias import Bias
+from binvit.bits.attention import planes_above, planes_below, prepare_keys, score_counts
+from binvit.bits.bias import relative_rows
 from binvit.bits.gemm import TILE
-from binvit.bits.head import Workspace, compute_map, compute_values, make_workspace, multiply, pack_map, pack_values
+from binvit.bits.head import Workspace, compute_values, make_workspace, multiply, pack_values
 from binvit.bits.jit import aligned_empty, kernel
-from binvit.bits.linear import linear_to_bits, linear_to_floats, normalize_and_pack, words_to_panels
+from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
+from binvit.packed.layernorm import normalize_and_pack
+from binvit.packed.softmax import add_bias, exponentiate, group_bounds
 
 ROW, HEAD, SAMPLE = 0, 1, 2
 """Over what the maxima of map and value run: a query row (the map's only), a head, all heads of an image."""
@@ -34,8 +36,7 @@ class Layers(NamedTuple):
         qk_flip: uint64 (L, panels).
         v_words: uint64 (L, H d, words): weights of the value.
         v_affine: float32 (L, 4, H d): scale and bias of the value, its shift, and its shift after an RPReLU.
-        tables: float32 (L, entries): exponentials of the scores, see `binvit.bits.attention.exponential_table`.
-        fractions: uint8 (L, 4, 64): the same in fixed point.
+        tables: float32 (L, d + 1, entries): exponentials of the scores, see `binvit.packed.softmax.score_table`.
         cuts: float32 (L, H, G): constant parts of the map's thresholds.
         shares: float32 (G,): shares of the maximum, added to them.
         inclusive: bool (G,): whether the threshold itself is above.
@@ -64,6 +65,7 @@ class Layers(NamedTuple):
         hidden_unsigned: whether hidden bits mean {0, 1}.
         post: whether projection and fc2 are followed by more than bias and residual stream.
         rprelu: whether the value is followed by RPReLU.
+        lanes: see `binvit.packed.softmax.torch_lanes`.
     """
 
     norms: np.ndarray
@@ -75,7 +77,6 @@ class Layers(NamedTuple):
     v_words: np.ndarray
     v_affine: np.ndarray
     tables: np.ndarray
-    fractions: np.ndarray
     cuts: np.ndarray
     shares: np.ndarray
     inclusive: np.ndarray
@@ -104,6 +105,7 @@ class Layers(NamedTuple):
     hidden_unsigned: bool
     post: bool
     rprelu: bool
+    lanes: int
 
 
 class Scratch(NamedTuple):
@@ -253,20 +255,56 @@ def _score(s, biases, block, head, c, heads, task, slot):
     if s.rprelu:
         least, most = _bend(heads.values[slot], s.value_post[block], affine[3], head * width, tokens)
     words, qk = (width + 63) // 64, c.qk[task]
-    first = head * words, (s.heads + head) * words
-    top = np.float32(0)
-    if s.softmax:
-        full, runs = biases.full[block], biases.runs[block]
-        bias = Bias(full, runs, biases.prefix_rows[block], biases.prefix_keys[block], biases.width)
-        compute_map(heads, slot, qk, qk, first, width, s.tables[block], s.fractions[block], bias, head)
-        largest = heads.largest[slot]
-        top = largest[0]
-        for t in range(tokens):
-            top = max(top, largest[t])
-    else:
-        prepare_keys(qk, first[1], width, heads.keys[slot])
-        score_counts(qk, first[0], width, heads.keys[slot], heads.counts[slot], heads.smallest[slot], 0, tokens)
+    counts, smallest = heads.counts[slot], heads.smallest[slot]
+    prepare_keys(qk, (s.heads + head) * words, width, heads.keys[slot])
+    score_counts(qk, head * words, width, heads.keys[slot], counts, smallest, 0, tokens)
+    top = _fill_map(s, biases, block, head, heads, slot, tokens) if s.softmax else np.float32(0)
     c.tops[slot, 0], c.tops[slot, 1], c.tops[slot, 2] = top, least, most
+
+
+@kernel
+def _fill_map(s, biases, block, head, heads, slot, tokens):
+    # Exponentials and their sums; with a bias the map itself. Returns the largest entry.
+    counts, smallest, sums, map_ = heads.counts[slot], heads.smallest[slot], heads.sums[slot], heads.attention[slot]
+    largest, table = heads.largest[slot], s.tables[block]
+    exponentiate(counts, smallest, table, s.lanes, tokens, sums, map_, 0, tokens)
+    if biases.full.shape[1]:
+        add_bias(map_, sums, biases.full[block, head], 0, largest, 0, tokens)
+    elif biases.runs.shape[1]:
+        runs, rows, keys = biases.runs[block, head], biases.prefix_rows[block, head], biases.prefix_keys[block, head]
+        expanded = heads.bias_rows[slot]
+        for start in range(0, tokens, expanded.shape[0]):
+            stop = min(start + expanded.shape[0], tokens)
+            relative_rows(runs, rows, keys, biases.width, tokens, expanded, start, stop)
+            add_bias(map_, sums, expanded, start, largest, start, stop)
+    else:
+        for t in range(tokens):
+            largest[t] = table[smallest[t], 0] * sums[t]
+    top = largest[0]
+    for t in range(tokens):
+        top = max(top, largest[t])
+    return top
+
+
+@kernel
+def _pack_map(s, block, head, heads, slot, tokens, peak):
+    # The groups of the map: entries above a threshold for each row and group.
+    largest, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
+    for g in range(cuts.shape[0]):
+        offset, share = s.cuts[block, head, g], s.shares[g]
+        for t in range(tokens):
+            cuts[g, t] = offset + share * (largest[t] if s.map_reduce == ROW else peak)
+        if s.inclusive[g]:
+            for t in range(tokens):
+                cuts[g, t] = np.nextafter(cuts[g, t], np.float32(-np.inf))
+    if heads.attention.shape[1]:
+        planes_above(heads.attention[slot], cuts, heads.planes[slot], heads.sizes[slot], 0, tokens)
+        return
+    if s.softmax:
+        group_bounds(s.tables[block], heads.smallest[slot], heads.sums[slot], cuts, bounds, 0, tokens)
+    else:
+        bounds[:] = (s.width + 1) // 2  # d - 2 p > 0
+    planes_below(heads.counts[slot], bounds, heads.planes[slot], heads.sizes[slot], 0, tokens)
 
 
 @kernel
@@ -286,14 +324,8 @@ def _bend(values, post, shift, first, tokens):
 def _attend(s, block, head, c, heads, task, slot, tops):
     # Groups of map and value of one head, their products, and the head's share of the projection's input.
     tokens, width = c.words.shape[1], s.width
-    if s.softmax:
-        maxima = heads.largest[slot]
-        if s.map_reduce != ROW:
-            maxima[:] = tops[0] if s.map_reduce == SAMPLE else c.tops[slot, 0]
-        pack_map(heads, slot, s.tables[block], s.cuts[block, head], s.shares, s.inclusive, maxima)
-    else:
-        heads.bounds[slot][:] = (width + 1) // 2  # d - 2 p > 0
-        planes_below(heads.counts[slot], heads.bounds[slot], heads.planes[slot], heads.sizes[slot], 0, tokens)
+    peak = (tops if s.map_reduce == SAMPLE else c.tops[slot])[0]
+    _pack_map(s, block, head, heads, slot, tokens, peak)
     extremes = tops if s.value_reduce == SAMPLE else c.tops[slot]
     groups = len(s.value_shares) + 1
     lower, upper = np.empty(groups, np.float32), np.empty(groups, np.float32)
