@@ -98,18 +98,11 @@ def claims(losses: pd.DataFrame) -> list[Claim]:
         the claims; those about trained models are undecided if none were trained.
     """
     checked = []
+    rivals = {"a 1-bit query or key": _PRODUCTS[:2], "1-bit linear weights or inputs": _PRODUCTS[2:]}
     for tensor in SUPERPOSED:
-        for others, words in (
-            (("query", "key"), "the query and the key"),
-            (_PRODUCTS[2:], "the weights and the inputs"),
-        ):
-            checked.append(
-                check_difference(
-                    f"Without further training, a 1-bit {tensor} costs more accuracy than {words} of "
-                    + ("the scores." if others[0] == "query" else "the linear layers."),
-                    _over_the_worst(losses, "accuracy_drop", tensor, others),
-                )
-            )
+        for words, others in rivals.items():
+            sentence = f"Without further training, a 1-bit {tensor} costs more accuracy than {words}."
+            checked.append(check_difference(sentence, _over_the_worst(losses, "accuracy_drop", tensor, others)))
     for tensor in SUPERPOSED:
         name = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
         if "trained_drop" in losses:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -120,6 +121,8 @@ def sample_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     def draw(part: pd.DataFrame, value: str, ax: Axes) -> None:
         summary = summarize(part, ["scheme", "samples_per_class"], value)
+        if value == "test_accuracy":
+            _limit_to_shares(ax, summary)
         lines(summary, "samples_per_class", ylabel=panels[value], log_x=True, ax=ax)
 
     return _grid(table, list(panels), draw, title)
@@ -144,7 +147,11 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     def draw(part: pd.DataFrame, value: str, ax: Axes) -> None:
         part = part.dropna(subset=[value])
+        if part.empty:
+            ax.set_axis_off()
+            return
         alike = part["labels"] == "class-conditional"
+        _limit_to_shares(ax, summarize(part, ["scheme", "label_noise", "labels"], value))
         if not part[~alike].empty:
             lines(summarize(part[~alike], ["scheme", "label_noise"], value), "label_noise", ylabel=panels[value], ax=ax)
         if not part[alike].empty:
@@ -159,6 +166,14 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
     if (table["labels"] == "class-conditional").any():
         caption(fig, fig._supxlabel.get_text() + "; line: symmetric noise, ◇: class-conditional noise")
     return fig
+
+
+def _limit_to_shares(ax: Axes, summary: pd.DataFrame) -> None:
+    """Keep an axis within 0 and 100 %, which the intervals of few seeds exceed."""
+    known = summary[["mean", "low", "high"]]
+    low, high = 100 * known.min(axis=None), 100 * known.max(axis=None)
+    room = 0.05 * (high - low) or 1.0
+    ax.set_ylim(max(low, 0) - room, min(high, 100) + room)
 
 
 def _grid(table: pd.DataFrame, values: Sequence[str], draw, title: str | None) -> Figure:
@@ -191,18 +206,12 @@ def confusion_map(matrix: Sequence[Sequence[float]], classes: Sequence[str], tit
     np.fill_diagonal(shown, 0)
     shown /= np.maximum(shown.sum(1, keepdims=True), 1e-300)
     fig, ax = plt.subplots(figsize=(3.6, 3.2))
-    ax.imshow(100 * shown, cmap=BLUES, vmin=0)
     few = len(classes) <= 12
-    if few:
-        for i, j in np.argwhere(shown > 0):
-            ink = "white" if shown[i, j] > 0.55 * shown.max() else INK
-            ax.text(j, i, f"{100 * shown[i, j]:.0f}", ha="center", va="center", fontsize=6, color=ink)
-    ticks = range(len(classes)) if few else []
-    ax.set_xticks(ticks, list(classes) if few else [])
-    ax.set_yticks(ticks, list(classes) if few else [])
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
+    texts = np.where(shown > 0, np.char.mod("%.0f", 100 * shown), "") if few else None
+    names = list(classes) if few else False
+    options = {"annot_kws": {"fontsize": 6}, "xticklabels": names, "yticklabels": names, "cbar": False, "square": True}
+    sns.heatmap(100 * shown, cmap=BLUES, vmin=0, annot=texts, fmt="", ax=ax, **options)
+    ax.tick_params(length=0, rotation=0)
     ax.set(xlabel="wrong label", ylabel="true class")
     caption(fig, "where the wrong labels of a class go (%)")
     if title:
