@@ -18,9 +18,9 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.gemm import PANEL
 from binvit.bits.jit import kernel, vector_code
 from binvit.bits.lanes import column_sizes, write_bytes_below, write_floats_above
+from binvit.bits.tile import PANEL, steps_of
 
 _ROWS = 6
 
@@ -195,12 +195,12 @@ def group_bounds(table, smallest, sums, cuts, bounds, start, stop):
 
 
 @kernel
-def _count_columns(planes, groups, sizes, start, stop):
+def _count_columns(planes, groups, steps, sizes, start, stop):
     panels = planes.shape[0] // groups
     scratch = np.empty((1, PANEL), np.int32)
     for g in range(groups):
         for panel in range(start // PANEL, (stop + PANEL - 1) // PANEL):
-            column_sizes(planes, g * panels + panel, planes.shape[1], scratch)
+            column_sizes(planes, g * panels + panel, steps, scratch)
             for query in range(max(start, panel * PANEL), min(stop, (panel + 1) * PANEL)):
                 sizes[g, query] = scratch[0, query % PANEL]
 
@@ -217,12 +217,12 @@ def planes_below(counts, bounds, planes, sizes, start, stop):
         start: first query.
         stop: one past the last query.
     """
-    panels = counts.shape[1] // 64
+    panels, steps = counts.shape[1] // 64, steps_of(bounds.shape[1])
     for row in range(start, stop):
         panel, column = row // 64, row % 64
         for g in range(bounds.shape[0]):
-            write_bytes_below(counts, row, bounds[g, row], planes, g * panels + panel, column)
-    _count_columns(planes, bounds.shape[0], sizes, start, stop)
+            write_bytes_below(counts, row, bounds[g, row], planes, g * panels + panel, column, steps)
+    _count_columns(planes, bounds.shape[0], steps, sizes, start, stop)
 
 
 @kernel
@@ -237,9 +237,9 @@ def planes_above(attention, cuts, planes, sizes, start, stop):
         start: first query.
         stop: one past the last query.
     """
-    panels = attention.shape[1] // 64
+    panels, steps = attention.shape[1] // 64, steps_of(cuts.shape[1])
     for row in range(start, stop):
         panel, column = row // 64, row % 64
         for g in range(cuts.shape[0]):
-            write_floats_above(attention, row, cuts[g, row], planes, g * panels + panel, column)
-    _count_columns(planes, cuts.shape[0], sizes, start, stop)
+            write_floats_above(attention, row, cuts[g, row], planes, g * panels + panel, column, steps)
+    _count_columns(planes, cuts.shape[0], steps, sizes, start, stop)

@@ -133,12 +133,12 @@ class Emitter:
         """
         return self.call(f"llvm.vector.reduce.{operation}.{_suffix(vector.type)}", vector.type.element, vector)
 
-    def extremum(self, predicate: str, vector: ir.Value) -> ir.Value:
-        """Finds the least or largest lane of a vector of floats, by halves: LLVM's own reduction goes lane by lane.
+    def halve(self, vector: ir.Value, combine) -> ir.Value:
+        """Combines all lanes of a vector by halves: LLVM's own reductions of floats go lane by lane.
 
         Args:
-            predicate: ``<`` for the least, ``>`` for the largest.
             vector: the vector; its number of lanes is a power of two.
+            combine: emits the combination of two vectors.
         """
         builder, lanes = self.builder, vector.type.count
         while lanes > 1:
@@ -149,8 +149,20 @@ class Emitter:
                 )
                 for first in (0, lanes)
             )
-            vector = builder.select(builder.fcmp_ordered(predicate, high, low), high, low)
+            vector = combine(low, high)
         return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+    def extremum(self, predicate: str, vector: ir.Value) -> ir.Value:
+        """Finds the least or largest lane of a vector of floats.
+
+        Args:
+            predicate: ``<`` for the least, ``>`` for the largest.
+            vector: the vector; its number of lanes is a power of two.
+        """
+        builder = self.builder
+        return self.halve(
+            vector, lambda low, high: builder.select(builder.fcmp_ordered(predicate, high, low), high, low)
+        )
 
     def accumulate(self, steps: ir.Value, step) -> list[ir.Value]:
         """Emits a loop over at least one step whose sums stay in registers.

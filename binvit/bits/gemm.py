@@ -5,11 +5,6 @@ With K bits in words whose padding is zero, and bit 1 meaning +1:
 * (+-1) x (+-1): K - 2 popcount(a xor w)
 * {0,1} x (+-1): (K - 2 popcount(a xor w) + s) / 2, where s is the sum of the signs of w
 * {0,1} x {-1,0,+1}: 2 popcount(a and p) - popcount(a and m), with mask plane m and sign plane p inside the mask
-
-The right operand is kept word-major: 32 bits of 64 columns lie side by side, four vectors of sixteen lanes. A tile of
-six rows by those four vectors stays in 24 vector registers while K goes by; a step is one broadcast of an activation
-word, one xor, one population count and one addition. 32-bit lanes make the counts int32 without a conversion. LLVM
-lowers the same code to AVX-512, to shuffles on AVX2 and SSE, and to NEON.
 """
 
 from __future__ import annotations
@@ -19,19 +14,11 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
 
-from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, use_threads, vector_code
+from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, use_threads
 from binvit.bits.packing import check_words, pack_signs, word_count
+from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_common_bits, tile_of_signs
 
-PANEL = 64
-"""Columns of a panel of prepared weights; also the bits of one word, so that a panel's signs are one output word."""
-TILE = 6
-"""Rows of the register tile: 3 to 6 rows are equally fast at K = 384, 6 are 3 % faster at K = 1536."""
-_LANES = 16
-_VECTORS = PANEL // _LANES
 _ROW_BLOCK = 48  # rows of one parallel task: enough to amortize a panel's way into the first-level cache
 
 
@@ -209,93 +196,6 @@ def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, nam
             f"Operands of shapes {a_bits.shape} and {weights.shape} ({name}) cannot be multiplied over K = {length} "
             f"bits: both need {word_count(max(length, 0))} words of 64 bits in a row."
         )
-
-
-def _tile_twin(signed: bool, vectors: int):
-    columns = vectors * _LANES
-
-    def tile(a, row, last, panels, panel, steps, length, out, out_row, out_column):
-        rows = np.minimum(np.arange(row, row + TILE), last)
-        left, right = a[rows, :steps, None], panels[panel, :steps, :columns]
-        counts = np.bitwise_count(left ^ right if signed else left & right).sum(axis=1, dtype=np.int32)
-        out[out_row : out_row + TILE, out_column : out_column + columns] = length - 2 * counts if signed else counts
-
-    return tile
-
-
-def _make_tile(signed: bool, vectors: int):
-    @vector_code(twin=_tile_twin(signed, vectors))
-    def tile(typing_context, a, row, last, panels, panel, steps, length, out, out_row, out_column):
-        check_arrays("a register tile", {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3)})
-        check_arrays("a register tile", {"out": (out, types.int32, 2)})
-        position = types.intp
-        signature = types.void(a, position, position, panels, position, position, types.int32, out, position, position)
-
-        def codegen(context, builder, signature, arguments):
-            emit = Emitter(context, builder, signature, arguments)
-            _, row, last, _, panel, steps, length, _, out_row, out_column = arguments
-            index, lane = ir.IntType(64), ir.IntType(32)
-
-            def number(value):
-                return ir.Constant(index, value)
-
-            # Rows past the end repeat the last one, so that a short tile needs no code of its own.
-            rows = []
-            for r in range(TILE):
-                i = builder.add(row, number(r))
-                rows.append(emit.address(0, builder.select(builder.icmp_signed("<", i, last), i, last), 0))
-            page = emit.address(3, panel, 0, 0)
-
-            def step(k, counts):
-                base = builder.mul(k, number(PANEL))
-                columns = [
-                    emit.load(builder.gep(page, [builder.add(base, number(v * _LANES))]), lane, _LANES)
-                    for v in range(vectors)
-                ]
-                result = []
-                for r in range(TILE):
-                    activation = emit.splat(builder.load(builder.gep(rows[r], [k])), _LANES)
-                    for v in range(vectors):
-                        count = emit.popcount((builder.xor if signed else builder.and_)(activation, columns[v]))
-                        result.append(count if counts is None else builder.add(counts[r * vectors + v], count))
-                return result
-
-            totals = emit.accumulate(steps, step)
-            for r in range(TILE):
-                target = emit.address(7, builder.add(out_row, number(r)), out_column)
-                for v in range(vectors):
-                    total = totals[r * vectors + v]
-                    if signed:
-                        total = builder.sub(emit.splat(length, _LANES), builder.add(total, total))
-                    emit.store(total, builder.gep(target, [number(v * _LANES)]))
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return tile
-
-
-tile_of_signs = _make_tile(signed=True, vectors=_VECTORS)
-"""Writes K - 2 popcount(a xor w) of six rows (repeating the last) and 64 columns to an int32 array."""
-narrow_tile_of_signs = _make_tile(signed=True, vectors=1)
-"""The same for the first 16 columns of a panel: 197 tokens are three panels and a bit."""
-tile_of_common_bits = _make_tile(signed=False, vectors=_VECTORS)
-"""Writes popcount(a and w) of six rows (repeating the last) and 64 columns to an int32 array."""
-narrow_tile_of_common_bits = _make_tile(signed=False, vectors=1)
-"""The same for the first 16 columns of a panel."""
-
-
-@kernel
-def steps_of(length: int) -> int:
-    """Returns how many 32-bit steps hold `length` bits.
-
-    Args:
-        length: K.
-
-    Returns:
-        ceil(K / 32); a padding half word is never read.
-    """
-    return (length + 31) // 32
 
 
 @kernel

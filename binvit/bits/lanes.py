@@ -43,19 +43,19 @@ def floats_not_below(typing_context, array, row, start, number):
 def _make_plane_writer(dtype: types.Type, predicate: str, compare):
     """Makes the intrinsic that writes the bits ``array[row] <predicate> number`` down one column of a panel."""
 
-    def twin(array, row, number, panels, panel, column):
-        octets = np.packbits(compare(array[row, : 32 * panels.shape[1]], number), bitorder="little")
-        panels[panel, :, column] = octets.view("<u4")
+    def twin(array, row, number, panels, panel, column, steps):
+        octets = np.packbits(compare(array[row, : 32 * steps], number), bitorder="little")
+        panels[panel, :steps, column] = octets.view("<u4")
 
     @vector_code(twin=twin)
-    def write_column(typing_context, array, row, number, panels, panel, column):
+    def write_column(typing_context, array, row, number, panels, panel, column, steps):
         check_arrays("write_column", {"its operand": (array, dtype, 2), "panels": (panels, types.uint32, 3)})
-        signature = types.void(array, types.intp, dtype, panels, types.intp, types.intp)
+        index = types.intp
+        signature = types.void(array, index, dtype, panels, index, index, index)
 
         def codegen(context, builder, signature, arguments):
             emit = Emitter(context, builder, signature, arguments)
-            _, row, number, _, panel, column = arguments
-            steps = emit.length(3, 1)
+            _, row, number, _, panel, column, steps = arguments
             lanes = 16 if isinstance(dtype, types.Float) else 32  # what one comparison of 512 bits has, or a step needs
             limits = emit.splat(number, lanes)
             function = builder.fcmp_ordered if isinstance(dtype, types.Float) else builder.icmp_unsigned
@@ -79,9 +79,9 @@ def _make_plane_writer(dtype: types.Type, predicate: str, compare):
 
 
 write_floats_above = _make_plane_writer(types.float32, ">", np.greater)
-"""``(array, row, number, panels, panel, column)``: the bits float32 > number of a row, false for NaN, into a column."""
+"""``(array, row, number, panels, panel, column, steps)``: the bits float32 > number of a row into a column."""
 write_bytes_below = _make_plane_writer(types.uint8, "<", np.less)
-"""``(array, row, number, panels, panel, column)``: the bits uint8 < number of a row into a column."""
+"""``(array, row, number, panels, panel, column, steps)``: the bits uint8 < number of a row into a column."""
 
 
 def _normalized_signs_twin(x, row, start, mean, inverse, gamma, beta, shift):
@@ -179,69 +179,29 @@ def affine(typing_context, numbers, row, factor, offset, shift, out, out_row, st
     return signature, codegen
 
 
-def _in_interval_twin(numbers, row, lower, span, start):
-    distance = (numbers[row, :LANES] - lower[start : start + LANES].astype(np.int64)) % 2**32
-    return _word(distance <= span[start : start + LANES])
+def _sum_of_64s_twin(x, row, blocks, center, squared):
+    values = x[row, : LANES * blocks] - center
+    return np.sum(values * values if squared else values, dtype=np.float32)
 
 
-@vector_code(twin=_in_interval_twin)
-def in_interval(typing_context, numbers, row, lower, span, start):
-    """Returns the word of lower <= numbers[row, i] <= lower + span for 64 lanes i and bounds from `start` on."""
-    check_arrays(
-        "in_interval",
-        {"numbers": (numbers, types.int32, 2), "lower": (lower, types.int32, 1), "span": (span, types.uint32, 1)},
-    )
-    signature = types.uint64(numbers, types.intp, lower, span, types.intp)
+@vector_code(twin=_sum_of_64s_twin)
+def sum_of_64s(typing_context, x, row, blocks, center, squared):
+    """Sums x[row] - center, or its squares, over whole blocks of 64 floats; one sum per lane, added by halves."""
+    check_arrays("sum_of_64s", {"x": (x, types.float32, 2)})
+    signature = types.float32(x, types.intp, types.intp, types.float32, types.boolean)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, row, _, _, start = arguments
-        lane = ir.IntType(32)
-        numbers = emit.load(emit.address(0, row, 0), lane)
-        # One subtraction and one unsigned comparison instead of two comparisons.
-        distance = builder.sub(numbers, emit.load(emit.address(2, start), lane))
-        return emit.word(builder.icmp_unsigned("<=", distance, emit.load(emit.address(3, start), lane)))
+        _, row, blocks, center, squared = arguments
+        centers = emit.splat(center)
+        zeros, ones = (ir.Constant(centers.type, [number] * LANES) for number in (0.0, 1.0))
 
-    return signature, codegen
+        def step(k, total):
+            lanes = emit.load(emit.address(0, row, builder.mul(k, ir.Constant(_INDEX, LANES))), ir.FloatType())
+            lanes = builder.fsub(lanes, centers)
+            return builder.fadd(total, builder.fmul(lanes, builder.select(squared, lanes, ones)))
 
-
-def _scale_and_add_twin(numbers, row, sums, halve, scale, bias, start, out, out_row, residual):
-    column = slice(start, start + LANES)
-    integers = (numbers[row, :LANES] + sums[column]) >> halve
-    y = integers.astype(np.float32) * scale[column] + bias[column]
-    out[out_row, column] = out[out_row, column] + y if residual else y
-
-
-@vector_code(twin=_scale_and_add_twin)
-def scale_and_add(typing_context, numbers, row, sums, halve, scale, bias, start, out, out_row, residual):
-    """Writes ((numbers + sums) >> halve) * scale + bias, plus the old content if `residual`, for 64 columns."""
-    vectors = {"scale": (scale, types.float32, 1), "bias": (bias, types.float32, 1), "sums": (sums, types.int32, 1)}
-    check_arrays("scale_and_add", {"numbers": (numbers, types.int32, 2), "out": (out, types.float32, 2), **vectors})
-    index = types.intp
-    signature = types.void(numbers, index, sums, types.int32, scale, bias, index, out, index, types.boolean)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, _, halve, _, _, start, _, out_row, residual = arguments
-        lane, real = ir.IntType(32), ir.FloatType()
-        vector = ir.VectorType(real, LANES)
-        numbers = builder.add(emit.load(emit.address(0, row, 0), lane), emit.load(emit.address(2, start), lane))
-        numbers = builder.sitofp(builder.ashr(numbers, emit.splat(halve)), vector)
-        # Multiply, add, add: the roundings of the unfused model, in its order.
-        y = builder.fadd(
-            builder.fmul(numbers, emit.load(emit.address(4, start), real)), emit.load(emit.address(5, start), real)
-        )
-        target = emit.address(7, out_row, start)
-        with builder.if_else(residual) as (then, otherwise):
-            with then:
-                added, then_block = builder.fadd(emit.load(target, real), y), builder.block
-            with otherwise:
-                else_block = builder.block
-        result = builder.phi(vector)
-        result.add_incoming(added, then_block)
-        result.add_incoming(y, else_block)
-        emit.store(result, target)
-        return context.get_dummy_value()
+        return emit.halve(emit.fold(0, blocks, zeros, step), builder.fadd)
 
     return signature, codegen
 

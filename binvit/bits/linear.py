@@ -15,11 +15,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
-from binvit.bits.gemm import PANEL, TILE, steps_of, tile_of_signs
-from binvit.bits.jit import kernel
-from binvit.bits.lanes import in_interval, normalized_signs, scale_and_add
+from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.jit import kernel, vector_code
+from binvit.bits.lanes import normalized_signs, sum_of_64s
 from binvit.bits.packing import word_count
+from binvit.bits.tile import PANEL, TILE, clamped_rows, emit_tile, steps_of, tile_of_signs
 
 
 class Intervals(NamedTuple):
@@ -87,7 +90,7 @@ def pad_outputs(x: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> np.nd
     return padded
 
 
-@kernel(reorder=True)
+@kernel
 def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
     """Packs the signs of LayerNorm(x) + shift.
 
@@ -106,12 +109,12 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
     whole = width // 64
     share = np.float32(1) / np.float32(width)
     for i in range(start, stop):
-        total = np.float32(0)
-        for k in range(width):
+        total = sum_of_64s(x, i, whole, np.float32(0), False)
+        for k in range(64 * whole, width):
             total += x[i, k]
         mean = total * share
-        squares = np.float32(0)
-        for k in range(width):
+        squares = sum_of_64s(x, i, whole, mean, True)
+        for k in range(64 * whole, width):
             squares += (x[i, k] - mean) * (x[i, k] - mean)
         inverse = np.float32(1) / np.sqrt(squares * share + np.float32(epsilon))
         for w in range(whole):
@@ -141,6 +144,108 @@ def words_to_panels(words, panels, start, stop):
             panels[panel, 2 * w + 1, column] = np.uint32(words[i, w] >> np.uint64(32))
 
 
+def _tile_to_bits_twin(a, row, last, panels, panel, steps, length, lower, span, flip, out):
+    rows = np.minimum(np.arange(row, row + TILE), last)
+    differing = np.bitwise_count(a[rows, :steps, None] ^ panels[panel, :steps]).sum(axis=1, dtype=np.int64)
+    columns = slice(panel * PANEL, (panel + 1) * PANEL)
+    inside = (length - 2 * differing - lower[columns]) % 2**32 <= span[columns]
+    out[rows, panel] = np.packbits(inside, axis=-1, bitorder="little").view("<u8")[:, 0] ^ flip[panel]
+
+
+@vector_code(twin=_tile_to_bits_twin)
+def _tile_to_bits(typing_context, a, row, last, panels, panel, steps, length, lower, span, flip, out):
+    """Computes a register tile of products of signs and keeps the word of each row: which sums lie in the interval."""
+    operands = {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3), "out": (out, types.uint64, 2)}
+    bounds = {"lower": (lower, types.int32, 1), "span": (span, types.uint32, 1), "flip": (flip, types.uint64, 1)}
+    check_arrays("tile_to_bits", operands | bounds)
+    index = types.intp
+    signature = types.void(a, index, index, panels, index, index, types.int32, lower, span, flip, out)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, last, _, panel, steps, length, _, _, _, _ = arguments
+        lane, lanes = ir.IntType(32), 16
+        rows = clamped_rows(emit, row, last)
+        page = emit.address(3, panel, 0, 0)
+        differing = emit_tile(emit, True, PANEL // lanes, [emit.address(0, i, 0) for i in rows], page, steps)
+        flipped = builder.load(emit.address(9, panel))
+        words = [ir.IntType(64)(0)] * TILE
+        for v in range(PANEL // lanes):
+            start = builder.add(builder.mul(panel, ir.IntType(64)(PANEL)), ir.IntType(64)(v * lanes))
+            # sum - lower = (K - lower) - 2 differing; one unsigned comparison instead of two.
+            most = builder.sub(emit.splat(length, lanes), emit.load(emit.address(7, start), lane, lanes))
+            widths = emit.load(emit.address(8, start), lane, lanes)
+            for r in range(TILE):
+                count = differing[r * (PANEL // lanes) + v]
+                distance = builder.sub(most, builder.add(count, count))
+                bits = builder.bitcast(builder.icmp_unsigned("<=", distance, widths), ir.IntType(lanes))
+                bits = builder.shl(builder.zext(bits, ir.IntType(64)), ir.IntType(64)(v * lanes))
+                words[r] = builder.or_(words[r], bits)
+        for i, word in zip(rows, words, strict=True):
+            builder.store(builder.xor(word, flipped), emit.address(10, i, panel))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _tile_to_floats_twin(a, row, last, panels, panel, steps, length, sums, halve, scale, bias, out, residual):
+    rows = np.minimum(np.arange(row, row + TILE), last)
+    differing = np.bitwise_count(a[rows, :steps, None] ^ panels[panel, :steps]).sum(axis=1, dtype=np.int32)
+    columns = slice(panel * PANEL, (panel + 1) * PANEL)
+    y = ((length - 2 * differing + sums[columns]) >> halve).astype(np.float32) * scale[columns] + bias[columns]
+    out[rows, columns] = out[rows, columns] + y if residual else y
+
+
+@vector_code(twin=_tile_to_floats_twin)
+def _tile_to_floats(
+    typing_context, a, row, last, panels, panel, steps, length, sums, halve, scale, bias, out, residual
+):
+    """Computes a register tile and writes ((products + sums) >> halve) * scale + bias, or adds it to `out`."""
+    operands = {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3), "sums": (sums, types.int32, 1)}
+    floats = {"scale": (scale, types.float32, 1), "bias": (bias, types.float32, 1), "out": (out, types.float32, 2)}
+    check_arrays("tile_to_floats", operands | floats)
+    index, number = types.intp, types.int32
+    signature = types.void(a, index, index, panels, index, index, number, sums, number, scale, bias, out, types.boolean)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, last, _, panel, steps, length, _, halve, _, _, _, residual = arguments
+        lane, real, lanes = ir.IntType(32), ir.FloatType(), 16
+        vectors = PANEL // lanes
+        rows = clamped_rows(emit, row, last)
+        page = emit.address(3, panel, 0, 0)
+        differing = emit_tile(emit, True, vectors, [emit.address(0, i, 0) for i in rows], page, steps)
+        starts = [
+            builder.add(builder.mul(panel, ir.IntType(64)(PANEL)), ir.IntType(64)(v * lanes)) for v in range(vectors)
+        ]
+        results = [None] * len(differing)
+        for v, start in enumerate(starts):
+            most = builder.add(emit.splat(length, lanes), emit.load(emit.address(7, start), lane, lanes))
+            factors = emit.load(emit.address(9, start), real, lanes)
+            offsets = emit.load(emit.address(10, start), real, lanes)
+            for k in range(v, len(differing), vectors):
+                products = builder.sub(most, builder.add(differing[k], differing[k]))
+                products = builder.ashr(products, emit.splat(halve, lanes))
+                # Multiply, add, add: the roundings of the unfused model, in its order.
+                results[k] = builder.fadd(builder.fmul(builder.sitofp(products, factors.type), factors), offsets)
+        targets = [emit.address(11, i, start) for i in rows for start in starts]
+        before = builder.block
+        with builder.if_then(residual):
+            added = [
+                builder.fadd(emit.load(target, real, lanes), y) for target, y in zip(targets, results, strict=True)
+            ]
+            inside = builder.block
+        # All sums come before the first store: a repeated row must not be added to twice.
+        chosen = [builder.phi(y.type) for y in results]
+        for target, phi, y, total in zip(targets, chosen, results, added, strict=True):
+            phi.add_incoming(y, before)
+            phi.add_incoming(total, inside)
+            emit.store(phi, target)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 @kernel
 def linear_to_bits(words, panels, length, lower, span, flip, out, start, stop):
     """Multiplies signs by signs and keeps one bit of each sum: whether it lies in its channel's interval.
@@ -158,12 +263,9 @@ def linear_to_bits(words, panels, length, lower, span, flip, out, start, stop):
     """
     halves = words.view(np.uint32)
     steps = steps_of(length)
-    counts = np.empty((TILE, PANEL), np.int32)
     for panel in range(panels.shape[0]):
         for row in range(start, stop, TILE):
-            tile_of_signs(halves, row, stop - 1, panels, panel, steps, length, counts, 0, 0)
-            for r in range(min(TILE, stop - row)):
-                out[row + r, panel] = in_interval(counts, r, lower, span, panel * PANEL) ^ flip[panel]
+            _tile_to_bits(halves, row, stop - 1, panels, panel, steps, length, lower, span, flip, out)
 
 
 @kernel
@@ -191,12 +293,14 @@ def linear_to_floats(words, panels, length, sums, unsigned, scale, bias, out, re
         column = panel * PANEL
         columns = min(PANEL, out.shape[1] - column)
         for row in range(start, stop, TILE):
+            if columns == PANEL:
+                _tile_to_floats(
+                    halves, row, stop - 1, panels, panel, steps, length, sums, halve, scale, bias, out, residual
+                )
+                continue
             tile_of_signs(halves, row, stop - 1, panels, panel, steps, length, counts, 0, 0)
             for r in range(min(TILE, stop - row)):
-                if columns == PANEL:
-                    scale_and_add(counts, r, sums, halve, scale, bias, column, out, row + r, residual)
-                else:
-                    for c in range(columns):
-                        n = column + c
-                        y = np.float32((counts[r, c] + sums[n]) >> halve) * scale[n] + bias[n]
-                        out[row + r, n] = out[row + r, n] + y if residual else y
+                for c in range(columns):
+                    n = column + c
+                    y = np.float32((counts[r, c] + sums[n]) >> halve) * scale[n] + bias[n]
+                    out[row + r, n] = out[row + r, n] + y if residual else y

@@ -19,15 +19,6 @@ import numpy as np
 
 from binvit.bits.combine import add_counts, combine_row, count_entries
 from binvit.bits.extrema import largest_of_rows, least_of_rows
-from binvit.bits.gemm import (
-    PANEL,
-    TILE,
-    narrow_tile_of_common_bits,
-    narrow_tile_of_signs,
-    steps_of,
-    tile_of_common_bits,
-    tile_of_signs,
-)
 from binvit.bits.jit import kernel
 from binvit.bits.lanes import (
     affine,
@@ -35,6 +26,15 @@ from binvit.bits.lanes import (
     floats_outside,
     lowest_bit,
     popcount,
+)
+from binvit.bits.tile import (
+    PANEL,
+    TILE,
+    narrow_tile_of_common_bits,
+    narrow_tile_of_signs,
+    steps_of,
+    tile_of_common_bits,
+    tile_of_signs,
 )
 
 EVERYTHING, MASKED, LISTED = 0, 1, 2
