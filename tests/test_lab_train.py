@@ -95,7 +95,7 @@ def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monk
     monkeypatch.setattr(
         train._Run, "_loss", lambda self, *args: loss(self, *args) * (float("nan") if next(steps) >= 4 else 1)
     )
-    trial = tiny("bit", batch_size=32, epochs=3, schedule="constant", lr=2e-3)  # three steps an epoch
+    trial = tiny("bit", batch_size=32, epochs=3, schedule="constant", lr_binary=2e-3)  # three steps an epoch
     with pytest.raises(TrainingDiverged, match=r"became nan in epoch 2, step 2, at learning rate 0.002; .*kept in "):
         train_trial(trial, resume=tmp_path / "run.state")
     (kept,) = tmp_path.iterdir()
