@@ -1,12 +1,19 @@
-"""The fast path: folded blocks, run by the kernels of `binvit.packed.kernels`.
+"""The fast path: a folded model, run by the kernels of `binvit.packed.kernels`.
 
-Folded bits are exactly the model's bits; what is left to rounding are the sums of LayerNorm and softmax. Every block
-must have binary steps that the kernels know. Otherwise the model takes the exact path's generic steps: scales per token
-(`xnor-k`), shortcuts and residuals inside a layer (`binaryvit`, `bhvit-qd`), a norm of query, key or hidden layer, RMS
-norms, parts left in float, heads wider than 254 channels, and GSB's maximum over the batch when several images come.
+Folded bits are exactly the model's bits, and float sums are rounded as torch rounds them: on CPUs whose torch adds as
+`binvit.packed.layernorm`, `softmax` and `patches` do (x86 with AVX2 or AVX-512) the logits are the exact path's to the
+last bit. Elsewhere a bit may flip where a sum lies within rounding of its threshold.
+
+Every block must have binary steps that the kernels know. Otherwise the model takes the exact path's generic steps:
+scales per token (`xnor-k`), shortcuts and residuals inside a layer (`binaryvit`, `bhvit-qd`), a norm of query, key or
+hidden layer, RMS norms, parts left in float, heads wider than 254 channels, and GSB's maximum over the batch when
+several images come.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,14 +23,16 @@ from binvit import bits
 from binvit.bits.bias import Bias
 from binvit.bits.head import Workspace
 from binvit.packed.folding import NotFoldable, fold_block, over_batch
-from binvit.packed.kernels import SAMPLE, Layers, Scratch, make_scratch, run_images, run_together
+from binvit.packed.kernels import SAMPLE, Layers, Scratch, make_scratch, run_images, share_image
+from binvit.packed.patches import fold_patches
 from binvit.packed.softmax import torch_lanes
+from binvit.packed.team import TEAM
 
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 
 
-class FastBlocks:
-    """The blocks of a packed model, folded.
+class FastPath:
+    """The folded model: patches, blocks, head.
 
     Args:
         model: What `binvit.packed.exact.build_exact` returned.
@@ -33,9 +42,11 @@ class FastBlocks:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         with torch.inference_mode():
             where = model.patch_embed.grid_size, model.num_prefix_tokens
             folded = [fold_block(block, *where) for block in model.blocks]
+            self.patches = fold_patches(model)
         if not folded:
             raise NotFoldable("there are no blocks")
         self.over_batch = any(over_batch(block) for block in model.blocks)
@@ -43,40 +54,75 @@ class FastBlocks:
         for block in folded[1:]:
             if any(block[name] != value for name, value in first.items() if isinstance(value, int)):
                 raise NotFoldable("the blocks differ")
-        stacked = {
+        entries = {
             name: _stack([block[name] for block in folded])
-            for name, value in first.items()
             if isinstance(value, np.ndarray) and name not in _SHARED
+            else value
+            for name, value in first.items()
+            if name != "bias"
         }
+        self.layers = Layers(**entries, lanes=torch_lanes())
         biases = [block["bias"] for block in folded]
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
         self.bias = Bias(**arrays, width=biases[0].width)
-        self.layers = Layers(
-            **{name: value for name, value in (first | stacked).items() if name != "bias"}, lanes=torch_lanes()
-        )
         self._scratch: dict[tuple[int, ...], tuple[Scratch, Workspace]] = {}
 
     def takes(self, images: int) -> bool:
         """Tell whether so many images can be run: a maximum over the batch needs all of them at once."""
         return images == 1 or not self.over_batch
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run tokens (B, T, D), float32 and contiguous, through all blocks; they are overwritten."""
-        tokens, threads = x.numpy(), bits.get_threads()
-        whole = SAMPLE in (self.layers.map_reduce, self.layers.value_reduce)
-        together = len(tokens) == 1 and threads > 1 and not whole
-        tasks = 1 if together else min(threads, len(tokens))
-        slots = min(threads, self.layers.heads) if together else self.layers.heads if whole else 1
-        biased = self.bias.full.size + self.bias.runs.size > 0
-        key = (biased, tokens.shape[1], tasks, slots)
-        # Taken out while it is in use, so that Python threads do not share it; one size is kept.
-        scratch = self._scratch.pop(key, None) or make_scratch(self.layers, *key)
-        if together:
-            run_together(self.layers, self.bias, tokens[0], *scratch)
+    def __call__(self, images: Tensor, threads: int) -> Tensor:
+        """Compute the logits of images (B, C, H, W) with a number of threads."""
+        model = self._model
+        if len(self.patches.weights):
+            pixels = images.contiguous().numpy()
+            tokens = len(self.patches.prefix) + len(self.patches.positions)
+            x = np.empty((len(pixels), tokens, model.embed_dim), np.float32)
         else:
-            run_images(self.layers, self.bias, tokens, *scratch)
+            x = model.norm_pre(model._pos_embed(model.patch_embed(images))).contiguous().numpy()
+            pixels = np.zeros((len(x), 0, 0, 0), np.float32)
+        whole = SAMPLE in (self.layers.map_reduce, self.layers.value_reduce)
+        alone = len(x) if whole else len(x) - len(x) % threads
+        if alone:
+            self._run_alone(pixels, x[:alone], min(threads, alone), self.layers.heads if whole else 1)
+        for image in range(alone, len(x)):
+            self._run_together(pixels[image], x[image], threads)
+        return self._finish(torch.from_numpy(x))
+
+    def _run_alone(self, pixels: np.ndarray, x: np.ndarray, threads: int, slots: int) -> None:
+        """Run every image on one thread."""
+        counter = np.zeros(1, np.int64)
+
+        def run(task: int, tasks: int) -> None:
+            run_images(self.layers, self.bias, self.patches, pixels, x, *scratch, task, counter)
+
+        with self._borrow(x.shape[1], threads, slots) as scratch:
+            TEAM.run(run, threads)
+
+    def _run_together(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
+        """Run one image on all threads."""
+        gates = np.zeros(3 * len(self.layers.norms) + 1, np.int64)
+
+        def run(task: int, tasks: int) -> None:
+            share_image(self.layers, self.bias, self.patches, pixels, x, *scratch, task, tasks, gates)
+
+        with self._borrow(len(x), 1, threads) as scratch:
+            TEAM.run(run, threads)
+
+    @contextmanager
+    def _borrow(self, *key: int) -> Iterator[tuple[Scratch, Workspace]]:
+        # Taken out while it is in use, so that Python threads do not share it; one size is kept.
+        biased = self.bias.full.size + self.bias.runs.size > 0
+        scratch = self._scratch.pop(key, None) or make_scratch(self.layers, biased, *key)
+        yield scratch
         self._scratch = {key: scratch}
-        return x
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Turn the residual stream into logits."""
+        model = self._model
+        if model.global_pool == "token":  # the head reads class and distillation token alone
+            x = x[:, : model.num_prefix_tokens]
+        return model.forward_head(model.norm(x))
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

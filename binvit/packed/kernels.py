@@ -1,14 +1,13 @@
 """The fast path's forward pass through the blocks: the steps of `binvit.bits`, composed into one compiled function.
 
-A block is two phases with one meeting point each: `_enter` and `_leave` work on token rows, `_score` and `_attend` on
-heads. For many images every thread runs whole passes; for one image the threads share the rows and the heads.
+A block works on token rows (`_enter`, `_leave`) and on heads (`_score`, `_attend`). For many images every thread runs
+whole passes; for one image the threads share the rows and the heads and meet twice a block.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from binvit.bits.attention import planes_above, planes_below, prepare_keys, score_counts
@@ -18,7 +17,9 @@ from binvit.bits.head import Workspace, compute_values, make_workspace, multiply
 from binvit.bits.jit import aligned_empty, kernel
 from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
 from binvit.packed.layernorm import normalize_and_pack
+from binvit.packed.patches import embed_patches
 from binvit.packed.softmax import add_bias, exponentiate, group_bounds
+from binvit.packed.team import meet, take_next
 
 ROW, HEAD, SAMPLE = 0, 1, 2
 """Over what the maxima of map and value run: a query row (the map's only), a head, all heads of an image."""
@@ -351,67 +352,82 @@ def _mean_size(values, tokens):
 
 
 @kernel
-def _pass(s, biases, x, c, heads, task):
+def _run_image(s, biases, x, c, heads, task):
     tokens, tops = x.shape[0], np.empty(3, np.float32)
     slots = c.tops.shape[0] // c.words.shape[0]
+    first = task * slots
     for block in range(s.norms.shape[0]):
         _enter(s, block, x, c, task, 0, tokens)
         if s.map_reduce == SAMPLE or s.value_reduce == SAMPLE:
             tops[0], tops[1], tops[2] = -np.inf, np.inf, -np.inf
             for head in range(s.heads):
-                slot = task * slots + head
-                _score(s, biases, block, head, c, heads, task, slot)
-                tops[0], tops[1] = max(tops[0], c.tops[slot, 0]), min(tops[1], c.tops[slot, 1])
-                tops[2] = max(tops[2], c.tops[slot, 2])
+                _score(s, biases, block, head, c, heads, task, first + head)
+                own = c.tops[first + head]
+                tops[0], tops[1], tops[2] = max(tops[0], own[0]), min(tops[1], own[1]), max(tops[2], own[2])
             for head in range(s.heads):
-                _attend(s, block, head, c, heads, task, task * slots + head, tops)
+                _attend(s, block, head, c, heads, task, first + head, tops)
         else:
             for head in range(s.heads):
-                _score(s, biases, block, head, c, heads, task, task)
-                _attend(s, block, head, c, heads, task, task, tops)
+                _score(s, biases, block, head, c, heads, task, first)
+                _attend(s, block, head, c, heads, task, first, tops)
         _leave(s, block, x, c, task, 0, tokens)
 
 
-@kernel(parallel=True)
-def run_images(s, biases, x, c, heads):
-    """Run images through all blocks, every thread whole images.
+@kernel
+def run_images(s, biases, patches, images, x, c, heads, task, counter):
+    """Run images from pixels to the last block, one at a time, while other threads take others.
 
     Args:
         s: The folded blocks.
         biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        patches: `binvit.packed.patches.Patches`; without weights, x holds the tokens already.
+        images: float32 (B, C, H, W).
         x: float32 (B, T, D), the residual stream, overwritten.
-        c: `make_scratch` with one task per thread, and a slot for every head if a maximum runs over all of them.
-        heads: The workspace that belongs to it.
+        c: From `make_scratch`.
+        heads: From `make_scratch`.
+        task: Which task's memory to use.
+        counter: int64 (1,), the next image that nobody has taken.
     """
-    tasks = c.words.shape[0]
-    for task in numba.prange(tasks):
-        for image in range(task, x.shape[0], tasks):
-            _pass(s, biases, x[image], c, heads, task)
+    image = take_next(counter, 0)
+    while image < x.shape[0]:
+        if patches.weights.shape[0]:
+            embed_patches(patches, images[image], x[image], 0, patches.positions.shape[0])
+        _run_image(s, biases, x[image], c, heads, task)
+        image = take_next(counter, 0)
 
 
-@kernel(parallel=True)
-def run_together(s, biases, x, c, heads):
-    """Run one image through all blocks, all threads together.
+@kernel
+def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
+    """Run one image from pixels to the last block together with other threads that call the same.
 
     Args:
         s: The folded blocks; no maximum may run over all heads.
         biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        patches: As for `run_images`.
+        image: float32 (C, H, W).
         x: float32 (T, D), the residual stream, overwritten.
-        c: `make_scratch` with one task and one slot per thread.
-        heads: The workspace that belongs to it.
+        c: From `make_scratch`, for one task with one slot per thread.
+        heads: From `make_scratch`.
+        task: This thread's number.
+        tasks: Number of threads.
+        gates: int64 (3 L + 1,) zeros, where threads meet and share heads.
     """
-    tasks, tokens, blocks = c.tops.shape[0], x.shape[0], s.norms.shape[0]
+    tokens, blocks = x.shape[0], s.norms.shape[0]
     tiles = (tokens + TILE - 1) // TILE
+    start, stop = tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE)
     nothing = np.empty(3, np.float32)
-    for task in numba.prange(tasks):
-        _enter(s, 0, x, c, 0, tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE))
+    if patches.weights.shape[0]:
+        count = patches.positions.shape[0]
+        tiles = (count + TILE - 1) // TILE
+        embed_patches(patches, image, x, tiles * task // tasks * TILE, min(count, tiles * (task + 1) // tasks * TILE))
+        meet(gates, 3 * blocks, tasks)
     for block in range(blocks):
-        for task in numba.prange(tasks):
-            for head in range(task, s.heads, tasks):
-                _score(s, biases, block, head, c, heads, 0, task)
-                _attend(s, block, head, c, heads, 0, task, nothing)
-        for task in numba.prange(tasks):
-            start, stop = tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE)
-            _leave(s, block, x, c, 0, start, stop)
-            if block + 1 < blocks:
-                _enter(s, block + 1, x, c, 0, start, stop)
+        _enter(s, block, x, c, 0, start, stop)
+        meet(gates, 3 * block, tasks)
+        head = take_next(gates, 3 * block + 1)
+        while head < s.heads:
+            _score(s, biases, block, head, c, heads, 0, task)
+            _attend(s, block, head, c, heads, 0, task, nothing)
+            head = take_next(gates, 3 * block + 1)
+        meet(gates, 3 * block + 2, tasks)
+        _leave(s, block, x, c, 0, start, stop)

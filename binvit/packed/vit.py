@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from binvit import bits
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
-from binvit.packed.fast import FastBlocks
+from binvit.packed.fast import FastPath
 from binvit.packed.folding import NotFoldable
 
 PARTS = (
@@ -48,10 +49,10 @@ class PackedViT:
     def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
         self.blueprint, self.tensors, self.exact = blueprint, dict(tensors), bool(exact)
         self._model = build_exact(blueprint, tensors)
-        self._blocks, self.reason = None, ""
+        self._fast, self.reason = None, ""
         if not self.exact:
             try:
-                self._blocks = FastBlocks(self._model)
+                self._fast = FastPath(self._model)
             except NotFoldable as error:
                 self.reason = str(error)
 
@@ -97,11 +98,9 @@ class PackedViT:
         return logits.clone() if is_tensor else logits.numpy()
 
     def _run(self, images: Tensor) -> Tensor:
-        model = self._model
-        if self._blocks is None or not self._blocks.takes(len(images)):
-            return model(images)
-        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-        return model.forward_head(model.norm(self._blocks(tokens.contiguous())))
+        if self._fast is None or not self._fast.takes(len(images)):
+            return self._model(images)
+        return self._fast(images, min(torch.get_num_threads(), bits.get_threads()))
 
     def predict(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
         """Compute the likeliest class of normalized images; the arguments are those of a call.

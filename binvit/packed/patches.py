@@ -1,0 +1,185 @@
+"""The patch embedding of the fast path: float32 images times 8-bit weights, with the roundings of torch's product.
+
+BLAS adds the products of an output element one after the other, fused, in blocks along K whose sums it then adds.
+Folding finds the block length that reproduces torch's result on this machine; where none does, torch itself is asked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from torch import nn
+
+from binvit import bits
+from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.jit import kernel, vector_code
+from binvit.packed.exact import PackedPatchConv
+
+TILE = 6
+PANEL = 64
+BLOCKS = (384, 256, 192, 320, 336, 512)
+_LANES = 16
+
+
+class Patches(NamedTuple):
+    """A folded patch embedding; K inputs of a patch, D channels, P tokens before the patches, L patches.
+
+    Attributes:
+        weights: float32 (ceil(D / 64), K, 64): input k of 64 channels side by side.
+        affine: float32 (2, D): scale and bias.
+        positions: float32 (L, D), added to the patches' tokens.
+        prefix: float32 (P, D), the tokens before them, positions included.
+        size: int64 (2,), height and width of a patch.
+        block: Length of the blocks along K that are summed by themselves.
+    """
+
+    weights: np.ndarray
+    affine: np.ndarray
+    positions: np.ndarray
+    prefix: np.ndarray
+    size: np.ndarray
+    block: int
+
+
+def fold_patches(model: nn.Module) -> Patches:
+    """Fold the patch embedding and the position embedding.
+
+    Args:
+        model: What `binvit.packed.exact.build_exact` returned.
+
+    Returns:
+        The folded embedding; without weights if it is not made of float inputs and 8-bit weights, or if its product
+        cannot be reproduced to the last bit.
+    """
+    embed, conv = model.patch_embed, model.patch_embed.proj
+    plain = isinstance(embed.norm, nn.Identity) and isinstance(model.norm_pre, nn.Identity)
+    if not (plain and isinstance(conv, PackedPatchConv) and conv.input_binarizer.rule.is_float) or conv.on_bits:
+        return _nothing()
+    levels, width = conv.levels.float(), conv.out_features
+    tokens = model._pos_embed(torch.zeros(1, embed.num_patches, width))[0]
+    padded = np.zeros((bits.word_count(width) * PANEL, levels.shape[1]), np.float32)
+    padded[:width] = levels.numpy()
+    weights = bits.aligned_empty((len(padded) // PANEL, levels.shape[1], PANEL), np.float32)
+    weights[...] = padded.reshape(-1, PANEL, levels.shape[1]).transpose(0, 2, 1)
+    scale = torch.ones(1) if conv.scale is None else conv.scale.flatten()
+    bias = torch.zeros(width) if conv.bias is None else conv.bias
+    folded = Patches(
+        weights=weights,
+        affine=np.stack([scale.expand(width).numpy(), bias.detach().numpy()]),
+        positions=tokens[model.num_prefix_tokens :].detach().numpy().copy(),
+        prefix=tokens[: model.num_prefix_tokens].detach().numpy().copy(),
+        size=np.array(conv.patch_size, np.int64),
+        block=0,
+    )
+    return _with_block(folded, model)
+
+
+def _nothing() -> Patches:
+    flat = np.zeros((0, 0), np.float32)
+    return Patches(np.zeros((0, 0, 0), np.float32), flat, flat, flat, np.ones(2, np.int64), 1)
+
+
+def _with_block(folded: Patches, model: nn.Module) -> Patches:
+    """Find the block length that gives torch's numbers for a random image."""
+    conv, length = model.patch_embed.proj, folded.weights.shape[1]
+    image = torch.randn(1, conv.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    expected = model._pos_embed(model.patch_embed(image))[0].numpy()
+    x = np.zeros_like(expected)
+    for block in (length, *BLOCKS):
+        folded = folded._replace(block=block)
+        embed_patches(folded, image[0].numpy(), x, 0, len(folded.positions))
+        if np.array_equal(x, expected):
+            return folded
+    return _nothing()
+
+
+def _tile_twin(patches, weights, panel, first, steps, out):
+    total = np.zeros((TILE, PANEL), np.float32)
+    for k in range(first, first + steps):
+        exact = patches[:TILE, k, None].astype(np.float64) * weights[panel, k].astype(np.float64) + total
+        total = exact.astype(np.float32)
+    out[:TILE] += total
+
+
+@vector_code(twin=_tile_twin)
+def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
+    """Adds the product of six rows and 64 columns over some inputs to a float32 array; the sums stay in registers."""
+    floats = types.float32
+    check_arrays("tile_of_floats", {"patches": (patches, floats, 2), "weights": (weights, floats, 3)})
+    check_arrays("tile_of_floats", {"out": (out, floats, 2)})
+    index = types.intp
+    signature = types.void(patches, weights, index, index, index, out)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, _, panel, first, steps, _ = arguments
+        position, real = ir.IntType(64), ir.FloatType()
+        vector, vectors = ir.VectorType(real, _LANES), PANEL // _LANES
+        rows = [emit.address(0, ir.Constant(position, r), first) for r in range(TILE)]
+        page = emit.address(1, panel, first, ir.Constant(position, 0))
+
+        def step(k, sums):
+            base = builder.mul(k, ir.Constant(position, PANEL))
+            columns = [
+                emit.load(builder.gep(page, [builder.add(base, ir.Constant(position, v * _LANES))]), real, _LANES)
+                for v in range(vectors)
+            ]
+            result = []
+            for r in range(TILE):
+                value = emit.splat(builder.load(builder.gep(rows[r], [k])), _LANES)
+                for v in range(vectors):
+                    before = ir.Constant(vector, None) if sums is None else sums[r * vectors + v]
+                    result.append(emit.call(f"llvm.fma.v{_LANES}f32", vector, value, columns[v], before))
+            return result
+
+        totals = emit.accumulate(steps, step)
+        for r in range(TILE):
+            for v in range(vectors):
+                target = emit.address(5, ir.Constant(position, r), ir.Constant(position, v * _LANES))
+                emit.store(builder.fadd(emit.load(target, real, _LANES), totals[r * vectors + v]), target)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def embed_patches(p, image, x, start, stop):
+    """Turns some patches of an image into tokens; who does patch 0 writes the tokens before the patches, too.
+
+    Args:
+        p: `Patches`.
+        image: float32 (C, H, W).
+        x: float32 (P + L, D), overwritten.
+        start: First patch.
+        stop: One past the last patch.
+    """
+    prefix, width, length = p.prefix.shape[0], x.shape[1], p.weights.shape[1]
+    height, wide = p.size[0], p.size[1]
+    columns = image.shape[2] // wide
+    patches, out = np.zeros((TILE, length), np.float32), np.empty((TILE, PANEL), np.float32)
+    if start == 0:
+        x[:prefix] = p.prefix
+    for first in range(start, stop, TILE):
+        rows = min(TILE, stop - first)
+        for r in range(rows):
+            top, left = (first + r) // columns * height, (first + r) % columns * wide
+            k = 0
+            for channel in range(image.shape[0]):
+                for i in range(height):
+                    for j in range(wide):
+                        patches[r, k] = image[channel, top + i, left + j]
+                        k += 1
+        for panel in range(p.weights.shape[0]):
+            out[:] = 0
+            for k in range(0, length, p.block):
+                _tile_of_floats(patches, p.weights, panel, k, min(p.block, length - k), out)
+            column = panel * PANEL
+            for r in range(rows):
+                patch = first + r
+                for n in range(min(PANEL, width - column)):
+                    y = out[r, n] * p.affine[0, column + n] + p.affine[1, column + n]
+                    x[prefix + patch, column + n] = y + p.positions[patch, column + n]

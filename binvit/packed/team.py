@@ -1,0 +1,136 @@
+"""A team of threads that runs one kernel together, and the barrier inside it.
+
+The kernels release the GIL, so plain Python threads run them side by side. One hand-over per forward pass replaces a
+parallel region per layer, threads meet inside the kernel within a fraction of a microsecond, and no second OpenMP
+runtime spins next to torch's.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+
+from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.jit import JIT, kernel, vector_code
+
+_PATIENCE = 2000  # looks at a gate before the processor is offered to others
+
+
+class Team:
+    """Worker threads that wait for a task; there is one team in a process, made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inboxes: list[queue.SimpleQueue] = []
+
+    def run(self, task: Callable[[int, int], None], threads: int) -> None:
+        """Call task(number, threads) for every number below `threads`, side by side, and wait for all.
+
+        Args:
+            task: May wait for its siblings, so all of them run at the same time. It is called once, task(0, 1), if one
+                thread is enough or the team is busy with another caller's task.
+            threads: How many.
+        """
+        if threads <= 1 or not JIT or not self._lock.acquire(blocking=False):
+            task(0, 1)
+            return
+        try:
+            while len(self._inboxes) < threads - 1:
+                self._inboxes.append(queue.SimpleQueue())
+                threading.Thread(target=_work, args=(self._inboxes[-1],), name="binvit", daemon=True).start()
+            done: queue.SimpleQueue = queue.SimpleQueue()
+            for number, inbox in zip(range(1, threads), self._inboxes, strict=False):
+                inbox.put((task, number, threads, done))
+            _report(task, 0, threads, done)
+            errors = [error for error in (done.get() for _ in range(threads)) if error is not None]
+            if errors:
+                raise errors[0]
+        finally:
+            self._lock.release()
+
+
+def _work(inbox: queue.SimpleQueue) -> None:
+    while True:
+        _report(*inbox.get())
+
+
+def _report(task: Callable[[int, int], None], number: int, threads: int, done: queue.SimpleQueue) -> None:
+    try:
+        task(number, threads)
+        done.put(None)
+    except BaseException as error:
+        done.put(error)
+
+
+TEAM = Team()
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child starts without workers
+    os.register_at_fork(after_in_child=TEAM.__init__)
+
+
+def _next_twin(counters, index):
+    counters[index] += 1
+    return counters[index] - 1
+
+
+@vector_code(twin=_next_twin)
+def take_next(typing_context, counters, index):
+    """Adds one to a counter that threads share and returns what it was."""
+    check_arrays("take_next", {"counters": (counters, types.int64, 1)})
+    signature = types.int64(counters, types.intp)
+
+    def codegen(context, builder, signature, arguments):
+        address = Emitter(context, builder, signature, arguments).address(0, arguments[1])
+        address = builder.bitcast(address, ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return signature, codegen
+
+
+@vector_code(twin=lambda counters, index: counters[index])
+def look_at(typing_context, counters, index):
+    """Returns a counter that threads share."""
+    check_arrays("look_at", {"counters": (counters, types.int64, 1)})
+    signature = types.int64(counters, types.intp)
+
+    def codegen(context, builder, signature, arguments):
+        address = Emitter(context, builder, signature, arguments).address(0, arguments[1])
+        return builder.load_atomic(builder.bitcast(address, ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return signature, codegen
+
+
+@vector_code(twin=lambda: None)
+def _offer_processor(typing_context):
+    """Lets other threads run if more of them are ready than there are cores."""
+    signature = types.void()
+
+    def codegen(context, builder, signature, arguments):
+        if os.name == "posix":
+            Emitter(context, builder, signature, arguments).call("sched_yield", ir.IntType(32))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def meet(counters, index, threads):
+    """Waits until all threads have come to the same gate.
+
+    Args:
+        counters: int64, zeros before the first thread starts.
+        index: The gate; each is used once.
+        threads: How many must come.
+    """
+    if threads == 1:
+        return
+    take_next(counters, index)
+    looks = 0
+    while look_at(counters, index) < threads:
+        looks += 1
+        if looks > _PATIENCE:
+            _offer_processor()
