@@ -70,6 +70,24 @@ def test_what_changes_nothing_is_the_same_trial():
     assert [trial.get_recipe().epochs for trial in shorter] == [2, recipe.epochs, 2, 2]
 
 
+def test_a_recipe_is_changed_for_all_conditions():
+    conditions = [Condition("a", "gsb"), Condition("b", "gsb", {}, {"width": 64})]
+    runs = experiments.plan(conditions, "digits", [0], epochs=3, changes="width 32, global_pool avg, lr 1e-2")
+    recipes = [run.trial.get_recipe() for run in runs]
+    assert [(recipe.width, recipe.global_pool, recipe.lr, recipe.epochs) for recipe in recipes] == [
+        (32, "avg", 0.01, 3),
+        (64, "avg", 0.01, 3),
+    ]
+    assert experiments.parse_changes("") == experiments.parse_changes(" ") == {}
+    for text, sentence in {
+        "width": "hold 'width', which is no name with a value",
+        "weight 3": "Unknown recipe field 'weight'",
+        "width wide": "recipe's width must be of type int, got 'wide'",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            experiments.parse_changes(text)
+
+
 def test_wrong_conditions_are_refused():
     with pytest.raises(ValueError, match="Two conditions of the experiment are called 'a'"):
         experiments.plan([Condition("a", "gsb"), Condition("a", "bit")], "digits", [0])

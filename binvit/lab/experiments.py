@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -103,6 +104,30 @@ def parse_images(text: str) -> list[Images]:
     return images
 
 
+def parse_changes(text: str) -> dict[str, Any]:
+    """Read fields of a recipe from a text such as "width 32, depth 2, global_pool avg"; an empty text changes none.
+
+    Raises:
+        ValueError: a part is no name with a value, or the recipe has no such field or value.
+    """
+    parts = [part.split() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if len(part) != 2:
+            raise ValueError(
+                f"The changes of the recipe {text!r} hold {' '.join(part)!r}, which is no name with a value."
+            )
+    found = {name: _value(value) for name, value in parts}
+    get_recipe("smoke", **found)  # refuses unknown names and wrong values
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)  # YAML takes 1e-2 for a text
+    except ValueError:
+        return yaml.safe_load(text)
+
+
 @dataclass(frozen=True)
 class Run:
     """A trial with the names it has in the experiment's table."""
@@ -119,6 +144,7 @@ def plan(
     recipe: str = "smoke",
     epochs: int = 0,
     samples_per_class: int = 0,
+    changes: str = "",
     data_dir: str | Path | None = None,
 ) -> list[Run]:
     """Make the trials of an experiment: every condition on all images with every seed.
@@ -133,6 +159,7 @@ def plan(
         recipe: of images that name none.
         epochs: passes over the training images; 0 as the recipe says.
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
+        changes: of the recipe, for all conditions; a text that `parse_changes` understands.
         data_dir: folder of data sets that are files.
 
     Returns:
@@ -146,15 +173,15 @@ def plan(
     runs = []
     for part in chosen:
         base = get_recipe(part.recipe or recipe)
-        length = {"epochs": epochs} if epochs else {}
-        given = dataclasses.replace(base, **length)
+        shared = parse_changes(changes) | ({"epochs": epochs} if epochs else {})
+        given = dataclasses.replace(base, **shared)
         for condition in conditions:
-            changes = condition.recipe_options
-            changes = length | dict(changes(given) if callable(changes) else changes)
+            own = condition.recipe_options
+            own = own(given) if callable(own) else own
             plain = Trial(part.dataset, condition.scheme, base.name)
             options = {
                 "scheme_options": _changed(condition.scheme_options, plain.get_scheme()),
-                "recipe_options": _changed(changes, base),
+                "recipe_options": _changed({**shared, **own}, base),
             }
             for seed in seeds[: part.seeds]:
                 trial = dataclasses.replace(
