@@ -175,7 +175,7 @@ def test_results_of_another_recipe_are_not_taken_for_this_one(tmp_path):
     path = result_path(trial, tmp_path)
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"recipe": values["recipe"] | {"weight_decay": 0.3}}))
-    with pytest.raises(OutdatedResult, match=r"weight_decay was 0\.3, now 0\.5"):
+    with pytest.raises(OutdatedResult, match=r"weight_decay was 0\.3, now 0\.05"):
         read_result(trial, tmp_path)
     with pytest.warns(UserWarning, match=r"kept as .*\.outdated"):
         run_trials([trial], tmp_path, progress=False)

@@ -259,16 +259,15 @@ _REGISTRY = {
         Recipe(
             name="smoke",
             width=48,
-            depth=4,
-            heads=4,
+            depth=3,
+            heads=2,
             mlp_ratio=2.0,
-            epochs=20,
+            epochs=30,
             batch_size=64,
             eval_every=5,
             lr=6e-3,
             lr_binary=3e-3,
             warmup=0.125,
-            weight_decay=0.5,
         ),
         # Minutes on two cores: photographs of 32 to 64 pixels, 64 patches and the class token.
         Recipe(
