@@ -47,10 +47,10 @@ def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
     output = kernels["contender"].map({"torch bfloat16": 2}).fillna(4)
     m, k, n = (kernels[c] for c in "mkn")
     moved = size * (m * k + n * k) + output * m * n
-    points = pd.DataFrame(
-        {"name": kernels["model"] + " " + kernels["layer"], "family": kernels["contender"]}
-        | {"intensity": m * k * n / moved, "rate": kernels["rate"]}
-    )
+    points = pd.DataFrame({"family": kernels["contender"], "intensity": m * k * n / moved, "rate": kernels["rate"]})
+    # Points of one kind lie close together: the fastest carries the name.
+    fastest = points.groupby("family")["rate"].transform("max") == points["rate"]
+    points["name"] = points["family"].where(fastest, "")
     threads = int(kernels["threads"].iloc[0])
     limits = {"population count": bits.popcount_limit() * threads / 1e9} if JIT else {}
     return figures.roofline(points, limits, memory_bandwidth() / 1e9, title=title)
