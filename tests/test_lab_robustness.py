@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from binvit.lab import robustness
+from binvit.lab import regularization, robustness
 from binvit.lab.data import load_data
 from binvit.lab.panels import confusion_map, noise_curves, sample_curves
+
+CHANGES = "width 32, batch_size 20"
 
 
 def trials(runs) -> list:
@@ -24,6 +26,12 @@ def test_few_images_are_trained_as_long_as_many():
         assert given.eval_every == given.epochs
     whole = robustness.sample_runs("digits", ["float"], [5], [0])
     assert trials(whole)[0].recipe_options == ()
+
+
+def test_changes_of_the_recipe_count():
+    runs = robustness.sample_runs("digits", ["float"], [8], [0], changes=CHANGES, updates=40)
+    given = trials(runs)[0].get_recipe()
+    assert (given.width, given.batch_size, given.epochs) == (32, 20, 10)
 
 
 def test_counts_that_a_data_set_lacks_are_left_out():
@@ -123,12 +131,12 @@ def sample_table(few: dict[str, float], many: dict[str, float]) -> pd.DataFrame:
 
 def test_claims_about_few_images_can_come_out_either_way():
     good = sample_table({"float": 0.4, "bit": 0.5, "gsb": 0.7}, {"float": 0.9, "bit": 0.8, "gsb": 0.9})
-    assert [claim.verdict for claim in robustness.sample_claims(good)] == ["yes"] * 4
+    assert [claim.verdict for claim in regularization.sample_claims(good)] == ["yes"] * 4
     bad = sample_table({"float": 0.7, "bit": 0.6, "gsb": 0.5}, {"float": 0.8, "bit": 0.8, "gsb": 0.9})
-    assert [claim.verdict for claim in robustness.sample_claims(bad)] == ["no"] * 4
-    fewer = robustness.sample_claims(good[good["scheme"] != "float"])
+    assert [claim.verdict for claim in regularization.sample_claims(bad)] == ["no"] * 4
+    fewer = regularization.sample_claims(good[good["scheme"] != "float"])
     assert [claim.verdict for claim in fewer] == ["undecided", "yes", "undecided", "undecided"]
-    one = robustness.sample_claims(good[good["samples_per_class"] == 5])
+    one = regularization.sample_claims(good[good["samples_per_class"] == 5])
     assert len(one) == 3
 
 
@@ -146,28 +154,28 @@ def noise_table(noisy: dict[str, tuple[float, float]]) -> pd.DataFrame:
 
 def test_claims_about_wrong_labels_can_come_out_either_way():
     good = noise_table({"float": (0.5, 0.6), "bit": (0.6, 0.3), "gsb": (0.7, 0.2)})
-    assert [claim.verdict for claim in robustness.noise_claims(good)] == ["yes"] * 7
+    assert [claim.verdict for claim in regularization.noise_claims(good)] == ["yes"] * 7
     bad = noise_table({"float": (0.7, 0.2), "bit": (0.6, 0.3), "gsb": (0.5, 0.6)})
-    assert [claim.verdict for claim in robustness.noise_claims(bad)] == ["no"] * 7
-    assert robustness.noise_claims(good[good["label_noise"] == 0]) == []
+    assert [claim.verdict for claim in regularization.noise_claims(bad)] == ["no"] * 7
+    assert regularization.noise_claims(good[good["label_noise"] == 0]) == []
 
 
 def test_differences_are_paired_within_each_setting():
     table = sample_table({"float": 0.4, "gsb": 0.7}, {"float": 0.9, "gsb": 0.8})
-    found = robustness.differences(table, "samples_per_class")
+    found = regularization.differences(table, "samples_per_class")
     assert found["scheme"].tolist() == ["gsb", "gsb"]
     np.testing.assert_allclose(found["mean"], [0.3, -0.1])
     np.testing.assert_allclose(found["low"], found["high"])
-    assert robustness.differences(table[table["scheme"] == "gsb"], "samples_per_class").empty
+    assert regularization.differences(table[table["scheme"] == "gsb"], "samples_per_class").empty
 
 
 def test_change_is_paired_and_refuses_what_is_ambiguous():
     table = sample_table({"float": 0.4}, {"float": 0.9})
-    np.testing.assert_allclose(robustness.change(table, "samples_per_class", 5, 50)["change"], 0.5)
+    np.testing.assert_allclose(regularization.change(table, "samples_per_class", 5, 50)["change"], 0.5)
     with pytest.raises(ValueError, match="samples_per_class = 7; there are"):
-        robustness.change(table, "samples_per_class", 5, 7)
+        regularization.change(table, "samples_per_class", 5, 7)
     with pytest.raises(ValueError, match="select one data set"):
-        robustness.change(pd.concat([table, table]), "samples_per_class", 5, 50)
+        regularization.change(pd.concat([table, table]), "samples_per_class", 5, 50)
 
 
 def test_figures_have_a_row_for_each_kind_of_images():

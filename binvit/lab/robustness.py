@@ -1,4 +1,4 @@
-"""Few images and wrong labels: the trials of both experiments, and how their tables are read."""
+"""Few images and wrong labels: the trials of both experiments and their table."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from binvit.lab.claims import Claim, check_pair
 from binvit.lab.data import ImageData, load_data
-from binvit.lab.experiments import Images, Run, parse_images
+from binvit.lab.experiments import Images, Run, parse_changes, parse_images
 from binvit.lab.images import resize_square
-from binvit.lab.recipes import recipe as recipe_of
+from binvit.lab.recipes import Recipe
+from binvit.lab.recipes import recipe as get_recipe
 from binvit.lab.runner import run_trials
-from binvit.lab.statistics import compare
 from binvit.lab.trials import Trial
 
 Matrix = tuple[tuple[float, ...], ...]
 
 
-def equal_updates(recipe: str, updates: int | None, images: int) -> dict[str, Any]:
+def equal_updates(recipe: Recipe, updates: int | None, images: int) -> dict[str, Any]:
     """Return the options that make a recipe take a number of optimizer steps, whatever the number of images.
 
     A recipe counts epochs, and an epoch over a tenth of the images is a tenth of the steps: without this, few images
     would also mean little training. Only the last epoch is evaluated.
 
     Args:
-        recipe: a name of `list_recipes`.
+        recipe: how models are trained.
         updates: optimizer steps of the last stage; None keeps the recipe's epochs.
         images: training images.
 
@@ -39,8 +38,7 @@ def equal_updates(recipe: str, updates: int | None, images: int) -> dict[str, An
     """
     if updates is None:
         return {}
-    given = recipe_of(recipe)
-    steps = images // min(given.batch_size, images)  # a last batch that is not full is left out
+    steps = images // min(recipe.batch_size, images)  # a last batch that is not full is left out
     epochs = max(1, round(updates / steps))
     return {"epochs": epochs, "eval_every": epochs}
 
@@ -51,6 +49,7 @@ def sample_runs(
     samples_per_class: Sequence[int],
     seeds: Sequence[int],
     recipe: str = "smoke",
+    changes: str = "",
     updates: int | None = None,
     data_dir: str | Path | None = None,
 ) -> list[Run]:
@@ -62,6 +61,7 @@ def sample_runs(
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
         recipe: of images that name none.
+        changes: of the recipe; a text that `experiments.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         data_dir: folder of data sets that are files.
 
@@ -83,8 +83,8 @@ def sample_runs(
                 f"{min(samples_per_class)} asked for by samples_per_class."
             )
         for count in counts:
-            length = equal_updates(part.recipe or recipe, updates, count * len(data.classes))
-            settings = {"samples_per_class": count, "recipe_options": length, "root": data_dir}
+            options = _options(part.recipe or recipe, changes, updates, count * len(data.classes))
+            settings = {"samples_per_class": count, "recipe_options": options, "root": data_dir}
             runs += _runs(part, schemes, seeds, recipe, settings)
     return runs
 
@@ -96,6 +96,7 @@ def noise_runs(
     confused_noises: Sequence[float],
     seeds: Sequence[int],
     recipe: str = "smoke",
+    changes: str = "",
     updates: int | None = None,
     samples_per_class: int = 0,
     data_dir: str | Path | None = None,
@@ -110,6 +111,7 @@ def noise_runs(
             same as no noise and left out.
         seeds: of every combination.
         recipe: of images that name none.
+        changes: of the recipe; a text that `experiments.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.
@@ -130,11 +132,16 @@ def noise_runs(
         if any(confused_noises):
             matrix = pixel_confusion(data)
             kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
-        length = equal_updates(part.recipe or recipe, updates, count)
-        settings = {"samples_per_class": each, "recipe_options": length, "root": data_dir}
+        options = _options(part.recipe or recipe, changes, updates, count)
+        settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
         for kind in kinds:
             runs += _runs(part, schemes, seeds, recipe, settings | kind)
     return runs
+
+
+def _options(recipe: str, changes: str, updates: int | None, images: int) -> dict[str, Any]:
+    changed = parse_changes(changes)
+    return changed | equal_updates(get_recipe(recipe, **changed), updates, images)
 
 
 def _runs(part: Images, schemes: Sequence[str], seeds: Sequence[int], recipe: str, settings: dict) -> list[Run]:
@@ -223,126 +230,3 @@ def pixel_confusion(data: ImageData, side: int = 8) -> Matrix:
     np.add.at(confused, (labels, distance.argmin(1)), 1)
     shares = np.where(counts[:, None] > 0, confused / np.maximum(counts, 1)[:, None], np.eye(classes))
     return tuple(map(tuple, shares.tolist()))
-
-
-def change(
-    df: pd.DataFrame, column: str, start: float, end: float, value: str = "test_accuracy", name: str = "change"
-) -> pd.DataFrame:
-    """Return how a measured value changes between two settings, trial by trial of the same scheme and seed.
-
-    Args:
-        df: the table of one data set, one row per trial.
-        column: the setting, such as "label_noise".
-        start: its first value.
-        end: its second value.
-        value: what is measured.
-        name: the new column.
-
-    Returns:
-        scheme, seed and the new column: the value at `end` minus the value at `start`.
-
-    Raises:
-        ValueError: a setting has no trials, or several of one scheme and seed.
-    """
-    sides = []
-    for at in (start, end):
-        side = df[df[column] == at]
-        if side.empty:
-            raise ValueError(f"No trial has {column} = {at:g}; there are {sorted(df[column].unique())}.")
-        if side.duplicated(["scheme", "seed"]).any():
-            raise ValueError(f"Several trials of one scheme and seed have {column} = {at:g}; select one data set.")
-        sides.append(side.set_index(["scheme", "seed"])[value])
-    return (sides[1] - sides[0]).dropna().rename(name).reset_index()
-
-
-def differences(table: pd.DataFrame, column: str, reference: str = "float") -> pd.DataFrame:
-    """Return how much more accurate each scheme is than a reference, setting by setting, paired by seed.
-
-    Args:
-        table: the result of `run`.
-        column: the setting, such as "samples_per_class".
-        reference: a scheme.
-
-    Returns:
-        data, the setting, scheme, mean, low, high and n; no rows if the reference was not run.
-    """
-    columns = ["data", column, "scheme", "mean", "low", "high", "n"]
-    parts = [
-        compare(part, reference).assign(data=data, **{column: at})
-        for (data, at), part in table.groupby(["data", column], sort=False)
-        if reference in set(part["scheme"])
-    ]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def sample_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", full: str = "float") -> list[Claim]:
-    """Check whether binarization regularizes, on the trials of one data set.
-
-    Args:
-        table: the result of `run` with the trials of `sample_runs`.
-        binary: the scheme that is said to regularize.
-        single: the scheme with one group.
-        full: the float scheme.
-
-    Returns:
-        the claims; undecided where a scheme was not run.
-    """
-    few, many = table["samples_per_class"].min(), table["samples_per_class"].max()
-    part = table[table["samples_per_class"] == few]
-    found = [
-        check_pair(f"With {few} images per class, {binary} is more accurate than {full}.", part, binary, full),
-        check_pair(f"With {few} images per class, {binary} is more accurate than {single}.", part, binary, single),
-        check_pair(
-            f"With {few} images per class, the gap between training and test is smaller for {binary} than for {full}.",
-            part,
-            full,
-            binary,
-            value="gap",
-        ),
-    ]
-    if few < many:
-        gained = change(table, "samples_per_class", few, many)
-        sentence = (
-            f"From {few} to {many} images per class, {full} gains more than {binary}: few images favour {binary}."
-        )
-        found.append(check_pair(sentence, gained, full, binary, value="change"))
-    return found
-
-
-def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", full: str = "float") -> list[Claim]:
-    """Check whether binarization resists wrong labels, on the trials of one data set.
-
-    Args:
-        table: the result of `run` with the trials of `noise_runs`.
-        binary: the scheme that is said to resist.
-        single: the scheme with one group.
-        full: the float scheme.
-
-    Returns:
-        the claims; undecided where a scheme was not run.
-    """
-    found = []
-    for kind in ("symmetric", "class-conditional"):
-        part = table[(table["labels"] == kind) & (table["label_noise"] > 0)]
-        if part.empty:
-            continue
-        part = part[part["label_noise"] == part["label_noise"].max()]
-        where = f"With {part['label_noise'].iloc[0]:.0%} {kind} noise"
-        found += [
-            check_pair(f"{where}, {binary} is more accurate than {full}.", part, binary, full),
-            check_pair(f"{where}, {binary} is more accurate than {single}.", part, binary, single),
-            check_pair(
-                f"{where}, {binary} memorizes a smaller share of the wrong labels than {full}.",
-                part,
-                full,
-                binary,
-                value="memorized",
-            ),
-        ]
-    symmetric = table[table["labels"] == "symmetric"]
-    most = symmetric["label_noise"].max() if len(symmetric) else 0
-    if most > 0 and (symmetric["label_noise"] == 0).any():
-        lost = change(symmetric, "label_noise", 0, most)
-        sentence = f"From right labels to {most:.0%} symmetric noise, {binary} loses less accuracy than {full}."
-        found.append(check_pair(sentence, lost, binary, full, value="change"))
-    return found
