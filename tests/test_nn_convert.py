@@ -483,3 +483,9 @@ def test_masks_reach_the_refusal_through_the_model():
     model = calibrated(tiny_vit(), "gsb", images(2))
     with pytest.raises(ValueError, match="takes no attention mask"):
         model.blocks[0](torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
+
+
+def test_images_that_patches_do_not_cover_are_refused():
+    model = VisionTransformer(img_size=(9, 8), patch_size=2, embed_dim=32, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"The image size 9 x 8 is not divisible by the patch size 2 x 2\."):
+        binvit.binarize(model, "gsb")

@@ -70,6 +70,10 @@ def _check_model(model: nn.Module, scheme: Scheme) -> None:
                 f"The patch embedding must be timm's PatchEmbed, got {type(embed).__name__}; leave the component "
                 "patch_embed out to keep it in float."
             )
+        size = embed.img_size
+        if size is not None and (size[0] % embed.patch_size[0] or size[1] % embed.patch_size[1]):
+            sizes = [" x ".join(map(str, pair)) for pair in (size, embed.patch_size)]
+            raise ValueError(f"The image size {sizes[0]} is not divisible by the patch size {sizes[1]}.")
     if scheme.binarizes("mhsa") and (model.dynamic_img_size and scheme.attention_bias != "none"):
         raise ValueError("A learned attention bias needs a fixed image size; use dynamic_img_size=False.")
     if scheme.binarizes("mhsa") and scheme.attention_bias != "none" and not isinstance(model.patch_drop, nn.Identity):
