@@ -117,7 +117,10 @@ def test_threads_follow_torch_and_bits():
     packed(X)
     with bits.use_threads(1):
         packed(X)
-    assert seen == [min(torch.get_num_threads(), bits.get_threads()), 1]
+    packed.predict(X, threads=1)
+    assert seen == [min(torch.get_num_threads(), bits.get_threads()), 1, 1]
+    with pytest.raises(ValueError, match="at least 1"):
+        packed(X, threads=0)
 
 
 def test_a_task_that_fails_on_another_thread_is_not_lost():

@@ -69,11 +69,13 @@ class PackedViT:
             sizes[part_of(name, tensor)] += tensor.numel() * tensor.element_size()
         return {part: size for part, size in sizes.items() if size}
 
-    def __call__(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    def __call__(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
         """Compute the logits of normalized images.
 
         Args:
             images: float32 (B, C, H, W), a torch tensor or a numpy array.
+            threads: How many threads the kernels use; by default as many as torch, which follows OMP_NUM_THREADS, and
+                not more than `binvit.bits.set_threads` said.
 
         Returns:
             float32 (B, classes), of the same kind.
@@ -81,6 +83,10 @@ class PackedViT:
         Raises:
             ValueError: If the images have another shape or type.
         """
+        with bits.use_threads(threads):
+            return self._logits(images, torch.get_num_threads() if threads is None else threads)
+
+    def _logits(self, images: Tensor | np.ndarray, threads: int) -> Tensor | np.ndarray:
         is_tensor = isinstance(images, Tensor)
         if not is_tensor and not isinstance(images, np.ndarray):
             raise ValueError(f"Images must be a torch tensor or a numpy array, got {type(images).__name__}.")
@@ -94,21 +100,23 @@ class PackedViT:
             # A read-only array would make torch warn; the forward pass never writes into its input.
             images = torch.from_numpy(images if images.flags.writeable else images.copy())
         with torch.inference_mode():
-            logits = self._run(images.detach()) if len(images) else torch.empty(0, self.blueprint.vit["num_classes"])
+            logits = torch.empty(0, self.blueprint.vit["num_classes"])
+            if len(images):
+                logits = self._run(images.detach(), min(threads, bits.get_threads()))
         return logits.clone() if is_tensor else logits.numpy()
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor, threads: int) -> Tensor:
         if self._fast is None or not self._fast.takes(len(images)):
             return self._model(images)
-        return self._fast(images, min(torch.get_num_threads(), bits.get_threads()))
+        return self._fast(images, threads)
 
-    def predict(self, images: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    def predict(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
         """Compute the likeliest class of normalized images; the arguments are those of a call.
 
         Returns:
             int64 (B,), indices into `classes`.
         """
-        return self(images).argmax(-1)
+        return self(images, threads).argmax(-1)
 
     def _path(self) -> str:
         if self.exact:
