@@ -167,7 +167,7 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
     count = np.zeros(levels, np.int64)
     mean, square = np.zeros((levels, ROWS, LANES), np.float32), np.zeros((levels, ROWS, LANES), np.float32)
     new_mean, new_square = np.empty((ROWS, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
-    whole = width // 64
+    whole, lowest = width // 64, np.int64(0)
     for row in range(start, stop, ROWS):
         count[:] = 0
         mean[:] = 0
@@ -175,8 +175,8 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
         for chunk in range(chunks):
             size = min(CHUNK, vectors - chunk * CHUNK)
             chunk_moments(x, row, stop - 1, chunk * CHUNK * LANES, size, shares, new_mean, new_square)
-            _join(count, mean, square, 0, size, new_mean, new_square)
-            mask, level = chunk + 1, 1
+            _join(count, mean, square, lowest, size, new_mean, new_square)
+            mask, level = chunk + 1, lowest + 1
             while level < levels and mask & 1 == 0:
                 _join(count, mean, square, level, count[level - 1], mean[level - 1], square[level - 1])
                 count[level - 1] = 0
@@ -186,7 +186,7 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
                 level += 1
         for level in range(1, levels):
             if count[level]:
-                _join(count, mean, square, 0, count[level], mean[level], square[level])
+                _join(count, mean, square, lowest, count[level], mean[level], square[level])
         for r in range(min(ROWS, stop - row)):
             i = row + r
             center, spread = _finish_row(x, i, vectors * LANES, vectors, mean, square, r)
