@@ -155,14 +155,11 @@ def _fill_map(s, biases, block, head, heads, slot, tokens):
 @kernel
 def _pack_map(s, block, head, heads, slot, tokens, peak):
     # The groups of the map: entries above a threshold for each row and group.
-    largest, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
+    maxima, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
+    if s.map_reduce != ROW:
+        maxima[:] = peak
     for g in range(cuts.shape[0]):
-        offset, share = s.cuts[block, head, g], s.shares[g]
-        for t in range(tokens):
-            cuts[g, t] = offset + share * (largest[t] if s.map_reduce == ROW else peak)
-        if s.inclusive[g]:
-            for t in range(tokens):
-                cuts[g, t] = np.nextafter(cuts[g, t], np.float32(-np.inf))
+        _set_cuts(cuts[g], s.cuts[block, head, g], s.shares[g], s.inclusive[g], maxima)
     if heads.attention.shape[1]:
         planes_above(heads.attention[slot], cuts, heads.planes[slot], heads.sizes[slot], 0, tokens)
         return
@@ -184,6 +181,15 @@ def _bend(values, post, shift, first, tokens):
             values[k, t] = ((moved if moved >= 0 else post[1, n] * moved) + post[2, n]) + shift[n]
             least, most = min(least, values[k, t]), max(most, values[k, t])
     return least, most
+
+
+@kernel
+def _set_cuts(cuts, offset, share, inclusive, maxima):
+    for t in range(cuts.shape[0]):
+        cuts[t] = offset + share * maxima[t]
+    if inclusive:
+        for t in range(cuts.shape[0]):
+            cuts[t] = np.nextafter(cuts[t], np.float32(-np.inf))
 
 
 @kernel
