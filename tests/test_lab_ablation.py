@@ -81,8 +81,8 @@ def test_claims_can_hold_and_fail():
         "superposition: of the map": 0.75,
         "superposition: of the value": 0.75,
         "gradient: masked": 0.7,
-        "first scales: as released": 0.7,
-        "bias of the map: none": 0.7,
+        "scales: as released": 0.7,
+        "bias: none": 0.7,
         "distillation: hard": 0.85,
         "training: two stages": 0.85,
     }

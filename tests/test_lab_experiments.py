@@ -8,35 +8,8 @@ from matplotlib import pyplot as plt
 from binvit import lab
 from binvit.lab import experiments
 from binvit.lab.claims import Claim
-from binvit.lab.experiments import Condition, Images
-
-
-def test_images_are_read_from_text():
-    assert Images.parse("digits") == Images("digits")
-    text = "parquet:folder/flowers102_64px.parquet, 10 per class, recipe cpu, 3 seeds"
-    assert Images.parse(text) == Images("parquet:folder/flowers102_64px.parquet", 10, "cpu", 3)
-    assert [part.title for part in experiments.parse_images(f"digits; {text}")] == [
-        "digits",
-        "flowers102, 10 per class",
-    ]
-    assert Images.parse("cifar100,1 seed").seeds == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("digit", "Unknown data set 'digit'"),
-        ("", "Unknown data set ''"),
-        ("digits, 20 images", "not understood at '20 images'"),
-        ("digits, 0 per class", "not understood at '0 per class'"),
-        ("digits, 3 seeds, 4 seeds", "not understood at '4 seeds'"),
-        ("digits, recipe large", "valid recipes are cpu"),
-        ("digits; digits, 2 seeds", "Two kinds of images of the experiment are called 'digits'"),
-    ],
-)
-def test_images_that_are_not_understood(text, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        experiments.parse_images(text)
+from binvit.lab.experiments import Condition
+from binvit.lab.statistics import summarize
 
 
 def test_a_plan_has_every_condition_image_and_seed():
@@ -78,14 +51,6 @@ def test_a_recipe_is_changed_for_all_conditions():
         (32, "avg", 0.01, 3),
         (64, "avg", 0.01, 3),
     ]
-    assert experiments.parse_changes("") == experiments.parse_changes(" ") == {}
-    for text, sentence in {
-        "width": "hold 'width', which is no name with a value",
-        "weight 3": "Unknown recipe field 'weight'",
-        "width wide": "recipe's width must be of type int, got 'wide'",
-    }.items():
-        with pytest.raises(ValueError, match=sentence):
-            experiments.parse_changes(text)
 
 
 def test_wrong_conditions_are_refused():
@@ -148,6 +113,15 @@ def test_panels_have_titles_if_there_are_several():
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["x", "y"]
     assert experiments.panels(table[:1], lambda part, ax: None, 2, 1).axes[0].get_title(loc="left") == ""
     plt.close("all")
+
+
+def test_dots_of_each_kind_of_images_have_a_panel():
+    table = table_of({("a", "x"): [0.1, 0.2], ("b", "x"): [0.3, 0.5], ("a", "y"): [0.6, 0.7]})
+    fig = experiments.dot_panels(summarize(table, ["data", "condition"]), table, "condition", reference="b")
+    assert [[text.get_text() for text in ax.get_yticklabels()] for ax in fig.axes] == [["b", "a"], ["a"]]
+    faint = [line.get_xdata().tolist() for line in fig.axes[1].lines if line.get_alpha()]
+    assert faint == [pytest.approx([60, 70])]
+    plt.close(fig)
 
 
 def test_figures_and_tables_are_written_where_asked(tmp_path):

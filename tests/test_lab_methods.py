@@ -23,8 +23,16 @@ def test_every_scheme_has_a_family_and_a_place():
     assert methods.family("mine") == "other"
     design = methods.design(["gsb", "bit", "mine", "bnn", "float"])
     assert [condition.name for condition in design] == ["float", "bnn", "bit", "gsb", "mine"]
-    runs = experiments.plan(methods.design(binvit.list_schemes()), "digits", [0])
+    runs = experiments.plan(methods.design(["all"]), "digits", [0])
     assert [run.trial.scheme for run in runs] == [run.condition for run in runs]
+    assert {run.condition for run in runs} == set(binvit.list_schemes())
+
+
+def test_unknown_schemes_are_refused():
+    methods.check_scheme("all")
+    methods.check_scheme("gsb")
+    with pytest.raises(ValueError, match="Unknown scheme 'al'; valid are"):
+        methods.check_scheme("al")
 
 
 def test_claims_hold_and_fail():

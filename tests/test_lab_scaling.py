@@ -52,6 +52,13 @@ def test_the_float_model_stands_beside_every_factor():
     assert not table.duplicated(["component", "factor", "seed"]).any()
 
 
+def test_the_patch_embedding_stands_beside_float():
+    table = scaling.patch_embedding(accuracies(nothing=0.9))
+    assert list(table["factor"].unique()) == ["nothing", *scaling.FACTORS]
+    assert len(table) == 3 * 5
+    assert table["test_accuracy"].max() == 0.91
+
+
 def test_claims_fail_where_nothing_differs():
     assert verdicts(accuracies()) == ["no"] * 5 + ["yes"]
 

@@ -1,28 +1,26 @@
 """Experiments: conditions that are trained on the same images with the same seeds, their table and their claims."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from binvit.lab.claims import Claim
+from binvit.lab.figures import dots
 from binvit.lab.files import atomic_write
 from binvit.lab.notebook import folder
-from binvit.lab.recipes import Recipe, freeze, list_recipes
+from binvit.lab.recipes import Recipe, freeze
 from binvit.lab.recipes import recipe as get_recipe
 from binvit.lab.runner import run_trials
+from binvit.lab.settings import parse_changes, parse_images, refuse_twice
 from binvit.lab.style import save_figure, styled
 from binvit.lab.trials import Trial
-
-_PART = re.compile(r"(?P<samples>[1-9]\d*) per class|(?P<seeds>[1-9]\d*) seeds?|recipe (?P<recipe>\w+)")
 
 
 @dataclass(frozen=True)
@@ -40,92 +38,6 @@ class Condition:
     scheme: str
     scheme_options: Mapping[str, Any] = field(default_factory=dict)
     recipe_options: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Images:
-    """What an experiment is trained on.
-
-    Args:
-        dataset: a name that `load_data` knows.
-        samples_per_class: training images drawn per class; None takes all.
-        recipe: a recipe for these images; None takes the experiment's.
-        seeds: how many of the experiment's seeds are used, the first ones; None uses all.
-    """
-
-    dataset: str
-    samples_per_class: int | None = None
-    recipe: str | None = None
-    seeds: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "Images":
-        """Read one kind of images from a text such as "parquet:cifar100.parquet, 20 per class, recipe cpu, 3 seeds".
-
-        Raises:
-            ValueError: a part of the text is not understood, given twice, or names an unknown data set or recipe.
-        """
-        dataset, *parts = (part.strip() for part in text.split(","))
-        found: dict[str, str] = {}
-        for part in parts:
-            match = _PART.fullmatch(part)
-            given = {name: value for name, value in match.groupdict().items() if value} if match else {}
-            if not given or given.keys() & found.keys():
-                raise ValueError(
-                    f"The images {text.strip()!r} are not understood at {part!r}; a data set may be followed by "
-                    "', N per class', ', recipe NAME' and ', N seeds', once each."
-                )
-            found |= given
-        if found.get("recipe", "smoke") not in list_recipes():
-            raise ValueError(f"Unknown recipe {found['recipe']!r}; valid recipes are {', '.join(list_recipes())}.")
-        Trial(dataset)  # refuses unknown data sets
-        samples, seeds = (int(found[name]) if name in found else None for name in ("samples", "seeds"))
-        return cls(dataset, samples, found.get("recipe"), seeds)
-
-    @property
-    def title(self) -> str:
-        """A short name for figures and tables."""
-        kind, colon, path = self.dataset.partition(":")
-        name = re.sub(r"_\d+px$", "", Path(path).stem) if colon else kind
-        return name + (f", {self.samples_per_class} per class" if self.samples_per_class else "")
-
-
-def parse_images(text: str) -> list[Images]:
-    """Read several kinds of images, separated by semicolons.
-
-    Args:
-        text: such as "digits; parquet:cifar100.parquet, 20 per class, recipe cpu".
-
-    Raises:
-        ValueError: a part is not understood, or two kinds of images would have the same name.
-    """
-    images = [Images.parse(part) for part in text.split(";")]
-    _refuse_twice([part.title for part in images], "kinds of images")
-    return images
-
-
-def parse_changes(text: str) -> dict[str, Any]:
-    """Read fields of a recipe from a text such as "width 32, depth 2, global_pool avg"; an empty text changes none.
-
-    Raises:
-        ValueError: a part is no name with a value, or the recipe has no such field or value.
-    """
-    parts = [part.split() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if len(part) != 2:
-            raise ValueError(
-                f"The changes of the recipe {text!r} hold {' '.join(part)!r}, which is no name with a value."
-            )
-    found = {name: _value(value) for name, value in parts}
-    get_recipe("smoke", **found)  # refuses unknown names and wrong values
-    return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return float(text)  # YAML takes 1e-2 for a text
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 @dataclass(frozen=True)
@@ -169,7 +81,7 @@ def plan(
         ValueError: a name is unknown, an option is wrong, or two conditions or images have the same name.
     """
     conditions, chosen = list(conditions), parse_images(images)
-    _refuse_twice([condition.name for condition in conditions], "conditions")
+    refuse_twice([condition.name for condition in conditions], "conditions")
     runs = []
     for part in chosen:
         base = get_recipe(part.recipe or recipe)
@@ -198,12 +110,6 @@ def plan(
 def _changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse."""
     return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
-
-
-def _refuse_twice(names: Sequence[str], what: str) -> None:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"Two {what} of the experiment are called {twice[0]!r}; each needs a name of its own.")
 
 
 def train(
@@ -327,3 +233,38 @@ def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width
         if len(parts) > 1:
             ax.set_title(data)
     return fig
+
+
+def dot_panels(
+    summary: pd.DataFrame,
+    trials: pd.DataFrame,
+    label: str,
+    group: str | None = None,
+    reference: str | None = None,
+    value: str = "test_accuracy",
+    sort: bool = True,
+    xlabel: str = "test accuracy (%)",
+) -> Figure:
+    """Draw means as dots with 95 % intervals and single seeds as faint ones, a panel for each kind of images.
+
+    Args:
+        summary: means of `statistics.summarize` by data, group and label.
+        trials: the single trials, with the same columns and `value`.
+        label: the column that names the rows.
+        group: a column that puts rows under headings.
+        reference: the row whose mean is drawn as a line, if it is there; "0" draws the line at zero.
+        value: the column of the single trials to draw.
+        sort: put the largest mean on top, within its group.
+        xlabel: what the mean is.
+
+    Returns:
+        The figure.
+    """
+    rows = max(part[label].size + (part[group].nunique() if group else 0) for _, part in summary.groupby("data"))
+
+    def draw(part: pd.DataFrame, ax: Axes) -> None:
+        own = trials[trials["data"] == part["data"].iloc[0]]
+        line = reference if reference == "0" or reference in set(part[label]) else None
+        dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, ax=ax)
+
+    return panels(summary, draw, 6.0, 0.75 + 0.23 * rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import binvit
 from binvit.lab.claims import Claim, check_difference, check_pair
 from binvit.lab.experiments import Condition, all_of, averaged
 from binvit.lab.statistics import paired_difference
@@ -19,12 +20,19 @@ CNN, TRANSFORMER = list(FAMILIES)[1:3]
 PUBLISHED = ("notebook", "data", "model", "scheme", "what", "top1", "source", "grade")
 
 
+def check_scheme(name: str) -> None:
+    """Raise a ValueError unless `design` understands the name."""
+    if name != "all":
+        binvit.scheme(name)
+
+
 def design(schemes: Sequence[str]) -> list[Condition]:
     """Return one condition per scheme, in the order of the families.
 
     Args:
-        schemes: names of `binvit.list_schemes`.
+        schemes: names of `binvit.list_schemes`; "all" stands for all of them.
     """
+    schemes = binvit.list_schemes() if "all" in schemes else schemes
     return [Condition(name, name) for name in sorted(schemes, key=_place)]
 
 

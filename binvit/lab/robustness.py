@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from binvit.lab.data import ImageData, load_data
-from binvit.lab.experiments import Images, Run, parse_changes, parse_images
+from binvit.lab.experiments import Run
 from binvit.lab.images import resize_square
 from binvit.lab.recipes import Recipe
 from binvit.lab.recipes import recipe as get_recipe
 from binvit.lab.runner import run_trials
+from binvit.lab.settings import Images, parse_changes, parse_images
 from binvit.lab.trials import Trial
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -56,12 +57,12 @@ def sample_runs(
     """Make the trials of accuracy against the number of training images.
 
     Args:
-        images: a text that `experiments.parse_images` understands.
+        images: a text that `settings.parse_images` understands.
         schemes: names of `binvit.list_schemes`.
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
         recipe: of images that name none.
-        changes: of the recipe; a text that `experiments.parse_changes` understands.
+        changes: of the recipe; a text that `settings.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         data_dir: folder of data sets that are files.
 
@@ -104,14 +105,14 @@ def noise_runs(
     """Make the trials of accuracy against the share of wrong training labels.
 
     Args:
-        images: a text that `experiments.parse_images` understands.
+        images: a text that `settings.parse_images` understands.
         schemes: names of `binvit.list_schemes`.
         label_noises: shares of labels that become any other class.
         confused_noises: shares of labels that become a class that looks alike, as `pixel_confusion` says; 0 is the
             same as no noise and left out.
         seeds: of every combination.
         recipe: of images that name none.
-        changes: of the recipe; a text that `experiments.parse_changes` understands.
+        changes: of the recipe; a text that `settings.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.

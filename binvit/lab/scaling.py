@@ -52,6 +52,16 @@ def with_factors(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([*repeated, binary], ignore_index=True)
 
 
+def patch_embedding(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials whose patch embedding alone is 1-bit, and the float ones with the factor "nothing".
+
+    Args:
+        table: the result of `with_factors`.
+    """
+    plain = table[table["component"] == NOTHING].assign(factor=NOTHING).drop_duplicates(["data", "seed"])
+    return pd.concat([plain, table[table["component"] == PATCHES]], ignore_index=True)
+
+
 def check_claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
     """Check what Sato et al. claim, and what it costs to have a binary patch embedding.
 
@@ -62,10 +72,8 @@ def check_claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
         margin: what "much" and "close" mean, as a share of the test images.
     """
     blocks = table[table["component"].isin(COMPONENTS)]
-    patches = table[table["component"] == PATCHES]
-    nothing = table[table["component"] == NOTHING].assign(factor=NOTHING)
     by_component, by_factor = averaged(blocks, "component"), averaged(blocks, "factor")
-    embedding = averaged(pd.concat([patches, nothing]), "factor")
+    embedding = patch_embedding(table)
     none, weights, both, learned = FACTORS
     points = f"{100 * margin:g} points"
 

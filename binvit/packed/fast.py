@@ -23,7 +23,8 @@ from binvit import bits
 from binvit.bits.bias import Bias
 from binvit.bits.head import Workspace
 from binvit.packed.folding import NotFoldable, fold_block, over_batch
-from binvit.packed.kernels import SAMPLE, Layers, Scratch, make_scratch, run_images, share_image
+from binvit.packed.kernels import run_images, share_image
+from binvit.packed.layers import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.patches import fold_patches
 from binvit.packed.softmax import torch_lanes
 from binvit.packed.team import TEAM

@@ -23,7 +23,7 @@ from binvit.nn.modules import BinaryMlp
 from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
 from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
 from binvit.packed.exact import PackedAttention, PackedLinear
-from binvit.packed.kernels import HEAD, ROW, SAMPLE
+from binvit.packed.layers import HEAD, ROW, SAMPLE
 from binvit.packed.softmax import score_table
 
 _LOWEST = np.finfo(np.float32).min

@@ -1,160 +1,25 @@
 """The fast path's forward pass through the blocks: the steps of `binvit.bits`, composed into one compiled function.
 
 A block works on token rows (`_enter`, `_leave`) and on heads (`_score`, `_attend`). For many images every thread runs
-whole passes; for one image the threads share the rows and the heads and meet twice a block.
+whole passes; for one image the threads share the rows and the heads and meet twice a block. Zeros are passed as
+`np.int64(0)`: a literal would make numba compile a copy of the callee for its value.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
 from binvit.bits.attention import planes_above, planes_below, prepare_keys, score_counts
 from binvit.bits.bias import relative_rows
 from binvit.bits.gemm import TILE
-from binvit.bits.head import Workspace, compute_values, make_workspace, multiply, pack_values
-from binvit.bits.jit import aligned_empty, kernel
+from binvit.bits.head import compute_values, multiply, pack_values
+from binvit.bits.jit import kernel
 from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
 from binvit.packed.layernorm import normalize_and_pack
+from binvit.packed.layers import ROW, SAMPLE
 from binvit.packed.patches import embed_patches
 from binvit.packed.softmax import add_bias, exponentiate, group_bounds
 from binvit.packed.team import meet, take_next
-
-ROW, HEAD, SAMPLE = 0, 1, 2
-"""Over what the maxima of map and value run: a query row (the map's only), a head, all heads of an image."""
-
-
-class Layers(NamedTuple):
-    """All blocks, folded; L blocks, width D, H heads of d channels, T tokens, G and V groups of map and value.
-
-    Attributes:
-        norms: float32 (L, 2, 3, D): weight, bias and following shift of the two LayerNorms.
-        epsilons: float64 (L, 2).
-        qk_panels: uint32 (L, ...): weights of query and key; every head starts at a panel of its own.
-        qk_lower: int32 (L, columns): the intervals of query and key, see `binvit.bits.linear.Intervals`.
-        qk_span: uint32 (L, columns).
-        qk_flip: uint64 (L, panels).
-        v_words: uint64 (L, H d, words): weights of the value.
-        v_affine: float32 (L, 4, H d): scale and bias of the value, its shift, and its shift after an RPReLU.
-        tables: float32 (L, d + 1, entries): exponentials of the scores, see `binvit.packed.softmax.score_table`.
-        cuts: float32 (L, H, G): constant parts of the map's thresholds.
-        shares: float32 (G,): shares of the maximum, added to them.
-        inclusive: bool (G,): whether the threshold itself is above.
-        value_shares: float32 (V - 1,): thresholds of the value's higher groups as shares of the extrema.
-        coefficients: float32 (L, H, G, V): products of the scales of map and value.
-        proj_shift: float32 (L, H d): shift before the sign of what the projection reads.
-        proj_panels: uint32 (L, ...): weights of the projection, inputs of every head padded to words.
-        proj_affine: float32 (L, 2, columns): scale and bias.
-        proj_sums: int32 (columns,): minus the number of padded inputs.
-        fc1_panels: uint32 (L, ...).
-        fc1_lower: int32 (L, columns): intervals of the hidden layer's bits.
-        fc1_span: uint32 (L, columns).
-        fc1_flip: uint64 (L, panels).
-        fc2_panels: uint32 (L, ...).
-        fc2_affine: float32 (L, 2, columns).
-        fc2_sums: int32 (L, columns): see `binvit.bits.linear.linear_to_floats`.
-        posts: float32 (L, 2, 4, D): shift in, slope, shift out and gain after projection and fc2; used if `post`.
-        value_post: float32 (L, 3, H d): the same for the value, used if `rprelu`.
-        heads: H.
-        width: d.
-        hidden: number of hidden channels.
-        map_reduce: ROW, HEAD or SAMPLE, for the map.
-        value_reduce: HEAD or SAMPLE, for the value.
-        softmax: whether the map is a softmax.
-        value_mean: whether the value's scale is its mean absolute value per head.
-        hidden_unsigned: whether hidden bits mean {0, 1}.
-        post: whether projection and fc2 are followed by more than bias and residual stream.
-        rprelu: whether the value is followed by RPReLU.
-        lanes: see `binvit.packed.softmax.torch_lanes`.
-    """
-
-    norms: np.ndarray
-    epsilons: np.ndarray
-    qk_panels: np.ndarray
-    qk_lower: np.ndarray
-    qk_span: np.ndarray
-    qk_flip: np.ndarray
-    v_words: np.ndarray
-    v_affine: np.ndarray
-    tables: np.ndarray
-    cuts: np.ndarray
-    shares: np.ndarray
-    inclusive: np.ndarray
-    value_shares: np.ndarray
-    coefficients: np.ndarray
-    proj_shift: np.ndarray
-    proj_panels: np.ndarray
-    proj_affine: np.ndarray
-    proj_sums: np.ndarray
-    fc1_panels: np.ndarray
-    fc1_lower: np.ndarray
-    fc1_span: np.ndarray
-    fc1_flip: np.ndarray
-    fc2_panels: np.ndarray
-    fc2_affine: np.ndarray
-    fc2_sums: np.ndarray
-    posts: np.ndarray
-    value_post: np.ndarray
-    heads: int
-    width: int
-    hidden: int
-    map_reduce: int
-    value_reduce: int
-    softmax: bool
-    value_mean: bool
-    hidden_unsigned: bool
-    post: bool
-    rprelu: bool
-    lanes: int
-
-
-class Scratch(NamedTuple):
-    """Memory of the forward pass; the first axis is the task.
-
-    Attributes:
-        words: uint64 (tasks, T, words): packed input of the qkv layer and of the MLP.
-        qk: uint64 (tasks, T, words): bits of all queries, then of all keys; each head starts at a word of its own.
-        token_panels: uint32 (tasks, ...): `words` for products whose columns are the tokens.
-        joined: uint64 (tasks, T, words): bits of all heads' outputs.
-        hidden: uint64 (tasks, T, words): bits of the hidden layer.
-        floats: float32 (tasks, T, D): output of a layer that is followed by more than bias and residual stream.
-        tops: float32 (slots, 3): maximum of the map, least and largest value.
-    """
-
-    words: np.ndarray
-    qk: np.ndarray
-    token_panels: np.ndarray
-    joined: np.ndarray
-    hidden: np.ndarray
-    floats: np.ndarray
-    tops: np.ndarray
-
-
-def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
-    """Allocate the memory of a forward pass.
-
-    Args:
-        layers: The folded blocks.
-        biased: Whether the attention map has a bias.
-        tokens: T.
-        tasks: Images that run at once.
-        slots: Heads per image whose results are kept at once.
-    """
-    size, head_words = layers.norms.shape[-1], -(-layers.width // 64)
-    words = -(-size // 64)
-    groups = len(layers.shares), len(layers.value_shares) + 1
-    workspace = make_workspace(tasks * slots, tokens, layers.width, *groups, biased)
-    scratch = Scratch(
-        words=aligned_empty((tasks, tokens, words), np.uint64),
-        qk=aligned_empty((tasks, tokens, 2 * layers.heads * head_words), np.uint64),
-        token_panels=aligned_empty((tasks, -(-tokens // 64), 2 * words, 64), np.uint32),
-        joined=aligned_empty((tasks, tokens, layers.heads * head_words), np.uint64),
-        hidden=aligned_empty((tasks, tokens, -(-layers.hidden // 64)), np.uint64),
-        floats=aligned_empty((tasks, tokens if layers.post else 0, size), np.float32),
-        tops=aligned_empty((tasks * slots, 3), np.float32),
-    )
-    return scratch, workspace
 
 
 @kernel
@@ -187,7 +52,7 @@ def _leave(s, block, x, c, task, start, stop):
         s.proj_panels[block],
         length,
         s.proj_sums,
-        False,
+        np.bool_(False),
         affine[0],
         affine[1],
         out,
@@ -267,10 +132,10 @@ def _score(s, biases, block, head, c, heads, task, slot):
 def _fill_map(s, biases, block, head, heads, slot, tokens):
     # Exponentials and their sums; with a bias the map itself. Returns the largest entry.
     counts, smallest, sums, map_ = heads.counts[slot], heads.smallest[slot], heads.sums[slot], heads.attention[slot]
-    largest, table = heads.largest[slot], s.tables[block]
-    exponentiate(counts, smallest, table, s.lanes, tokens, sums, map_, 0, tokens)
+    largest, table, start = heads.largest[slot], s.tables[block], np.int64(0)
+    exponentiate(counts, smallest, table, s.lanes, tokens, sums, map_, start, tokens)
     if biases.full.shape[1]:
-        add_bias(map_, sums, biases.full[block, head], 0, largest, 0, tokens)
+        add_bias(map_, sums, biases.full[block, head], start, largest, start, tokens)
     elif biases.runs.shape[1]:
         runs, rows, keys = biases.runs[block, head], biases.prefix_rows[block, head], biases.prefix_keys[block, head]
         expanded = heads.bias_rows[slot]
@@ -290,14 +155,11 @@ def _fill_map(s, biases, block, head, heads, slot, tokens):
 @kernel
 def _pack_map(s, block, head, heads, slot, tokens, peak):
     # The groups of the map: entries above a threshold for each row and group.
-    largest, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
+    maxima, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
+    if s.map_reduce != ROW:
+        maxima[:] = peak
     for g in range(cuts.shape[0]):
-        offset, share = s.cuts[block, head, g], s.shares[g]
-        for t in range(tokens):
-            cuts[g, t] = offset + share * (largest[t] if s.map_reduce == ROW else peak)
-        if s.inclusive[g]:
-            for t in range(tokens):
-                cuts[g, t] = np.nextafter(cuts[g, t], np.float32(-np.inf))
+        _set_cuts(cuts[g], s.cuts[block, head, g], s.shares[g], s.inclusive[g], maxima)
     if heads.attention.shape[1]:
         planes_above(heads.attention[slot], cuts, heads.planes[slot], heads.sizes[slot], 0, tokens)
         return
@@ -319,6 +181,15 @@ def _bend(values, post, shift, first, tokens):
             values[k, t] = ((moved if moved >= 0 else post[1, n] * moved) + post[2, n]) + shift[n]
             least, most = min(least, values[k, t]), max(most, values[k, t])
     return least, most
+
+
+@kernel
+def _set_cuts(cuts, offset, share, inclusive, maxima):
+    for t in range(cuts.shape[0]):
+        cuts[t] = offset + share * maxima[t]
+    if inclusive:
+        for t in range(cuts.shape[0]):
+            cuts[t] = np.nextafter(cuts[t], np.float32(-np.inf))
 
 
 @kernel
@@ -353,11 +224,11 @@ def _mean_size(values, tokens):
 
 @kernel
 def _run_image(s, biases, x, c, heads, task):
-    tokens, tops = x.shape[0], np.empty(3, np.float32)
+    tokens, tops, start = x.shape[0], np.empty(3, np.float32), np.int64(0)
     slots = c.tops.shape[0] // c.words.shape[0]
     first = task * slots
     for block in range(s.norms.shape[0]):
-        _enter(s, block, x, c, task, 0, tokens)
+        _enter(s, block, x, c, task, start, tokens)
         if s.map_reduce == SAMPLE or s.value_reduce == SAMPLE:
             tops[0], tops[1], tops[2] = -np.inf, np.inf, -np.inf
             for head in range(s.heads):
@@ -370,7 +241,7 @@ def _run_image(s, biases, x, c, heads, task):
             for head in range(s.heads):
                 _score(s, biases, block, head, c, heads, task, first)
                 _attend(s, block, head, c, heads, task, first, tops)
-        _leave(s, block, x, c, task, 0, tokens)
+        _leave(s, block, x, c, task, start, tokens)
 
 
 @kernel
@@ -391,7 +262,7 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
     image = take_next(counter, 0)
     while image < x.shape[0]:
         if patches.weights.shape[0]:
-            embed_patches(patches, images[image], x[image], 0, patches.positions.shape[0])
+            embed_patches(patches, images[image], x[image], np.int64(0), patches.positions.shape[0])
         _run_image(s, biases, x[image], c, heads, task)
         image = take_next(counter, 0)
 
@@ -415,19 +286,19 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
     tokens, blocks = x.shape[0], s.norms.shape[0]
     tiles = (tokens + TILE - 1) // TILE
     start, stop = tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE)
-    nothing = np.empty(3, np.float32)
+    nothing, own = np.empty(3, np.float32), np.int64(0)
     if patches.weights.shape[0]:
         count = patches.positions.shape[0]
         tiles = (count + TILE - 1) // TILE
         embed_patches(patches, image, x, tiles * task // tasks * TILE, min(count, tiles * (task + 1) // tasks * TILE))
         meet(gates, 3 * blocks, tasks)
     for block in range(blocks):
-        _enter(s, block, x, c, 0, start, stop)
+        _enter(s, block, x, c, own, start, stop)
         meet(gates, 3 * block, tasks)
         head = take_next(gates, 3 * block + 1)
         while head < s.heads:
-            _score(s, biases, block, head, c, heads, 0, task)
-            _attend(s, block, head, c, heads, 0, task, nothing)
+            _score(s, biases, block, head, c, heads, own, task)
+            _attend(s, block, head, c, heads, own, task, nothing)
             head = take_next(gates, 3 * block + 1)
         meet(gates, 3 * block + 2, tasks)
-        _leave(s, block, x, c, 0, start, stop)
+        _leave(s, block, x, c, own, start, stop)

@@ -167,7 +167,8 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
     count = np.zeros(levels, np.int64)
     mean, square = np.zeros((levels, ROWS, LANES), np.float32), np.zeros((levels, ROWS, LANES), np.float32)
     new_mean, new_square = np.empty((ROWS, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
-    whole = width // 64
+    center, spread = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    whole, lowest = width // 64, np.int64(0)
     for row in range(start, stop, ROWS):
         count[:] = 0
         mean[:] = 0
@@ -175,8 +176,8 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
         for chunk in range(chunks):
             size = min(CHUNK, vectors - chunk * CHUNK)
             chunk_moments(x, row, stop - 1, chunk * CHUNK * LANES, size, shares, new_mean, new_square)
-            _join(count, mean, square, 0, size, new_mean, new_square)
-            mask, level = chunk + 1, 1
+            _join(count, mean, square, lowest, size, new_mean, new_square)
+            mask, level = chunk + 1, lowest + 1
             while level < levels and mask & 1 == 0:
                 _join(count, mean, square, level, count[level - 1], mean[level - 1], square[level - 1])
                 count[level - 1] = 0
@@ -186,36 +187,40 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
                 level += 1
         for level in range(1, levels):
             if count[level]:
-                _join(count, mean, square, 0, count[level], mean[level], square[level])
+                _join(count, mean, square, lowest, count[level], mean[level], square[level])
+        _finish(x, row, stop - 1, vectors, mean, square, center, spread)
         for r in range(min(ROWS, stop - row)):
-            i = row + r
-            center, spread = _finish_row(x, i, vectors * LANES, vectors, mean, square, r)
-            inverse = np.float32(1) / np.sqrt(spread / np.float32(width) + np.float32(epsilon))
+            i, middle = row + r, center[r]
+            inverse = np.float32(1) / np.sqrt(spread[r] / np.float32(width) + np.float32(epsilon))
             for w in range(whole):
-                words[i, w] = normalized_signs(x, i, 64 * w, center, inverse, gamma, beta, shift)
+                words[i, w] = normalized_signs(x, i, 64 * w, middle, inverse, gamma, beta, shift)
             if whole < words.shape[1]:
                 word = np.uint64(0)
                 for k in range(64 * whole, width):
-                    if fused((x[i, k] - center) * inverse, gamma[k], beta[k]) + shift[k] >= 0:
+                    if fused((x[i, k] - middle) * inverse, gamma[k], beta[k]) + shift[k] >= 0:
                         word |= np.uint64(1) << np.uint64(k - 64 * whole)
                 words[i, whole] = word
 
 
 @kernel
-def _finish_row(x, i, first, vectors, mean, square, r):
-    # The elements that fill no vector, then the lanes, one by one.
-    count, center, spread = 0, np.float32(0), np.float32(0)
-    for k in range(first, x.shape[1]):
-        delta = x[i, k] - center
+def _finish(x, row, last, vectors, mean, square, center, spread):
+    # The elements of each row that fill no vector, then the lanes, one by one.
+    center[:] = 0
+    spread[:] = 0
+    count = 0
+    for k in range(vectors * LANES, x.shape[1]):
         count += 1
-        center += delta / np.float32(count)
-        spread = fused(delta, x[i, k] - center, spread)
+        for r in range(ROWS):
+            value = x[min(row + r, last), k]
+            delta = value - center[r]
+            center[r] += delta / np.float32(count)
+            spread[r] = fused(delta, value - center[r], spread[r])
     if vectors:
         for k in range(LANES):
-            total = count + vectors
-            share = np.float32(vectors) / np.float32(total)
-            delta = mean[0, r, k] - center
-            center = fused(share, delta, center)
-            spread += fused(delta * delta * share, np.float32(count), square[0, r, k])
-            count = total
-    return center, spread
+            share = np.float32(vectors) / np.float32(count + vectors)
+            before = np.float32(count)
+            for r in range(ROWS):
+                delta = mean[0, r, k] - center[r]
+                center[r] = fused(share, delta, center[r])
+                spread[r] += fused(delta * delta * share, before, square[0, r, k])
+            count += vectors

@@ -1,0 +1,50 @@
+"""Texts that name the images of an experiment and the changes of a recipe."""
+
+import pytest
+
+from binvit.lab import settings
+from binvit.lab.settings import Images
+
+
+def test_images_are_read_from_text():
+    assert Images.parse("digits") == Images("digits")
+    text = "parquet:folder/flowers102_64px.parquet, 10 per class, recipe cpu, 3 seeds"
+    assert Images.parse(text) == Images("parquet:folder/flowers102_64px.parquet", 10, "cpu", 3)
+    assert [part.title for part in settings.parse_images(f"digits; {text}")] == [
+        "digits",
+        "flowers102, 10 per class",
+    ]
+    assert Images.parse("cifar100,1 seed").seeds == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("digit", "Unknown data set 'digit'"),
+        ("", "Unknown data set ''"),
+        ("digits, 20 images", "not understood at '20 images'"),
+        ("digits, 0 per class", "not understood at '0 per class'"),
+        ("digits, 3 seeds, 4 seeds", "not understood at '4 seeds'"),
+        ("digits, recipe large", "valid recipes are cpu"),
+        ("digits; digits, 2 seeds", "Two kinds of images of the experiment are called 'digits'"),
+    ],
+)
+def test_images_that_are_not_understood(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        settings.parse_images(text)
+
+
+def test_changes_are_read_from_text():
+    assert settings.parse_changes("width 32, global_pool avg, lr 1e-2") == {
+        "width": 32,
+        "global_pool": "avg",
+        "lr": 0.01,
+    }
+    assert settings.parse_changes("") == settings.parse_changes(" ") == {}
+    for text, sentence in {
+        "width": "hold 'width', which is no name with a value",
+        "weight 3": "Unknown recipe field 'weight'",
+        "width wide": "recipe's width must be of type int, got 'wide'",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            settings.parse_changes(text)
