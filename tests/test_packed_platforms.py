@@ -1,4 +1,4 @@
-"""Packed models without JIT, with another vector width of torch and with more threads; a generic CPU: test_packed_digits."""
+"""Packed models without JIT, with narrower vectors in torch, and with more threads."""
 
 import os
 import subprocess
