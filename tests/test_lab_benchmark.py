@@ -14,7 +14,7 @@ from binvit.packed import pack
 TINY = {"width": 64, "image_size": 32, "depth": 1}
 
 
-def test_every_contender_runs_in_every_round_and_its_first_run_does_not_count():
+def test_every_contender_has_its_turn_in_every_round_and_first_runs_do_not_count():
     calls = {"a": 0, "b": 0}
 
     def run(name):
@@ -22,7 +22,7 @@ def test_every_contender_runs_in_every_round_and_its_first_run_does_not_count():
 
     times = timing.interleave({name: lambda name=name: run(name) for name in calls}, least=5, most=5)
     assert {name: len(values) for name, values in times.items()} == {"a": 15, "b": 15}
-    assert calls == {"a": 22, "b": 22}
+    assert all(count >= 22 for count in calls.values())  # two before all rounds, one or more and three in each
     assert all((values >= 0).all() for values in times.values())
 
 
@@ -89,9 +89,12 @@ def test_training_steps_are_compared_with_the_float_step():
 
 
 def test_memory_is_measured_in_processes_of_their_own():
-    table = benchmark.benchmark_memory(width=64, depth=1).set_index("contender")
+    pages = np.ones(2**27)  # a gigabyte here must not hide what the models need there
+    table = benchmark.benchmark_memory(width=192, depth=4).set_index("contender")
     assert table.loc["binvit gsb", "file_bytes"] < table.loc["timm float32", "file_bytes"]
-    assert (table["peak_bytes"] >= 0).all()
+    assert table.loc["timm float32", "peak_bytes"] > table.loc["timm float32", "file_bytes"]
+    assert 1e6 < table.loc["binvit gsb", "peak_bytes"] < 1e9
+    assert pages[0] == 1
 
 
 def test_claims_about_speed_can_fail():
