@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import binvit
 from binvit.lab.batches import Batches
 from binvit.lab.data import ImageData
-from binvit.lab.train import classify
+from binvit.lab.evaluation import classify
 from binvit.lab.transforms import eval_transform
 from binvit.nn.attention_rules import GsbAttention, GsbValue, largest
 from binvit.nn.functional import superpose

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from binvit import bits
 from binvit.bits.jit import JIT
+from binvit.bits.limit import run_in_registers
 from binvit.lab.peers import PEERS, NotAvailable
 from binvit.lab.timing import interleave, use_threads
 from binvit.nn import binarize, calibrate, scheme
@@ -48,7 +49,7 @@ def layer_shapes(names: Iterable[str] = WIDTHS) -> list[tuple[str, str, int, int
 def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None, seconds: float = 0.5) -> pd.DataFrame:
     """Measure 1-bit products against torch's float32, bfloat16 and int8 products of the same shape.
 
-    Operands are packed before; packing is part of the whole model's time.
+    Operands are packed before and outputs allocated; packing is part of the whole model's time.
 
     Args:
         names: Keys of `WIDTHS`.
@@ -57,27 +58,31 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
 
     Returns:
         One row per shape and contender: model, layer, m, k, n, threads, contender, seconds (median), rate (billions of
-        multiply-adds a second), times (how many times as fast the 1-bit product is), share_of_limit (of the most that
-        this CPU's population count allows; 1-bit products only).
+        multiply-adds a second), times (how many times as fast the 1-bit product is), share_of_limit (of what population
+        counts on registers alone reached in the same rounds on one core, times the threads; 1-bit products only).
     """
     rng = np.random.default_rng(0)
     rows = []
     bits.warm_up()
-    limit = bits.popcount_limit() if JIT else np.nan
     with use_threads(threads) as threads, torch.inference_mode():
         for name, layer, m, k, n in layer_shapes(names):
             a, w = (np.where(rng.random(shape) < 0.5, -1.0, 1.0).astype(np.float32) for shape in ((m, k), (n, k)))
             packed, weights = bits.pack_signs(a), bits.prepare_weights(bits.pack_signs(w))
-            out = np.empty((m, n), np.int32)
-            x, y = torch.from_numpy(a), torch.from_numpy(w)
-            halves, bytes_ = (x.bfloat16(), y.bfloat16()), (x.to(torch.int8), y.to(torch.int8).t())
-            contenders = {
-                "torch float32": functools.partial(F.linear, x, y),
-                "torch bfloat16": functools.partial(F.linear, *halves),
-                "torch int8": functools.partial(torch._int_mm, *bytes_),
-                "binvit 1-bit": functools.partial(bits.binary_matmul, packed, weights, k, out=out),
-            }
+            x, y = torch.from_numpy(a), torch.from_numpy(w).t()
+            contenders = {}
+            for label, dtype, multiply in (
+                ("torch float32", torch.float32, torch.mm),
+                ("torch bfloat16", torch.bfloat16, torch.mm),
+                ("torch int8", torch.int8, torch._int_mm),
+            ):
+                out = torch.empty(m, n, dtype=torch.int32 if dtype == torch.int8 else dtype)
+                contenders[label] = functools.partial(multiply, x.to(dtype), y.to(dtype), out=out)
+            out = bits.aligned_empty((m, n), np.int32)
+            contenders["binvit 1-bit"] = functools.partial(bits.binary_matmul, packed, weights, k, out=out)
+            if JIT:
+                contenders["population count"] = run_in_registers
             medians = {label: float(np.median(t)) for label, t in interleave(contenders, seconds).items()}
+            limit = run_in_registers() / medians.pop("population count") if JIT else np.nan
             for label, median in medians.items():
                 rate = m * k * n / median / 1e9
                 rows.append(
@@ -182,7 +187,7 @@ def benchmark_training(
     batch: int = 8,
     variants: Iterable[str] = VARIANTS,
     threads: int | None = None,
-    rounds: int = 7,
+    rounds: int = 3,
     depth: int = 12,
     image_size: int = 224,
 ) -> pd.DataFrame:
@@ -192,7 +197,7 @@ def benchmark_training(
         batch: Images per step.
         variants: Keys of `VARIANTS`.
         threads: Threads of every contender.
-        rounds: Steps that are timed.
+        rounds: Rounds of three timed steps.
         depth: Blocks.
         image_size: Pixels of an image's side, a multiple of 16.
 

@@ -12,6 +12,10 @@ import torch
 from binvit import bits
 from binvit.bits.jit import check_threads
 
+_PAUSE = 0.01  # seconds; OpenMP's threads were seen to spin for 4 ms after a product
+_WARM_UP = 0.002  # seconds
+_COUNTED = 3
+
 Contenders = Mapping[str, Callable[[], object]]
 
 
@@ -43,7 +47,9 @@ def use_threads(threads: int | None) -> Iterator[int]:
 def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, most: int = 400) -> dict[str, np.ndarray]:
     """Run all contenders in turn, round by round, and return the seconds of each run.
 
-    A contender runs twice per round and its second run counts: the first one brings its threads and its data back.
+    Before its turn every contender gets a pause, since the threads of the one before spin for some milliseconds after
+    their last product, on the cores that the next one needs. Then it runs once to bring its own threads and data
+    back, and its next three runs count: each is measured as if it were alone and busy.
 
     Args:
         contenders: What to run, by name; the first call of each, which may compile, is not counted.
@@ -52,7 +58,7 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, mos
         most: Most rounds.
 
     Returns:
-        For each name, seconds per run, float64 (rounds,).
+        For each name, seconds per run, float64 (3 rounds,).
     """
     once = {}
     for name, run in contenders.items():
@@ -60,12 +66,18 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, mos
         start = time.perf_counter()
         run()
         once[name] = time.perf_counter() - start
-    rounds = int(np.clip(len(contenders) * seconds / max(2 * sum(once.values()), 1e-9), least, most))
+    spent = sum(_PAUSE + max(_WARM_UP, duration) + _COUNTED * duration for duration in once.values())
+    rounds = int(np.clip(len(contenders) * seconds / max(spent, 1e-9), least, most))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            run()
+            time.sleep(_PAUSE)
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            while time.perf_counter() - start < _WARM_UP:
+                run()
+            for _ in range(_COUNTED):
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in times.items()}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from binvit.lab.batches import Batches
 from binvit.lab.checkpoint import CheckpointInfo, load_checkpoint, new_model, save_checkpoint
 from binvit.lab.data import ImageData, load_data
+from binvit.lab.evaluation import classify, on_bits
 from binvit.lab.models import build_model
 from binvit.lab.optimizers import new_optimizer, new_schedule
 from binvit.lab.recipes import Recipe
@@ -91,25 +92,6 @@ def _teacher(trial: Trial, recipe: Recipe, data: ImageData, device: str) -> nn.M
     return model
 
 
-@torch.inference_mode()
-def classify(model: nn.Module, images: Batches, device: str = "cpu") -> np.ndarray:
-    """Return the class a model gives to each image; the model ends in the mode it came in.
-
-    Args:
-        model: images (B, 3, H, W) -> logits (B, classes).
-        images: the images in order.
-        device: where the model is.
-
-    Returns:
-        Classes, int64 (N,).
-    """
-    training = model.training
-    model.eval()
-    classes = torch.cat([model(batch.to(device)).argmax(1).cpu() for batch, _, _ in images])
-    model.train(training)
-    return classes.numpy()
-
-
 _AUGMENTATIONS = ("auto_augment", "erasing", "crop", "flip", "interpolation")
 
 
@@ -172,7 +154,7 @@ class _Run:
     def measure(self) -> TrialResult:
         """Evaluate the trained model and remove the state that is no longer needed."""
         train = self.data.train
-        predictions = classify(self.model, self.train_images, self.device)
+        predictions = classify(on_bits(self.model), self.train_images, self.device)
         wrong = train.labels != train.clean_labels
         noisy = self.trial.label_noise > 0
         result = TrialResult(
@@ -257,7 +239,8 @@ class _Run:
         last = epoch + 1 == epochs
         test_accuracy = None
         if last or (epoch + 1) % self.recipe.eval_every == 0:
-            test_accuracy = float(np.mean(classify(self.model, self.test_images, self.device) == self.data.test.labels))
+            predictions = classify(on_bits(self.model), self.test_images, self.device)
+            test_accuracy = float(np.mean(predictions == self.data.test.labels))
         return {
             "stage": self.position.stage,
             "epoch": len(self.position.history) + 1,

@@ -123,7 +123,19 @@ class FastPath:
         model = self._model
         if model.global_pool == "token":  # the head reads class and distillation token alone
             x = x[:, : model.num_prefix_tokens]
-        return model.forward_head(model.norm(x))
+        with _one_torch_thread():
+            return model.forward_head(model.norm(x))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    # After a parallel region OpenMP's threads spin for milliseconds, on the cores that the next image's kernels need.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:
