@@ -126,21 +126,27 @@ def test_files_that_contradict_themselves(change, path):
     assert str(path) in str(caught.value)
 
 
-def test_an_attention_bias_is_halved_only_where_no_prediction_changes(tmp_path):
+def test_biases_and_positions_are_halved_only_where_no_prediction_changes(tmp_path):
     model = trained(binvit.scheme("gsb", attention_bias="relative"))
     name = "blocks.0.attn.bias.values"
     assert binvit.pack(model).tensors[name].dtype == torch.float32
     packed = binvit.pack(model, images=X)
     same = torch.equal(packed.predict(X), binvit.pack(model).predict(X))
     assert same
-    assert packed.tensors[name].dtype == torch.float16
+    assert packed.tensors[name].dtype == packed.tensors["pos_embed"].dtype == torch.float16
     assert torch.equal(binvit.load(binvit.save(packed, tmp_path / "half"))(X), packed(X))
     exact = binvit.pack(model, exact=True, images=X)
-    assert exact.tensors[name].dtype == torch.float32
+    assert exact.tensors[name].dtype == exact.tensors["pos_embed"].dtype == torch.float32
     assert torch.equal(exact(X), logits_of(model, X))
     for block in model.blocks:  # so large a bias that rounding moves every map
         block.attn.bias.values.data.normal_(std=1e6)
     assert binvit.pack(model, images=images(64)).tensors[name].dtype == torch.float32
+    with torch.no_grad():
+        model.pos_embed.mul_(1e9)  # beyond float16's range
+    for block in model.blocks:
+        block.attn.bias.values.data.normal_(std=1e-3)
+    both = binvit.pack(model, images=X)
+    assert (both.tensors[name].dtype, both.tensors["pos_embed"].dtype) == (torch.float16, torch.float32)
     for block in model.blocks:
         block.attn.bias.values.data.fill_(0.25)
     assert binvit.pack(model, exact=True).tensors[name].dtype == torch.float16

@@ -1,3 +1,5 @@
+"""Packed models without JIT, with narrower vectors in torch, and with more threads."""
+
 import os
 import subprocess
 import sys
@@ -21,7 +23,6 @@ for scheme in ("gsb", "reactnet", "xnor"):
     assert torch.equal(fast(x), logits_of(model, x)), scheme
 """
 SETTINGS = [
-    {"NUMBA_CPU_NAME": "generic"},
     {"NUMBA_DISABLE_JIT": "1"},
     {"ATEN_CPU_CAPABILITY": "avx2"},
     {"OMP_NUM_THREADS": "3", "NUMBA_NUM_THREADS": "3"},

@@ -28,7 +28,8 @@ def pack(
     """Fold a trained binarized model into bits; the model itself is left untouched.
 
     1-bit weights become words of 64 signs, 8-bit weights int8, everything else stays float32. A learned attention bias
-    is stored as float16 where that loses nothing, or where `images` show that it changes no prediction.
+    and the position embedding are stored as float16 where that loses nothing, or where `images` show that it changes
+    no prediction.
 
     Args:
         model: What `binvit.binarize` returned, trained or calibrated.
@@ -37,8 +38,9 @@ def pack(
         classes: Class names.
         mean: Channel means that the images were normalized with; timm's pretrained configuration by default.
         std: Channel standard deviations, likewise.
-        images: float32 (B, C, H, W), normalized; all must keep their prediction if the attention bias is rounded to
-            float16. Without them it is rounded only where it is a float16 number already, and never for `exact`.
+        images: float32 (B, C, H, W), normalized; all must keep their prediction if attention bias and position
+            embedding are rounded to float16, or at least the bias. Without them, and for `exact`, only what are float16
+            numbers already become float16.
 
     Returns:
         The packed model.
@@ -62,11 +64,16 @@ def pack(
     blueprint = Blueprint(scheme, describe(model), tuple(map(str, classes)), *numbers)
     check_same(model, blueprint.build())
     tensors = _fold_tensors(model)
-    halves = {name: tensor.half() for name, tensor in tensors.items() if name.endswith("attn.bias.values")}
-    if images is not None and not exact and halves:
-        whole, rounded = (PackedViT(blueprint, t, exact=False) for t in (tensors, tensors | halves))
-        if torch.equal(whole.predict(images), rounded.predict(images)):
-            tensors |= halves
+    halves = {
+        name: tensor.half() for name, tensor in tensors.items() if name.endswith(("attn.bias.values", "pos_embed"))
+    }
+    biases = {name: half for name, half in halves.items() if name != "pos_embed"}
+    if images is not None and not exact:
+        expected = PackedViT(blueprint, tensors).predict(images)
+        for chosen in (halves, biases):
+            if torch.equal(PackedViT(blueprint, tensors | chosen).predict(images), expected):
+                tensors |= chosen
+                break
     tensors |= {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name].float())}
     return PackedViT(blueprint, tensors, exact=exact)
 
