@@ -24,7 +24,8 @@ def test_classes_on_bits_are_the_models_own(name):
 def test_models_without_a_fast_packed_form_classify_themselves():
     unseen = binvit.binarize(vit(), "gsb")  # its scales have no values yet
     partly = trained(binvit.scheme("gsb", components=("mlp",), input="float", hidden="float"))
-    for model in (vit(), unseen, partly, trained("xnor-k")):
+    together = trained(binvit.scheme("gsb", reduce="batch"))
+    for model in (vit(), unseen, partly, together, trained("xnor-k")):
         assert on_bits(model) is model
 
 

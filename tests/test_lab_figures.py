@@ -173,6 +173,17 @@ def test_dots_in_groups_and_without_intervals(trials):
     assert not any("±" in t for t in texts(fig))
 
 
+def test_dots_take_the_colour_of_a_scheme_that_a_column_names(trials):
+    few = trials[trials["samples_per_class"] == 5].assign(what=lambda t: "variant of " + t["scheme"])
+    summary = statistics.summarize(few, by=["what", "scheme"])
+    for scheme, expected in ((None, ["bit"] * 3), ("scheme", list(summary["scheme"]))):
+        fig = figures.dots(summary, "what", sort=False, scheme=scheme)
+        drawn = [line.get_color() for line in fig.axes[0].lines if line.get_marker() == "o"]
+        assert drawn == [figures.scheme_color(name) for name in expected]
+    with pytest.raises(ValueError, match="column"):
+        figures.dots(summary, "what", scheme="family")
+
+
 def test_heat_writes_every_cell(trials):
     fig = figures.heat(statistics.summarize(trials, by=["scheme", "samples_per_class"]), "scheme", "samples_per_class")
     assert sum("± " in t for t in texts(fig)) == 6

@@ -59,13 +59,6 @@ def test_reading_attention_leaves_no_trace():
         assert not any(getattr(block.attn, "record", False) for block in vit.blocks)
 
 
-def test_batch_dependence_tells_the_reductions_apart():
-    change, flipped = inspection.batch_dependence(model("gsb", reduce="batch"), 3 * images(16))
-    assert change > 1e-3
-    assert 0 <= flipped <= 1
-    assert inspection.batch_dependence(model("gsb", reduce="row"), images(16)) == (0.0, 0.0)
-
-
 def test_predictions_name_the_class():
     info = CheckpointInfo(recipe("smoke"), binvit.scheme("bit"), ("a", "b", "c"), (0.5,) * 3, (0.2,) * 3, 8)
     trained = inspection.Trained(model("bit"), info)

@@ -260,8 +260,9 @@ def test_concurrent_processes_share_a_folder(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_killed_run_continues_with_the_same_bits(tmp_path):
-    trial = tiny("gsb", epochs=100, checkpoint_minutes=0.0, eval_every=100)
+@pytest.mark.parametrize("options", [{}, {"similarity": 0.5, "teacher_epochs": 1}])
+def test_killed_run_continues_with_the_same_bits(tmp_path, options):
+    trial = tiny("gsb", epochs=100, checkpoint_minutes=0.0, eval_every=100, **options)
     child = subprocess.Popen(program(trial, results_dir=tmp_path), stdout=subprocess.DEVNULL)
     state = tmp_path / ".running" / f"{trial.id}.state"
     until = time.monotonic() + 60

@@ -23,6 +23,8 @@ def on_bits(model: nn.Module) -> Classifier:
     """
     if getattr(model, "scheme", None) is None or next(model.parameters()).device.type != "cpu":
         return model
+    if model.scheme.reduce == "batch":  # the fast form would take single images only
+        return model
     try:
         packed = pack(model)
     except ValueError:  # parts that stay float in this stage, or scales without a value yet

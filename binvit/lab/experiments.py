@@ -243,6 +243,7 @@ def dot_panels(
     reference: str | None = None,
     value: str = "test_accuracy",
     sort: bool = True,
+    scheme: str | None = None,
     xlabel: str = "test accuracy (%)",
 ) -> Figure:
     """Draw means as dots with 95 % intervals and single seeds as faint ones, a panel for each kind of images.
@@ -255,6 +256,7 @@ def dot_panels(
         reference: the row whose mean is drawn as a line, if it is there; "0" draws the line at zero.
         value: the column of the single trials to draw.
         sort: put the largest mean on top, within its group.
+        scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
         xlabel: what the mean is.
 
     Returns:
@@ -265,6 +267,6 @@ def dot_panels(
     def draw(part: pd.DataFrame, ax: Axes) -> None:
         own = trials[trials["data"] == part["data"].iloc[0]]
         line = reference if reference == "0" or reference in set(part[label]) else None
-        dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, ax=ax)
+        dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, scheme=scheme, ax=ax)
 
     return panels(summary, draw, 6.0, 0.75 + 0.23 * rows)

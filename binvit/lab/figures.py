@@ -155,6 +155,7 @@ def dots(
     trials: pd.DataFrame | None = None,
     value: str = "test_accuracy",
     sort: bool = True,
+    scheme: str | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
@@ -170,6 +171,7 @@ def dots(
         trials: single trials, drawn as faint dots, with the columns of the summary and ``value``.
         value: the column of the single trials to draw.
         sort: put the largest mean on top (within its group); otherwise keep the order.
+        scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
         title: what the figure says.
         ax: where to draw; by default a new figure, as high as its rows need.
 
@@ -179,7 +181,7 @@ def dots(
     Raises:
         ValueError: if a column is missing or the reference is no row.
     """
-    require_columns(summary, [label, "mean", "low", "high", "n", *([group] if group else [])])
+    require_columns(summary, [label, "mean", "low", "high", "n", *filter(None, (group, scheme))])
     if reference not in (None, "0") and reference not in set(summary[label]):
         raise ValueError(f"The reference {reference!r} is no row; the rows are {', '.join(map(str, summary[label]))}.")
     factor = 100 if percent else 1
@@ -190,14 +192,14 @@ def dots(
         part = part.sort_values("mean", ascending=False, kind="stable") if sort else part
         rows += [(str(row[label]), row) for _, row in part.iterrows()]
     fig, ax = figure_with(ax, 6.0, 0.75 + 0.23 * len(rows))
-    colors = colors_of(summary[label]) if set(summary[label]) <= set(SCHEME_COLORS) else None
+    scheme = label if scheme is None and set(summary[label]) <= set(SCHEME_COLORS) else scheme
     if reference is not None:
         at = 0.0 if reference == "0" else factor * summary.loc[summary[label] == reference, "mean"].iloc[0]
         ax.axvline(at, color=GREY, lw=0.8, ls=(0, (4, 3)), zorder=1)
     for y, (_, row) in enumerate(rows):
         if row is None:
             continue
-        color = colors[row[label]] if colors else SCHEME_COLORS["bit"]
+        color = scheme_color(row[scheme] if scheme else "bit")
         if trials is not None:
             mask = (trials[label] == row[label]) & ((trials[group] == row[group]) if group else True)
             ax.plot(

@@ -137,24 +137,6 @@ def levels(weights: Tensor) -> int:
 
 
 @torch.inference_mode()
-def batch_dependence(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Measure how much an image's logits depend on the other images of its batch.
-
-    Args:
-        model: a vision transformer in evaluation mode.
-        images: the model's input, (B, 3, H, W).
-
-    Returns:
-        The largest change of a logit, and the share of predictions that change, when each image is given alone instead
-        of together with the others.
-    """
-    together = model(images)
-    alone = torch.cat([model(image) for image in images.split(1)])
-    flipped = (together.argmax(1) != alone.argmax(1)).float().mean()
-    return float((together - alone).abs().max()), float(flipped)
-
-
-@torch.inference_mode()
 def predictions(models: Mapping[str, Trained], picture: Image.Image) -> pd.DataFrame:
     """Classify one picture with several models.
 

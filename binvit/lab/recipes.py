@@ -99,6 +99,7 @@ class Recipe:
         distillation: "none", "soft" (divergence from the teacher's probabilities) or "hard" (the teacher's class).
         temperature: softens both distributions of soft distillation.
         alpha: weight of the distillation loss, 0 to 1; the labels' loss has the rest.
+        similarity: weight of BiBERT's similarity distillation, added to the loss whatever `distillation` is; 0 is off.
         teacher: checkpoint of the teacher; "" trains a float twin of the model on the same data first.
         teacher_epochs: epochs of a teacher trained first; None takes the sum over all stages.
         teacher_pretrained: a teacher trained first starts from timm's pretrained weights.
@@ -143,6 +144,7 @@ class Recipe:
     distillation: Literal["none", "soft", "hard"] = "none"
     temperature: float = 3.0
     alpha: float = 0.5
+    similarity: float = 0.0
     teacher: str = ""
     teacher_epochs: int | None = None
     teacher_pretrained: bool = False
@@ -175,6 +177,11 @@ class Recipe:
         """Whether an image looks different from epoch to epoch."""
         return bool(self.auto_augment) or self.erasing > 0 or self.crop < 1 or self.flip > 0
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher takes part in the training."""
+        return self.distillation != "none" or self.similarity > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON types, all fields included."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
@@ -191,7 +198,7 @@ _RANGES = (
     (("width", "depth", "heads", "patch_size", "image_size", "epochs", "batch_size"), 1, math.inf),
     (("eval_batch_size", "eval_every", "lr_batch", "teacher_epochs"), 1, math.inf),
     (("workers", "lr", "lr_binary", "min_lr", "weight_decay", "clip_grad"), 0, math.inf),
-    (("mixup", "cutmix", "mlp_ratio", "checkpoint_minutes"), 0, math.inf),
+    (("mixup", "cutmix", "mlp_ratio", "similarity", "checkpoint_minutes"), 0, math.inf),
     (("label_smoothing", "erasing", "crop", "flip", "alpha", "drop_path", "warmup"), 0, 1),
     (("temperature",), 1e-3, math.inf),
 )

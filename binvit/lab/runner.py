@@ -126,7 +126,7 @@ def run_trial(
                 return True
             teacher = None
             recipe = trial.get_recipe()
-            if recipe.distillation != "none" and not recipe.teacher:
+            if recipe.has_teacher and not recipe.teacher:
                 taught = teacher_trial(trial)
                 run_trial(taught, results_dir, keep_model=True, report=report)
                 teacher = load_model(taught, results_dir)

@@ -1,21 +1,15 @@
 """Training: one trial from its seed to a measured model."""
 
-import dataclasses
-import io
 import json
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,9 +17,11 @@ from binvit.lab.batches import Batches
 from binvit.lab.checkpoint import CheckpointInfo, load_checkpoint, new_model, save_checkpoint
 from binvit.lab.data import ImageData, load_data
 from binvit.lab.evaluation import classify, on_bits
-from binvit.lab.files import atomic_write
 from binvit.lab.models import build_model
+from binvit.lab.optimizers import new_optimizer, new_schedule
 from binvit.lab.recipes import Recipe
+from binvit.lab.similarity import check_comparable, recorded_projections, similarity_loss
+from binvit.lab.states import Position, own_random_state, read_state, seed_all, write_state
 from binvit.lab.transforms import eval_transform, train_transform
 from binvit.lab.trials import Trial, TrialResult, teacher_trial, versions
 from binvit.nn.schemes import Scheme
@@ -74,8 +70,8 @@ def train_trial(
         noise=trial.noise,
     )
     started = time.perf_counter()
-    with _own_random_state(device):
-        if recipe.distillation == "none":
+    with own_random_state(device):
+        if not recipe.has_teacher:
             teacher = None
         else:
             teacher = teacher if teacher is not None else _teacher(trial, recipe, data, device)
@@ -94,34 +90,6 @@ def _teacher(trial: Trial, recipe: Recipe, data: ImageData, device: str) -> nn.M
         needs = f"{len(data.classes)} and {data.image_size}"
         raise ValueError(f"The teacher {recipe.teacher} has {has}, the data set {trial.dataset} {needs}.")
     return model
-
-
-@contextmanager
-def _own_random_state(device: str) -> Iterator[None]:
-    """Leave the caller's random numbers as they were."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([] if device == "cpu" else [torch.cuda.current_device()]):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-
-
-def _seed(*parts: int) -> None:
-    """Seed all generators from a trial's seed, stage and epoch, so that an epoch needs no memory of those before it."""
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - timm's augmentations draw from the global state
-    torch.manual_seed(seed)
-
-
-@dataclass
-class _Position:
-    """How far a run has come; with model and optimizer this is all that a checkpoint needs."""
-
-    stage: int = 0
-    epoch: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 _AUGMENTATIONS = ("auto_augment", "erasing", "crop", "flip", "interpolation")
@@ -159,15 +127,15 @@ class _Run:
         self.stages.append((recipe.epochs, trial.get_scheme()))
         # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
         self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
-        self.position = _Position()
+        self.position = Position()
         self.saved = time.monotonic()
 
     def train(self, progress: Progress | None) -> None:
         total = sum(epochs for epochs, _ in self.stages)
-        state = self._read_state()
+        state = read_state(self.resume, self._config(), self.device)
         self._start(state["position"]["stage"] if state else 0)
         if state:
-            self.position = _Position(**state["position"])
+            self.position = Position(**state["position"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.started -= self.position.seconds
@@ -215,7 +183,7 @@ class _Run:
         self.position.stage, self.position.epoch = stage, 0
         epochs, scheme = self.stages[stage]
         recipe = self.recipe
-        _seed(self.trial.seed, stage)
+        seed_all(self.trial.seed, stage)
         info = self._info(scheme)
         if earlier is None:
             # A pretrained start is overwritten when a state is resumed, but then the weights lie in timm's cache.
@@ -225,38 +193,19 @@ class _Run:
             weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in self.latent}
             self.model.load_state_dict(weights, strict=False)
         self.model.to(self.device).train()
-        if self.teacher is not None and hasattr(self.model, "set_distilled_training"):
+        if recipe.distillation != "none" and hasattr(self.model, "set_distilled_training"):
             self.model.set_distilled_training(True)
-        peak = recipe.lr if scheme.name == "float" or recipe.lr_binary is None else recipe.lr_binary
-        peak *= recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0
-        fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
-        added = [name for name, _ in self.model.named_parameters() if name not in self.latent]
-        undecayed = [*self.model.no_weight_decay(), *added]
-        groups = param_groups_weight_decay(self.model, recipe.weight_decay, no_weight_decay_list=undecayed)
-        self.optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
-        steps = epochs * len(self.batches)
-        rising = min(round(recipe.warmup * steps), steps - 1)
-        # In steps, and with the decay starting only where the warm-up ends.
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            recipe.schedule,
-            num_epochs=steps - rising,
-            decay_epochs=0.2,
-            decay_rate=1.0,
-            min_lr=recipe.min_lr,
-            warmup_lr=peak / 100,
-            warmup_epochs=rising,
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=1,
-        )
+        if recipe.similarity:
+            check_comparable(self.model, self.teacher)
+        self.optimizer = new_optimizer(self.model, recipe, scheme.name != "float", self.latent)
+        self.scheduler = new_schedule(self.optimizer, recipe, epochs * len(self.batches))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]
         self.good = None
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train for one epoch and return its record."""
-        _seed(self.trial.seed, self.position.stage, epoch)
+        seed_all(self.trial.seed, self.position.stage, epoch)
         epochs, steps = self.stages[self.position.stage][0], len(self.batches)
         losses, hits, seen, rate = [], 0, 0, 0.0
         number = len(self.position.history)  # counted over all stages, so that no order comes twice
@@ -268,8 +217,9 @@ class _Run:
             for module in self.scheduled:
                 module.set_progress(update / (epochs * steps))
             rate = self.optimizer.param_groups[0]["lr"]
-            outputs = self.model(images)
-            loss = self._loss(outputs, images, targets)
+            with self._recorded(self.model) as projections:
+                outputs = self.model(images)
+            loss = self._loss(outputs, images, targets, projections)
             value = loss.item()
             if not np.isfinite(value):
                 raise self._diverged(value, epoch, step, rate)
@@ -300,21 +250,35 @@ class _Run:
             "lr": rate,
         }
 
-    def _loss(self, outputs: Tensor | tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> Tensor:
+    def _recorded(self, model: nn.Module) -> AbstractContextManager[Sequence[Tensor]]:
+        return recorded_projections(model) if self.recipe.similarity else nullcontext(())
+
+    def _loss(
+        self,
+        outputs: Tensor | tuple[Tensor, Tensor],
+        images: Tensor,
+        targets: Tensor,
+        projections: Sequence[Tensor] = (),
+    ) -> Tensor:
         recipe = self.recipe
         logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0  # Mixup has smoothed its targets itself
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is None:
             return loss
-        with torch.no_grad():
+        with torch.no_grad(), self._recorded(self.teacher) as taught_projections:
             taught = self.teacher(images)
         if recipe.distillation == "hard":
             distance = F.cross_entropy(distilled, taught.argmax(1))
-        else:
+            loss = (1 - recipe.alpha) * loss + recipe.alpha * distance
+        elif recipe.distillation == "soft":
             warm = [F.log_softmax(item / recipe.temperature, dim=1) for item in (distilled, taught)]
             distance = F.kl_div(*warm, reduction="batchmean", log_target=True) * recipe.temperature**2
-        return (1 - recipe.alpha) * loss + recipe.alpha * distance
+            loss = (1 - recipe.alpha) * loss + recipe.alpha * distance
+        if recipe.similarity:
+            heads = self.model.blocks[0].attn.num_heads
+            loss = loss + recipe.similarity * similarity_loss(projections, taught_projections, heads)
+        return loss
 
     def _info(self, scheme: Scheme | None = None) -> CheckpointInfo:
         data = self.data
@@ -351,18 +315,5 @@ class _Run:
         if self.resume is None:
             return
         self.position.seconds = time.perf_counter() - self.started
-        buffer = io.BytesIO()
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"position": dataclasses.asdict(self.position), "config": self._config()}, buffer)
-        atomic_write(self.resume, buffer.getvalue())
+        write_state(self.resume, self.position, self.model, self.optimizer, self._config())
         self.saved = time.monotonic()
-
-    def _read_state(self) -> dict[str, Any] | None:
-        """Return the state of a killed run, None if there is none that fits."""
-        if self.resume is None or not self.resume.is_file():
-            return None
-        try:
-            state = torch.load(self.resume, map_location=self.device, weights_only=True)
-        except Exception:  # whatever a damaged file raises: a state only saves time
-            return None
-        return state if state.get("config") == self._config() else None

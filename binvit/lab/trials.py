@@ -152,7 +152,8 @@ def teacher_trial(trial: Trial) -> Trial:
         A trial of the scheme "float" without distillation and stages.
     """
     given = trial.get_recipe()
-    dropped = ("distillation", "temperature", "alpha", "teacher_epochs", "teacher_pretrained", "stages", "lr_binary")
+    taught = ("distillation", "temperature", "alpha", "similarity", "teacher_epochs", "teacher_pretrained")
+    dropped = (*taught, "stages", "lr_binary")
     options = {name: value for name, value in trial.recipe_options if name not in dropped}
     options |= {
         "distillation": "none",

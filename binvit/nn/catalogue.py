@@ -81,7 +81,7 @@ _CATALOGUE = (
     Scheme(
         "bibert",
         "no softmax: the map is the sign of the scores",
-        "Qin et al., BiBERT: Accurate fully binarized BERT, 2022.",
+        "Qin et al., BiBERT: Accurate fully binarized BERT, 2022. Its distillation is the field similarity of recipes.",
         **_everywhere("sign", weight="sign_mean_centred", attention="scores", value="sign"),
     ),
     Scheme(
