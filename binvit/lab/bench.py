@@ -21,6 +21,7 @@ from binvit.lab.benchmark import (
     benchmark_training,
 )
 from binvit.lab.files import atomic_write
+from binvit.lab.style import scheme_color
 from binvit.lab.timing import interleave
 
 
@@ -30,6 +31,14 @@ def memory_bandwidth() -> float:
     target = np.empty_like(source)
     times = interleave({"copy": functools.partial(np.copyto, target, source)}, 0.3)["copy"]
     return 2 * source.nbytes / float(np.median(times))
+
+
+_COLORS = {
+    "torch float32": scheme_color("float"),
+    "torch bfloat16": scheme_color("bit"),
+    "torch int8": scheme_color("xnor"),
+    "binvit 1-bit": scheme_color("gsb"),
+}
 
 
 def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
@@ -48,12 +57,10 @@ def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
     m, k, n = (kernels[c] for c in "mkn")
     moved = size * (m * k + n * k) + output * m * n
     points = pd.DataFrame({"family": kernels["contender"], "intensity": m * k * n / moved, "rate": kernels["rate"]})
-    # Points of one kind lie close together: the fastest carries the name.
-    fastest = points.groupby("family")["rate"].transform("max") == points["rate"]
-    points["name"] = points["family"].where(fastest, "")
+    points["name"] = ""
     threads = int(kernels["threads"].iloc[0])
     limits = {"population count": bits.popcount_limit() * threads / 1e9} if JIT else {}
-    return figures.roofline(points, limits, memory_bandwidth() / 1e9, title=title)
+    return figures.roofline(points, limits, memory_bandwidth() / 1e9, title=title, colors=_COLORS)
 
 
 PARTS = ("kernels", "models", "growth", "memory", "training")

@@ -37,11 +37,12 @@ def draw_latencies(models: pd.DataFrame, title: str | None = None) -> Figure:
         ax.barh(range(len(part)), ms, color=colors, height=0.62)
         spread = 1000 * part[["low", "high"]].to_numpy() / batch
         ax.hlines(range(len(part)), spread[:, 0], spread[:, 1], color=INK, lw=0.8)
-        for y, value in enumerate(ms):
-            ax.annotate(f"{value:.1f}", (value, y), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
+        ends = np.maximum(ms, spread[:, 1])
+        for y, (value, end) in enumerate(zip(ms, ends, strict=True)):
+            ax.annotate(f"{value:.1f}", (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
         ax.set_yticks(range(len(part)), part["contender"])
         ax.set_ylim(len(part) - 0.4, -0.6)
-        ax.set_xlim(0, 1.12 * ms.max())
+        ax.set_xlim(0, 1.15 * ends.max())
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", visible=False)
         ax.set(xlabel="ms per image", title=f"batch of {batch}" if len(batches) > 1 or title is None else title)
@@ -66,8 +67,9 @@ def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
     table = table[table.sum(axis=1) > 0].sort_values("bytes")
     fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.26 * len(table)))
     for y, (part, row) in enumerate(table.iterrows()):
-        ax.plot([row["bytes"], row["float32_bytes"]], [y, y], color=GREY, lw=1, zorder=1)
-        ax.plot(row["float32_bytes"], y, "o", color=THEIRS, ms=6)
+        if row["float32_bytes"] > 0:  # scales exist in packed models alone
+            ax.plot([row["bytes"], row["float32_bytes"]], [y, y], color=GREY, lw=1, zorder=1)
+            ax.plot(row["float32_bytes"], y, "o", color=THEIRS, ms=6)
         ax.plot(row["bytes"], y, "o", color=OURS, ms=6)
         del part
     top = len(table) - 1

@@ -294,18 +294,20 @@ def roofline(
     xlabel: str = "multiply-adds per byte moved",
     ylabel: str = "billion multiply-adds per second",
     title: str | None = None,
+    colors: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw measured rates below the limits that memory and arithmetic set.
 
     Args:
         points: the columns ``name``, ``intensity`` (operations per byte) and ``rate`` (billions a second), one row per
-            measurement; an optional column ``family`` sets the colour.
+            measurement; an optional column ``family`` sets the colour, and its names stand in the lower right corner.
         compute_limits: what a limit is -> its rate.
         bandwidth: bytes that memory delivers, in billions a second.
         xlabel: what the intensity is.
         ylabel: what the rate is.
         title: what the figure says.
+        colors: family -> colour; by default one of the palette each.
         ax: where to draw; by default a new figure.
 
     Returns:
@@ -314,8 +316,9 @@ def roofline(
     require_columns(points, ["name", "intensity", "rate"])
     fig, ax = figure_with(ax, 6.0, 3.6)
     families = points["family"] if "family" in points else points["name"]
-    colors = colors_of(families)
-    ridge = max(compute_limits.values()) / bandwidth
+    colors = colors or colors_of(families)
+    highest = max([*compute_limits.values(), points["rate"].max()])
+    ridge = highest / bandwidth
     left = min(points["intensity"].min(), ridge) / 2
     right = max(points["intensity"].max(), ridge) * 4
     for name, limit in compute_limits.items():
@@ -333,12 +336,14 @@ def roofline(
             size=7.5,
             color=readable(colors[family]),
         )
-    ax.set(xscale="log", yscale="log", xlim=(left, right), xlabel=xlabel, ylabel=ylabel)
-    ax.set_ylim(points["rate"].min() / 3, max(compute_limits.values()) * 2)
+    ax.set(xscale="log", yscale="log", xlim=(left, right), xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set_ylim(points["rate"].min() / 3, highest * 2)
+    named = points.groupby(families)["rate"].max().sort_values().index if "family" in points else ()
+    for line, family in enumerate(named):
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "size": 8}
+        ax.annotate(family, (1, 0), (-6, 8 + 12 * line), color=readable(colors[family]), weight="bold", **place)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axis.set_minor_formatter(NullFormatter())
-    if title:
-        ax.set_title(title)
     return fig
