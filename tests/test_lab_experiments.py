@@ -127,7 +127,7 @@ def test_dots_of_each_kind_of_images_have_a_panel():
 def test_figures_and_tables_are_written_where_asked(tmp_path):
     fig, _ = plt.subplots()
     experiments.save("", "nothing", fig)
-    experiments.save(tmp_path, "some", fig, table=pd.DataFrame({"a": [1]}))
+    experiments.save(tmp_path, "some", fig, table=pd.DataFrame({"a": [1], "root": ["folder of this machine"]}))
     plt.close(fig)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.pdf", "some.png", "some_table.csv"]
     assert (tmp_path / "some_table.csv").read_text() == "a\n1\n"

@@ -203,14 +203,15 @@ def save(directory: str | Path, name: str, figure: Figure | None = None, **table
         directory: folder of the project to write to; nothing is written if it is empty.
         name: the figure's file name without ending.
         figure: what to write.
-        **tables: written as NAME_KEY.csv, without an index.
+        **tables: written as NAME_KEY.csv, without an index and without the column root, a folder of this machine.
     """
     if not directory:
         return
     if figure is not None:
         save_figure(figure, name, folder(directory))
     for key, table in tables.items():
-        atomic_write(folder(directory) / f"{name}_{key}.csv", table.to_csv(index=False, lineterminator="\n"))
+        text = table.drop(columns="root", errors="ignore").to_csv(index=False, lineterminator="\n")
+        atomic_write(folder(directory) / f"{name}_{key}.csv", text)
 
 
 @styled
