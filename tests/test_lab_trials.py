@@ -307,3 +307,19 @@ def test_teacher_is_trained_once_for_all_students(tmp_path):
     run_trials(students, tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.json"))) == 3
     assert load_model(teacher_trial(students[0]), tmp_path).scheme.name == "float"
+
+
+def test_fast_epochs_are_not_all_shown(tmp_path):
+    shown = []
+
+    class Bar:
+        def set_postfix_str(self, text, refresh):
+            shown.append((text, refresh))
+
+    queue = runner._Queue([], tmp_path, False, Bar())
+    for epoch in range(
+        1000
+    ):  # each would be several messages of a widget; Jupyter's sockets drop what they cannot hold
+        queue._report(tiny("bit"), epoch + 1, 1000)
+    assert shown[-1] == ("bit, seed 0: epoch 1000/1000", False)
+    assert sum(refresh for _, refresh in shown) <= 2

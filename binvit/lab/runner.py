@@ -30,6 +30,9 @@ class TrialsFailed(ValueError):
     """Some trials failed while the others finished."""
 
 
+_SECONDS_PER_REPORT = 2.0
+
+
 def run_trials(
     trials: Iterable[Trial],
     results_dir: str | Path = "results",
@@ -170,6 +173,7 @@ class _Queue:
         self.results_dir, self.keep_models, self.bar = results_dir, keep_models, bar
         self.failures: list[tuple[Trial, str]] = []
         self.lock = threading.Lock()
+        self.shown = 0.0
         self.children: set[subprocess.Popen] = set()
         self.stopped = False
 
@@ -200,7 +204,10 @@ class _Queue:
 
     def _report(self, trial: Trial, done: int, total: int) -> None:
         with self.lock:
-            self.bar.set_postfix_str(f"{trial.scheme}, seed {trial.seed}: epoch {done}/{total}")
+            # A widget sends messages for each change, and a reader that is slower than epochs would lose some.
+            due = time.monotonic() - self.shown > _SECONDS_PER_REPORT
+            self.shown = time.monotonic() if due else self.shown
+            self.bar.set_postfix_str(f"{trial.scheme}, seed {trial.seed}: epoch {done}/{total}", refresh=due)
 
     def _close(self, trial: Trial, finished: bool, failure: str | None = None) -> None:
         with self.lock:
