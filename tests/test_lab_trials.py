@@ -317,9 +317,7 @@ def test_fast_epochs_are_not_all_shown(tmp_path):
             shown.append((text, refresh))
 
     queue = runner._Queue([], tmp_path, False, Bar())
-    for epoch in range(
-        1000
-    ):  # each would be several messages of a widget; Jupyter's sockets drop what they cannot hold
+    for epoch in range(1000):  # each would be messages of a widget; sockets drop what they cannot hold
         queue._report(tiny("bit"), epoch + 1, 1000)
     assert shown[-1] == ("bit, seed 0: epoch 1000/1000", False)
     assert sum(refresh for _, refresh in shown) <= 2
