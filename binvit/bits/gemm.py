@@ -19,7 +19,7 @@ from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, u
 from binvit.bits.packing import check_words, pack_signs, word_count
 from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_common_bits, tile_of_signs
 
-_ROW_BLOCK = 48  # rows of one parallel task: enough to amortize a panel's way into the first-level cache
+_ROW_BLOCK = 240  # rows that meet a panel one after the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +142,15 @@ def binary_matmul(
     if mask is not None:
         _multiply_masked(rows, weights.panels, mask.panels, K, out)
         return out
+    count = get_threads() if threads is None else check_threads(threads)
     # Less work than this is done before other threads have woken up.
-    if out.size * K < 4_000_000 or (get_threads() if threads is None else check_threads(threads)) == 1:
+    if out.size * K < 4_000_000 or count == 1:
         _multiply(rows, weights.panels, K, out)
     elif threads is None:
-        _multiply_parallel(rows, weights.panels, K, out)
+        _multiply_parallel(rows, weights.panels, K, out, count)
     else:
-        with use_threads(threads):
-            _multiply_parallel(rows, weights.panels, K, out)
+        with use_threads(threads) as available:
+            _multiply_parallel(rows, weights.panels, K, out, available)
     if unsigned:
         out += weights.sums(K)[: weights.columns]
         out >>= 1
@@ -219,19 +220,26 @@ def _multiply_rows(rows, panels, panel, length, out, start, stop, scratch):
 
 
 @kernel
-def _multiply(rows, panels, length, out):
+def _multiply_share(rows, panels, length, out, task, tasks):
+    # Neighbouring blocks of rows and panels, so that a panel stays in the first-level cache.
     scratch = np.empty((TILE, PANEL), np.int32)
-    for panel in range(panels.shape[0]):
-        _multiply_rows(rows, panels, panel, length, out, 0, out.shape[0], scratch)
+    blocks = (out.shape[0] + _ROW_BLOCK - 1) // _ROW_BLOCK
+    units = panels.shape[0] * blocks
+    for unit in range(units * task // tasks, units * (task + 1) // tasks):
+        start = unit % blocks * _ROW_BLOCK
+        stop = min(start + _ROW_BLOCK, out.shape[0])
+        _multiply_rows(rows, panels, unit // blocks, length, out, start, stop, scratch)
+
+
+@kernel
+def _multiply(rows, panels, length, out):
+    _multiply_share(rows, panels, length, out, 0, 1)
 
 
 @kernel(parallel=True)
-def _multiply_parallel(rows, panels, length, out):
-    blocks = (out.shape[0] + _ROW_BLOCK - 1) // _ROW_BLOCK
-    for task in numba.prange(panels.shape[0] * blocks):
-        scratch = np.empty((TILE, PANEL), np.int32)
-        start = task % blocks * _ROW_BLOCK
-        _multiply_rows(rows, panels, task // blocks, length, out, start, min(start + _ROW_BLOCK, out.shape[0]), scratch)
+def _multiply_parallel(rows, panels, length, out, tasks):
+    for task in numba.prange(tasks):
+        _multiply_share(rows, panels, length, out, task, tasks)
 
 
 @kernel

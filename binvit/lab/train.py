@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from binvit.lab.batches import Batches
 from binvit.lab.checkpoint import CheckpointInfo, load_checkpoint, new_model, save_checkpoint
 from binvit.lab.data import ImageData, load_data
-from binvit.lab.evaluation import classify, on_bits
+from binvit.lab.evaluation import Classifier, classify, on_bits
 from binvit.lab.models import build_model
 from binvit.lab.optimizers import new_optimizer, new_schedule
 from binvit.lab.recipes import Recipe
@@ -128,6 +128,7 @@ class _Run:
         # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
         self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
         self.position = Position()
+        self.classifier: Classifier | None = None  # of the trained model, made once for all images
         self.saved = time.monotonic()
 
     def train(self, progress: Progress | None) -> None:
@@ -154,7 +155,7 @@ class _Run:
     def measure(self) -> TrialResult:
         """Evaluate the trained model and remove the state that is no longer needed."""
         train = self.data.train
-        predictions = classify(on_bits(self.model), self.train_images, self.device)
+        predictions = classify(self.classifier or on_bits(self.model), self.train_images, self.device)
         wrong = train.labels != train.clean_labels
         noisy = self.trial.label_noise > 0
         result = TrialResult(
@@ -239,7 +240,8 @@ class _Run:
         last = epoch + 1 == epochs
         test_accuracy = None
         if last or (epoch + 1) % self.recipe.eval_every == 0:
-            predictions = classify(on_bits(self.model), self.test_images, self.device)
+            self.classifier = on_bits(self.model)
+            predictions = classify(self.classifier, self.test_images, self.device)
             test_accuracy = float(np.mean(predictions == self.data.test.labels))
         return {
             "stage": self.position.stage,
