@@ -1,5 +1,7 @@
 """Benchmarks on tiny models: what the tables say of themselves, not how fast this machine is."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -104,6 +106,14 @@ def test_claims_about_speed_can_fail():
     models = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [7.0, 1.0]})
     verdicts = [claim.verdict for claim in efficiency.speed_claims(kernels, models)]
     assert verdicts == ["no", "undecided", "undecided", "yes", "yes", "yes"]
+    training = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [1.0, 1.6]})
+    assert efficiency.speed_claims(kernels, models, training)[-1].verdict == "no"
+
+
+def test_long_runs_are_counted_once_a_turn_and_short_ones_three_times():
+    times = timing.interleave({"long": lambda: time.sleep(0.11), "short": lambda: time.sleep(0.001)}, least=2, most=2)
+    assert {name: len(values) for name, values in times.items()} == {"long": 2, "short": 6}
+    assert min(times["long"]) >= 0.11
 
 
 def test_claims_about_size_follow_the_audit():

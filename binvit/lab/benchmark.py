@@ -180,8 +180,11 @@ def benchmark_growth(
         The rows of `benchmark_models` for one image, with the column "grows" ("tokens" or "width").
     """
     options = {"peers": ["timm float32"], "variants": ["binvit gsb"], "threads": threads, "seconds": seconds}
-    tables = [benchmark_models((1,), image_size=side, depth=depth, **options).assign(grows="tokens") for side in sides]
-    tables += [benchmark_models((1,), width=width, depth=depth, **options).assign(grows="width") for width in widths]
+    sizes = dict.fromkeys([(side, 384) for side in sides] + [(224, width) for width in widths])
+    for side, width in sizes:
+        sizes[side, width] = benchmark_models((1,), image_size=side, width=width, depth=depth, **options)
+    tables = [sizes[side, 384].assign(grows="tokens") for side in sides]
+    tables += [sizes[224, width].assign(grows="width") for width in widths]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -199,7 +202,7 @@ def benchmark_training(
         batch: Images per step.
         variants: Keys of `VARIANTS`.
         threads: Threads of every contender.
-        rounds: Rounds of three timed steps.
+        rounds: Rounds of one timed step, or of three if they are short.
         depth: Blocks.
         image_size: Pixels of an image's side, a multiple of 16.
 
@@ -252,12 +255,17 @@ def benchmark_memory(batch: int = 1, width: int = 384, depth: int = 12) -> pd.Da
         files = {"timm float32": Path(folder) / "float.pt", "binvit gsb": Path(folder) / "packed.safetensors"}
         torch.save(model.state_dict(), files["timm float32"])
         save(pack(calibrated_model(model, "binvit gsb")), files["binvit gsb"])
+        processes = {}
         for name, path in files.items():
             code = (
                 f"from binvit.lab.benchmark import peak_memory as p; print(p({str(path)!r}, {batch}, {width}, {depth}))"
             )
-            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            peak = int(run.stdout)
+            processes[name] = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for name, path in files.items():
+            answer, _ = processes[name].communicate()
+            if processes[name].returncode:
+                raise RuntimeError(f"The process that measures the memory of {name} ended with an error.")
+            peak = int(answer)
             rows.append({"contender": name, "batch": batch, "file_bytes": path.stat().st_size, "peak_bytes": peak})
     return pd.DataFrame(rows)
 

@@ -120,12 +120,13 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
     return fig
 
 
-def speed_claims(kernels: pd.DataFrame, models: pd.DataFrame) -> list[Claim]:
+def speed_claims(kernels: pd.DataFrame, models: pd.DataFrame, training: pd.DataFrame | None = None) -> list[Claim]:
     """Check how many times as fast as their peers the products and the whole model are, at the worst shape and batch.
 
     Args:
         kernels: What `binvit.lab.benchmark.benchmark_kernels` returned.
         models: What `binvit.lab.benchmark.benchmark_models` returned.
+        training: What `binvit.lab.benchmark.benchmark_training` returned, if it was measured.
 
     Returns:
         Claims whose verdicts depend on the machine.
@@ -144,6 +145,9 @@ def speed_claims(kernels: pd.DataFrame, models: pd.DataFrame) -> list[Claim]:
     found.append(
         check_value("The whole model is at least 1.2 times as fast as its fastest peer here.", fastest, at_least=1.2)
     )
+    if training is not None:
+        step = training.set_index("contender")["times"].drop("timm float32").max()
+        found.append(check_value("A training step takes at most 1.5 times the float step.", step, at_most=1.5))
     return found
 
 

@@ -14,7 +14,8 @@ from binvit.bits.jit import check_threads
 
 _PAUSE = 0.01  # seconds; OpenMP's threads were seen to spin for 4 ms after a product
 _WARM_UP = 0.002  # seconds
-_COUNTED = 3
+_COUNTED = 3  # runs per turn; one of those that last longer than the next number of seconds
+_LONG = 0.1
 
 Contenders = Mapping[str, Callable[[], object]]
 
@@ -44,12 +45,13 @@ def use_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
-def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, most: int = 400) -> dict[str, np.ndarray]:
+def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, most: int = 400) -> dict[str, np.ndarray]:
     """Run all contenders in turn, round by round, and return the seconds of each run.
 
     Before its turn every contender gets a pause, since the threads of the one before spin for some milliseconds after
     their last product, on the cores that the next one needs. Then it runs once to bring its own threads and data
-    back, and its next three runs count: each is measured as if it were alone and busy.
+    back, and its next three runs count, or its next run if that is a long one: each is measured as if it were alone and
+    busy.
 
     Args:
         contenders: What to run, by name; the first call of each, which may compile, is not counted.
@@ -58,7 +60,7 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, mos
         most: Most rounds.
 
     Returns:
-        For each name, seconds per run, float64 (3 rounds,).
+        For each name, seconds per run, float64 (rounds or 3 rounds,).
     """
     once = {}
     for name, run in contenders.items():
@@ -66,7 +68,8 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, mos
         start = time.perf_counter()
         run()
         once[name] = time.perf_counter() - start
-    spent = sum(_PAUSE + max(_WARM_UP, duration) + _COUNTED * duration for duration in once.values())
+    counted = {name: _COUNTED if duration < _LONG else 1 for name, duration in once.items()}
+    spent = sum(_PAUSE + max(_WARM_UP, duration) + counted[name] * duration for name, duration in once.items())
     rounds = int(np.clip(len(contenders) * seconds / max(spent, 1e-9), least, most))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -76,7 +79,7 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 7, mos
             run()
             while time.perf_counter() - start < _WARM_UP:
                 run()
-            for _ in range(_COUNTED):
+            for _ in range(counted[name]):
                 start = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - start)
