@@ -5,96 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
-from binvit.bits import attention, bias, head, linear, softmax, value
+from binvit.bits import attention, bias, head, linear, value
 
 FLOAT = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
-SCALE = 0.15
 
 
 def random_signs(rng, *shape):
     return rng.integers(0, 2, shape) * 2 - 1
-
-
-def unpack_planes(planes, groups, tokens):
-    """uint32 (G P, 2 P, 64) -> bits (G, T, T)."""
-    panels = planes.shape[1] // 2
-    shaped = planes.reshape(groups, panels, 2 * panels, 64).transpose(0, 1, 3, 2)  # group, panel, query, step
-    octets = np.ascontiguousarray(shaped).view(np.uint8).reshape(groups, 64 * panels, -1)
-    return np.unpackbits(octets, axis=-1, bitorder="little")[:, :tokens, :tokens]
-
-
-def make_bias(rng, kind, grid, prefix):
-    tokens = prefix + grid[0] * grid[1]
-    if kind == "full":
-        values = rng.normal(scale=0.01, size=(2, tokens, tokens)).astype(FLOAT)
-        return bias.full_bias(values), values
-    if kind == "relative":
-        entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * prefix + 2 * prefix
-        values = rng.normal(scale=0.01, size=(2, entries)).astype(FLOAT)
-        return bias.relative_bias(values, grid, prefix), reference.relative_bias(values, grid, prefix)
-    return bias.no_bias(), np.zeros((2, 1, 1))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.tuples(st.integers(1, 9), st.integers(1, 18)),
-    st.integers(0, 2),
-    st.integers(1, 140),
-    st.sampled_from(["none", "full", "relative"]),
-    st.booleans(),
-    SEEDS,
-)
-def test_groups_of_a_map_are_its_elements_above_the_cuts(grid, prefix, width, kind, inclusive, seed):
-    rng = np.random.default_rng(seed)
-    tokens = prefix + grid[0] * grid[1]
-    q, k = random_signs(rng, tokens, 2, width), random_signs(rng, tokens, 2, width)
-    k = np.where(rng.random(k.shape) < rng.random(), q, k)
-    words = [bits.pack_signs(x).reshape(tokens, -1) for x in (q, k)]
-    table = softmax.exponential_table(SCALE, width)
-    prepared, values = make_bias(rng, kind, grid, prefix)
-    offsets, ratios = np.array([0.5 / tokens, 0, 0], FLOAT), np.array([0, 0.7, 0.9], FLOAT)
-    workspace = head.make_workspace(1, tokens, width, 3, 1, kind != "none")
-    first = bits.word_count(width)
-    fixed = softmax.fixed_point_planes(table)
-    head.compute_map(workspace, 0, *words, (first, first), width, table, fixed, prepared, 1)
-    largest = workspace.largest[0]
-    head.pack_map(workspace, 0, table, offsets, ratios, np.full(3, inclusive), largest)
-
-    expected = reference.softmax_map(q[:, 1], k[:, 1], SCALE, values[1])
-    np.testing.assert_allclose(largest, expected.max(axis=1), rtol=2e-6, atol=1e-7)
-    groups = unpack_planes(workspace.planes[0], 3, tokens)
-    np.testing.assert_array_equal(workspace.sizes[0][:, :tokens], groups.sum(axis=2))
-    for group, offset, ratio in zip(groups, offsets, ratios, strict=True):
-        cut = offset + ratio * expected.max(axis=1, keepdims=True)
-        decided = np.abs(expected - cut) > 1e-6
-        np.testing.assert_array_equal(group[decided], (expected > cut)[decided])
-
-
-@pytest.mark.parametrize("width", [64, 130])
-def test_rows_whose_scores_span_the_whole_table_sum_up(width):
-    q = np.ones((3, width))
-    k = np.stack([q[0], -q[0], q[0]])
-    table = softmax.exponential_table(0.001, width)
-    keys, counts = np.zeros((1, -(-width // 8), 64), np.uint8), np.zeros((3, 64), np.uint8)
-    smallest, sums = np.zeros(3, np.uint8), np.zeros(3, FLOAT)
-    attention.prepare_keys(bits.pack_signs(k), 0, width, keys)
-    attention.score_counts(bits.pack_signs(q), 0, width, keys, counts, smallest, 0, 3)
-    softmax.softmax_sums(counts, smallest, table, softmax.fixed_point_planes(table), sums, 0, 3)
-    np.testing.assert_array_equal(counts[:, :3], [[0, width, 0]] * 3)
-    assert (counts[:, 3:] == 255).all()
-    np.testing.assert_allclose(sums, 2 + np.exp(-0.002 * width), rtol=1e-6)
-
-
-def test_equal_elements_are_in_an_inclusive_group_only():
-    words = bits.pack_signs(np.ones((5, 8)))
-    table = softmax.exponential_table(SCALE, 8)
-    workspace = head.make_workspace(1, 5, 8, 2, 1, False)
-    fixed = softmax.fixed_point_planes(table)
-    head.compute_map(workspace, 0, words, words, (0, 0), 8, table, fixed, bias.no_bias(), 0)
-    ones = np.ones(2, FLOAT)
-    head.pack_map(workspace, 0, table, 0 * ones, ones, np.array([False, True]), workspace.largest[0])
-    np.testing.assert_array_equal(workspace.sizes[0][:, :5], [[0] * 5, [5] * 5])
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,9 +34,8 @@ def test_superposed_product_equals_its_exact_integers_combined_in_order(
     workspace.attention[0] = -np.inf
     workspace.attention[0][:, :tokens] = rng.random((tokens, tokens)) ** 2
     offsets = np.sort(rng.random(attention_groups)).astype(FLOAT)
-    zeros = np.zeros(attention_groups)
-    table = softmax.exponential_table(1, width)
-    head.pack_map(workspace, 0, table, offsets, zeros.astype(FLOAT), zeros > 0, np.zeros(tokens, FLOAT))
+    cuts = np.repeat(offsets[:, None], tokens, axis=1)
+    attention.planes_above(workspace.attention[0], cuts, workspace.planes[0], workspace.sizes[0], 0, tokens)
     groups = workspace.attention[0][:, :tokens] > offsets[:, None, None]
 
     packed = bits.pack_signs(x)
@@ -159,13 +76,11 @@ def test_sparse_groups_are_listed_and_dense_ones_multiplied():
     np.testing.assert_array_equal(entries[2, :2], [2 * 3 + 1, 2 * 5])
 
 
-def test_impossible_heads_scales_and_biases_are_refused():
+def test_impossible_heads_and_biases_are_refused():
     with pytest.raises(ValueError, match=r"1 to 254 channels wide .* not 255"):
         head.make_workspace(1, 5, 255, 1, 1, False)
     with pytest.raises(ValueError, match=r"1 to 254 channels wide .* not 0"):
-        softmax.exponential_table(1, 0)
-    with pytest.raises(ValueError, match="must be positive, not -1"):
-        softmax.exponential_table(-1, 8)
+        head.make_workspace(1, 5, 0, 1, 1, False)
     with pytest.raises(ValueError, match=r"\(heads, tokens, tokens\), not \(2, 3, 4\)"):
         bias.full_bias(np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"2 x 3 patches and 1 prefix .* \(heads, 18\), not \(2, 17\)"):

@@ -22,6 +22,8 @@ from binvit.bits.jit import kernel, vector_code
 from binvit.bits.lanes import column_sizes, write_bytes_below, write_floats_above
 from binvit.bits.tile import PANEL, steps_of
 
+MAX_HEAD_WIDTH = 254
+"""Channels of a head at most: popcounts are bytes, and 255 marks padding."""
 _ROWS = 6
 
 
@@ -167,34 +169,6 @@ def score_counts(words, first, width, keys, counts, smallest, start, stop):
 
 
 @kernel
-def group_bounds(table, smallest, sums, cuts, bounds, start, stop):
-    """Turns thresholds of the attention map into bounds of the popcount: A > cut exactly where p < bound.
-
-    Args:
-        table: from `exponential_table`.
-        smallest: from `score_counts`.
-        sums: from `softmax_sums`.
-        cuts: float32 (G, T), a threshold per group and query row. For A >= cut pass the next smaller number.
-        bounds: uint8 (G, T), columns start to stop are overwritten.
-        start: first query.
-        stop: one past the last query.
-    """
-    levels = table.shape[0]
-    for g in range(cuts.shape[0]):
-        for row in range(start, stop):
-            least = np.int64(smallest[row])
-            # The table falls: bisect for the number of levels above the cut.
-            low, high = 0, levels - least
-            while low < high:
-                middle = (low + high) // 2
-                if table[middle] / sums[row] > cuts[g, row]:
-                    low = middle + 1
-                else:
-                    high = middle
-            bounds[g, row] = least + low
-
-
-@kernel
 def _count_columns(planes, groups, steps, sizes, start, stop):
     panels = planes.shape[0] // groups
     scratch = np.empty((1, PANEL), np.int32)
@@ -211,7 +185,7 @@ def planes_below(counts, bounds, planes, sizes, start, stop):
 
     Args:
         counts: from `score_counts`.
-        bounds: uint8 (G, T), from `group_bounds`, or any others: bound b means scores above d - 2 b.
+        bounds: uint8 (G, T), one per group and query row: bound b means scores above d - 2 b.
         planes: uint32 (G * P, 2 P, 64), the columns of queries start to stop are overwritten.
         sizes: int32 (G, 64 P), entries start to stop are overwritten.
         start: first query.
@@ -230,7 +204,7 @@ def planes_above(attention, cuts, planes, sizes, start, stop):
     """Packs the groups of a map of floats: the bits 1[A > cut].
 
     Args:
-        attention: float32 (T, 64 P), from `biased_map` or any other; padding is minus infinity.
+        attention: float32 (T, 64 P); padding is minus infinity.
         cuts: float32 (G, T), a threshold per group and query row. For A >= cut pass the next smaller number.
         planes: as in `planes_below`.
         sizes: as in `planes_below`.

@@ -1,9 +1,9 @@
-"""One head of binary attention from packed queries and keys to the packed input of the projection, in five steps.
+"""The memory of one head of binary attention, and the steps of its value and of its product with the map.
 
-`compute_map` and `pack_map` turn queries and keys into attention planes, `compute_values` and `pack_values` turn packed
-tokens into value planes, `multiply` combines both. The steps are kernels; a caller whose maxima run over more than one
-head does a step for all heads, reduces, and goes on. All intermediates live in a `Workspace`, so that nothing is
-allocated per image.
+`compute_values` and `pack_values` turn packed tokens into value planes, `multiply` combines them with the planes of the
+map, which `binvit.bits.attention` and `binvit.packed.softmax` make. The steps are kernels; a caller whose maxima run
+over more than one head does a step for all heads, reduces, and goes on. All intermediates live in a `Workspace`, so
+that nothing is allocated per image.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from binvit.bits.attention import group_bounds, planes_above, planes_below, prepare_keys, score_counts
-from binvit.bits.bias import relative_rows
+from binvit.bits.attention import MAX_HEAD_WIDTH
 from binvit.bits.jit import aligned_empty, kernel
 from binvit.bits.packing import word_count
-from binvit.bits.softmax import MAX_HEAD_WIDTH, biased_map, softmax_sums
 from binvit.bits.value import attend, entry_capacity, extrema, linear_transposed, signs_to_words, value_planes
 
 _BIAS_ROWS = 16
@@ -112,74 +110,6 @@ def make_workspace(
 
 
 @kernel
-def compute_map(workspace, slot, queries, keys, first, width, table, fixed, bias, head):
-    """Computes what decides the groups of one head's attention map; `workspace.largest` then holds its row maxima.
-
-    Args:
-        workspace: a `Workspace`.
-        slot: which slot of it.
-        queries: uint64 (T, W), packed queries; every head starts at a word of its own.
-        keys: uint64 (T, W), packed keys, alike; may be the same array with another `first`.
-        first: pair of integers, the head's first word in `queries` and in `keys`.
-        width: d.
-        table: float32, `exponential_table` of the score's scale.
-        fixed: uint8 (4, 64), `fixed_point_planes` of the table.
-        bias: a `Bias`.
-        head: which head of the bias.
-    """
-    tokens = queries.shape[0]
-    counts, smallest, sums = workspace.counts[slot], workspace.smallest[slot], workspace.sums[slot]
-    largest = workspace.largest[slot]
-    prepare_keys(keys, first[1], width, workspace.keys[slot])
-    score_counts(queries, first[0], width, workspace.keys[slot], counts, smallest, 0, tokens)
-    softmax_sums(counts, smallest, table, fixed, sums, 0, tokens)
-    if bias.full.shape[0] > 0:
-        attention = workspace.attention[slot]
-        biased_map(counts, smallest, table, sums, bias.full[head], 0, attention, largest, 0, tokens)
-    elif bias.runs.shape[0] > 0:
-        attention, rows = workspace.attention[slot], workspace.bias_rows[slot]
-        runs, prefix_rows, prefix_keys = bias.runs[head], bias.prefix_rows[head], bias.prefix_keys[head]
-        for start in range(0, tokens, _BIAS_ROWS):
-            stop = min(start + _BIAS_ROWS, tokens)
-            relative_rows(runs, prefix_rows, prefix_keys, bias.width, tokens, rows, start, stop)
-            biased_map(counts, smallest, table, sums, rows, start, attention, largest, start, stop)
-    else:
-        for row in range(tokens):
-            largest[row] = table[0] / sums[row]
-
-
-@kernel
-def pack_map(workspace, slot, table, offsets, ratios, inclusive, maxima):
-    """Packs the groups of one head's attention map: A > offset + ratio * maximum, or >= where `inclusive`.
-
-    Args:
-        workspace: a `Workspace` after `compute_map`.
-        slot: which slot of it.
-        table: the one `compute_map` had.
-        offsets: float32 (G,).
-        ratios: float32 (G,).
-        inclusive: bool (G,).
-        maxima: float32 (T,), the maximum to compare each row with: `workspace.largest[slot]` for row maxima, else any
-            other, repeated.
-    """
-    tokens = maxima.shape[0]
-    cuts, planes, sizes = workspace.cuts[slot], workspace.planes[slot], workspace.sizes[slot]
-    for g in range(offsets.shape[0]):
-        offset, ratio = offsets[g], ratios[g]
-        for row in range(tokens):
-            cuts[g, row] = offset + ratio * maxima[row]
-        if inclusive[g]:
-            for row in range(tokens):
-                cuts[g, row] = np.nextafter(cuts[g, row], np.float32(-np.inf))
-    if workspace.attention.shape[1] > 0:
-        planes_above(workspace.attention[slot], cuts, planes, sizes, 0, tokens)
-    else:
-        counts, bounds = workspace.counts[slot], workspace.bounds[slot]
-        group_bounds(table, workspace.smallest[slot], workspace.sums[slot], cuts, bounds, 0, tokens)
-        planes_below(counts, bounds, planes, sizes, 0, tokens)
-
-
-@kernel
 def compute_values(workspace, slot, weights, first_row, panels, tokens, length, scale, bias, shift):
     """Computes one head's value, transposed, into `workspace.values`.
 
@@ -232,7 +162,7 @@ def multiply(workspace, slot, tokens, coefficients, shift, words, first_word, fl
     """Multiplies one head's map with its value and packs the signs of the shifted output.
 
     Args:
-        workspace: a `Workspace` after `pack_map` and `pack_values`.
+        workspace: a `Workspace` whose `planes` and `sizes` hold the map, after `pack_values`.
         slot: which slot of it.
         tokens: T.
         coefficients: float32 (G_a, G_v), the products of both scales.

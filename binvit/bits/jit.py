@@ -25,8 +25,6 @@ else:
 
 FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
 """Whether one instruction looks up 16 floats in a table of 32."""
-BYTE_PERMUTE = JIT and {"avx512bw", "avx512vbmi"} <= _FEATURES
-"""Whether one instruction looks up 64 bytes in a table of 64."""
 
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 

@@ -15,9 +15,9 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from binvit import bits
+from binvit.bits.attention import MAX_HEAD_WIDTH
 from binvit.bits.bias import Bias, full_bias, no_bias, relative_bias
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
-from binvit.bits.softmax import MAX_HEAD_WIDTH
 from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, HeadSign, MapThreshold, ScoreSign, ThreeMaps
 from binvit.nn.modules import BinaryMlp
 from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
