@@ -19,6 +19,7 @@ from binvit.bits.jit import aligned_empty, check_threads, get_threads, kernel, u
 from binvit.bits.packing import check_words, pack_signs, word_count
 from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_common_bits, tile_of_signs
 
+_WORDS, _HALVES = np.dtype("<u8"), np.dtype("<u4")
 _ROW_BLOCK = 240  # rows that meet a panel one after the other
 
 
@@ -180,8 +181,8 @@ def halves(words: np.ndarray) -> np.ndarray:
     Returns:
         uint32 (..., 2 words), C-contiguous, low half first; a view where the words are contiguous.
     """
-    words = np.ascontiguousarray(words, "<u8")
-    return words.view("<u4") if words.size else np.zeros((*words.shape[:-1], 2 * words.shape[-1]), np.uint32)
+    words = np.ascontiguousarray(words, _WORDS)
+    return words.view(_HALVES) if words.size else np.zeros((*words.shape[:-1], 2 * words.shape[-1]), np.uint32)
 
 
 def _matrix(words: np.ndarray, name: str) -> np.ndarray:
@@ -192,7 +193,7 @@ def _matrix(words: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, name: str) -> None:
-    if length < 0 or a_bits.shape[1] != weights.words or weights.words != word_count(length):
+    if length < 0 or not a_bits.shape[1] == weights.words == word_count(length):
         raise ValueError(
             f"Operands of shapes {a_bits.shape} and {weights.shape} ({name}) cannot be multiplied over K = {length} "
             f"bits: both need {word_count(max(length, 0))} words of 64 bits in a row."

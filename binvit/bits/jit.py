@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ else:
 
 FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
 """Whether one instruction looks up 16 floats in a table of 32."""
+
+_CHOSEN = threading.local()
 
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
@@ -134,6 +137,7 @@ def set_threads(threads: int | None = None) -> int:
     threads = min(check_threads(threads), limit)
     if JIT:
         numba.set_num_threads(threads)
+        _CHOSEN.threads = threads
     return threads
 
 
@@ -160,7 +164,8 @@ def get_threads() -> int:
     Returns:
         The number set by `set_threads`, by default all that numba started with.
     """
-    return numba.get_num_threads() if JIT else 1
+    chosen = getattr(_CHOSEN, "threads", None)  # numba takes a microsecond to answer
+    return chosen or (numba.get_num_threads() if JIT else 1)
 
 
 @contextmanager
