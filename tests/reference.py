@@ -43,12 +43,10 @@ def relative_bias(table, grid, prefix):
             if query >= prefix and key >= prefix:
                 (y, x), (key_y, key_x) = divmod(query - prefix, w), divmod(key - prefix, w)
                 entry = (y - key_y + h - 1) * (2 * w - 1) + x - key_x + w - 1
-            elif query < prefix and key < prefix:
-                entry = positions + query * prefix + key
             elif query < prefix:
-                entry = positions + prefix * prefix + query
+                entry = positions + query * tokens + key
             else:
-                entry = positions + prefix * prefix + prefix + key
+                entry = positions + prefix * tokens + key
             bias[:, query, key] = table[:, entry]
     return bias
 

@@ -83,5 +83,5 @@ def test_impossible_heads_and_biases_are_refused():
         head.make_workspace(1, 5, 0, 1, 1, False)
     with pytest.raises(ValueError, match=r"\(heads, tokens, tokens\), not \(2, 3, 4\)"):
         bias.full_bias(np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match=r"2 x 3 patches and 1 prefix .* \(heads, 18\), not \(2, 17\)"):
+    with pytest.raises(ValueError, match=r"2 x 3 patches and 1 prefix .* \(heads, 23\), not \(2, 17\)"):
         bias.relative_bias(np.zeros((2, 17)), (2, 3), 1)

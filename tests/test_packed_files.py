@@ -138,11 +138,18 @@ def test_biases_and_positions_are_halved_only_where_no_prediction_changes(tmp_pa
     exact = binvit.pack(model, exact=True, images=X)
     assert exact.tensors[name].dtype == exact.tensors["pos_embed"].dtype == torch.float32
     assert torch.equal(exact(X), logits_of(model, X))
-    for block in model.blocks:  # so large a bias that rounding moves every map
-        block.attn.bias.values.data.normal_(std=1e6)
-    assert binvit.pack(model, images=images(64)).tensors[name].dtype == torch.float32
+    for block in model.blocks:  # 60010 becomes 60000 and 54005 becomes 54016, which then is above 0.9 of the maximum
+        values = block.attn.bias.values.data
+        values.copy_(torch.tensor([60010.0, 54005.0, 0.0])[torch.randint(0, 3, values.shape)])
+        block.attn.attention_binarizer.scale3.data.fill_(5)  # of that group
+    many = images(64)
+    model.head.bias.data.sub_(logits_of(model, many).mean(0))  # close to a draw
+    assert binvit.pack(model, images=many).tensors[name].dtype == torch.float32
+    for block in model.blocks:
+        block.attn.bias.values.data.fill_(1e6)  # beyond float16's range, but the same for all
+    assert binvit.pack(model, images=X).tensors[name].dtype == torch.float32
     with torch.no_grad():
-        model.pos_embed.mul_(1e9)  # beyond float16's range
+        model.pos_embed.mul_(1e9)  # beyond it, too
     for block in model.blocks:
         block.attn.bias.values.data.normal_(std=1e-3)
     both = binvit.pack(model, images=X)

@@ -35,7 +35,7 @@ def make_bias(rng, kind, grid, prefix):
         values = rng.normal(scale=0.01, size=(2, tokens, tokens)).astype(FLOAT)
         return bias.full_bias(values), values
     if kind == "relative":
-        entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * prefix + 2 * prefix
+        entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * (tokens + 1)
         values = rng.normal(scale=0.01, size=(2, entries)).astype(FLOAT)
         return bias.relative_bias(values, grid, prefix), reference.relative_bias(values, grid, prefix)
     return bias.no_bias(), np.zeros((2, 1, 1))

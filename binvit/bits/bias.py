@@ -68,9 +68,9 @@ def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bia
     """Prepares one number per head and relative position of two patches.
 
     Args:
-        values: (H, (2 h - 1)(2 w - 1) + prefix**2 + 2 prefix), any float type: the positions of the query relative to
-            the key, row by row; the pairs of prefix tokens; one number per prefix token as a query of patches; one per
-            prefix token as a key of patches.
+        values: (H, (2 h - 1)(2 w - 1) + prefix T + prefix), any float type, for T = prefix + h w tokens: the positions
+            of the query relative to the key, row by row; the rows of the prefix tokens, which have no position; one
+            number per prefix token as a key of patches.
         grid: h and w, the patches along height and width.
         prefix: number of tokens before the patches.
 
@@ -81,8 +81,8 @@ def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bia
         ValueError: if the table's length does not fit the grid and prefix.
     """
     values, (h, w) = np.asarray(values, np.float32), grid
-    positions = (2 * h - 1) * (2 * w - 1)
-    wanted = positions + prefix * prefix + 2 * prefix
+    positions, tokens = (2 * h - 1) * (2 * w - 1), prefix + h * w
+    wanted = positions + prefix * tokens + prefix
     if values.ndim != 2 or values.shape[1] != wanted:
         raise ValueError(
             f"A relative attention bias of {h} x {w} patches and {prefix} prefix tokens has the shape "
@@ -91,9 +91,8 @@ def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bia
     heads = len(values)
     runs = np.zeros((heads, positions + _RUN), np.float32)  # a run is copied in whole vectors
     runs[:, :positions] = values[:, positions - 1 :: -1] if positions else 0
-    pairs, queries, keys = np.split(values[:, positions:], [prefix * prefix, prefix * prefix + prefix], axis=1)
-    patches = np.broadcast_to(queries[:, :, None], (heads, prefix, h * w))
-    rows = np.concatenate([pairs.reshape(heads, prefix, prefix), patches], axis=2)
+    rows, keys = np.split(values[:, positions:], [prefix * tokens], axis=1)
+    rows = rows.reshape(heads, prefix, tokens)
     return _bias(runs=runs, prefix_rows=_padded(rows), prefix_keys=np.ascontiguousarray(keys), width=w)
 
 

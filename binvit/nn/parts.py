@@ -135,7 +135,8 @@ class AttentionBias(nn.Module):
 
     Args:
         kind: "full" (one value per head and pair of tokens) or "relative" (one per head and relative position of two
-            patches, plus one per head for every pair that involves a prefix token and, for patches, per prefix token).
+            patches; the row of a prefix token, which has no position, in full; one per prefix token as a key of
+            patches).
         heads: Number of heads.
         grid: Patches along height and width.
         prefix: Number of tokens before the patches (class, distillation, registers).
@@ -154,14 +155,15 @@ class AttentionBias(nn.Module):
     @staticmethod
     def table_size(grid: tuple[int, int], prefix: int) -> int:
         """Number of values per head of a relative bias."""
-        return (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * prefix + 2 * prefix
+        h, w = grid
+        return (2 * h - 1) * (2 * w - 1) + prefix * (prefix + h * w) + prefix
 
     @staticmethod
     def relative_index(grid: tuple[int, int], prefix: int) -> Tensor:
         """Return where in the table the bias of each pair of tokens stands, int64 (N, N).
 
-        The table holds the (2 h - 1)(2 w - 1) relative positions row by row, then the pairs of prefix tokens, then one
-        value per prefix token as a query and one per prefix token as a key of a patch.
+        The table holds the (2 h - 1)(2 w - 1) relative positions row by row, then the rows of the prefix tokens, then
+        one value per prefix token as a key of a patch.
         """
         h, w = grid
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -171,9 +173,8 @@ class AttentionBias(nn.Module):
         n = prefix + h * w
         index = torch.empty(n, n, dtype=torch.int64)
         index[prefix:, prefix:] = relative
-        index[:prefix, :prefix] = start + torch.arange(prefix * prefix).view(prefix, prefix)
-        index[:prefix, prefix:] = start + prefix * prefix + torch.arange(prefix)[:, None]
-        index[prefix:, :prefix] = start + prefix * prefix + prefix + torch.arange(prefix)[None]
+        index[:prefix] = start + torch.arange(prefix * n).view(prefix, n)
+        index[prefix:, :prefix] = start + prefix * n + torch.arange(prefix)[None]
         return index
 
     def forward(self) -> Tensor:

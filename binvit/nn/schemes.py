@@ -109,7 +109,8 @@ class Scheme:
         head_input: Rule of the inputs of the heads, a key of `INPUT_RULES`.
         shift: Learned shifts are added to every tensor before it is binarized.
         attention_bias: A learned bias is added to the attention map after the softmax: "full", one value per head and
-            pair of tokens; "relative", one per head and relative position of two patches; "none".
+            pair of tokens; "relative", one per head and relative position of two patches, and the rows of class and
+            distillation token in full; "none".
         activation_limit: The activation of the MLP is clipped to [-limit, limit]; None leaves it as it is.
         rprelu: A shifted PReLU (ReActNet) follows every binarized linear layer.
         shortcut: A norm, the layer's own input and a shifted PReLU (BinaryViT) follow every binarized linear layer.

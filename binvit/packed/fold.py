@@ -67,6 +67,7 @@ def pack(
     halves = {
         name: tensor.half() for name, tensor in tensors.items() if name.endswith(("attn.bias.values", "pos_embed"))
     }
+    halves = {name: half for name, half in halves.items() if half.isfinite().all()}  # within float16's range
     biases = {name: half for name, half in halves.items() if name != "pos_embed"}
     if images is not None and not exact:
         expected = PackedViT(blueprint, tensors).predict(images)
