@@ -84,32 +84,6 @@ write_bytes_below = _make_plane_writer(types.uint8, "<", np.less)
 """``(array, row, number, panels, panel, column, steps)``: the bits uint8 < number of a row into a column."""
 
 
-def _normalized_signs_twin(x, row, start, mean, inverse, gamma, beta, shift):
-    lanes = slice(start, start + LANES)
-    return _word(((x[row, lanes] - mean) * inverse * gamma[lanes] + beta[lanes]) + shift[lanes] >= 0)
-
-
-@vector_code(twin=_normalized_signs_twin)
-def normalized_signs(typing_context, x, row, start, mean, inverse, gamma, beta, shift):
-    """Returns the word of ((x[row, start + i] - mean) * inverse * gamma + beta) + shift >= 0 for 64 lanes i."""
-    vectors = {"gamma": (gamma, types.float32, 1), "beta": (beta, types.float32, 1), "shift": (shift, types.float32, 1)}
-    check_arrays("normalized_signs", {"x": (x, types.float32, 2), **vectors})
-    real, index = types.float32, types.intp
-    signature = types.uint64(x, index, index, real, real, gamma, beta, shift)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, start, mean, inverse, _, _, _ = arguments
-        lane = ir.FloatType()
-        y = builder.fsub(emit.load(emit.address(0, row, start), lane), emit.splat(mean))
-        y = builder.fmul(builder.fmul(y, emit.splat(inverse)), emit.load(emit.address(5, start), lane))
-        y = builder.fadd(y, emit.load(emit.address(6, start), lane))
-        y = builder.fadd(y, emit.load(emit.address(7, start), lane))
-        return emit.word(builder.fcmp_ordered(">=", y, ir.Constant(y.type, None)))
-
-    return signature, codegen
-
-
 def _outside_twin(array, row, start, lower, upper):
     lanes = array[row, start : start + LANES]
     return _word((lanes < lower) | (lanes > upper))
@@ -175,33 +149,6 @@ def affine(typing_context, numbers, row, factor, offset, shift, out, out_row, st
         y = builder.fadd(builder.fadd(y, emit.splat(offset)), emit.splat(shift))
         emit.store(y, emit.address(5, out_row, start))
         return context.get_dummy_value()
-
-    return signature, codegen
-
-
-def _sum_of_64s_twin(x, row, blocks, center, squared):
-    values = x[row, : LANES * blocks] - center
-    return np.sum(values * values if squared else values, dtype=np.float32)
-
-
-@vector_code(twin=_sum_of_64s_twin)
-def sum_of_64s(typing_context, x, row, blocks, center, squared):
-    """Sums x[row] - center, or its squares, over whole blocks of 64 floats; one sum per lane, added by halves."""
-    check_arrays("sum_of_64s", {"x": (x, types.float32, 2)})
-    signature = types.float32(x, types.intp, types.intp, types.float32, types.boolean)
-
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, blocks, center, squared = arguments
-        centers = emit.splat(center)
-        zeros, ones = (ir.Constant(centers.type, [number] * LANES) for number in (0.0, 1.0))
-
-        def step(k, total):
-            lanes = emit.load(emit.address(0, row, builder.mul(k, ir.Constant(_INDEX, LANES))), ir.FloatType())
-            lanes = builder.fsub(lanes, centers)
-            return builder.fadd(total, builder.fmul(lanes, builder.select(squared, lanes, ones)))
-
-        return emit.halve(emit.fold(0, blocks, zeros, step), builder.fadd)
 
     return signature, codegen
 

@@ -1,4 +1,4 @@
-"""Binary linear layers on packed tokens: normalize, shift and pack what goes in; keep bits or floats of what comes out.
+"""Binary linear layers on packed tokens: keep bits or floats of what comes out.
 
 All functions are kernels: compiled code may call them, so that a whole forward pass is one compiled function. They
 work on the token rows start to stop, and never allocate more than a few kilobytes. Layouts, for T tokens, width D, N
@@ -20,7 +20,6 @@ from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
 from binvit.bits.jit import kernel, vector_code
-from binvit.bits.lanes import normalized_signs, sum_of_64s
 from binvit.bits.packing import word_count
 from binvit.bits.tile import PANEL, TILE, clamped_rows, emit_tile, steps_of, tile_of_signs
 
@@ -88,43 +87,6 @@ def pad_outputs(x: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> np.nd
     padded = np.zeros(word_count(len(x)) * PANEL, dtype)
     padded[: len(x)] = x
     return padded
-
-
-@kernel
-def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
-    """Packs the signs of LayerNorm(x) + shift.
-
-    Args:
-        x: float32 (T, D), the residual stream.
-        gamma: float32 (D,), LayerNorm's weight.
-        beta: float32 (D,), LayerNorm's bias.
-        shift: float32 (D,), added before the sign.
-        epsilon: LayerNorm's epsilon.
-        words: uint64 (T, ceil(D / 64)), rows start to stop are overwritten.
-        start: first row.
-        stop: one past the last row.
-    """
-    # No calls with arrays inside the loop: counting their references would take longer than the row itself.
-    width = x.shape[1]
-    whole = width // 64
-    share = np.float32(1) / np.float32(width)
-    for i in range(start, stop):
-        total = sum_of_64s(x, i, whole, np.float32(0), False)
-        for k in range(64 * whole, width):
-            total += x[i, k]
-        mean = total * share
-        squares = sum_of_64s(x, i, whole, mean, True)
-        for k in range(64 * whole, width):
-            squares += (x[i, k] - mean) * (x[i, k] - mean)
-        inverse = np.float32(1) / np.sqrt(squares * share + np.float32(epsilon))
-        for w in range(whole):
-            words[i, w] = normalized_signs(x, i, 64 * w, mean, inverse, gamma, beta, shift)
-        if whole < words.shape[1]:
-            word = np.uint64(0)
-            for k in range(64 * whole, width):
-                if ((x[i, k] - mean) * inverse * gamma[k] + beta[k]) + shift[k] >= 0:
-                    word |= np.uint64(1) << np.uint64(k - 64 * whole)
-            words[i, whole] = word
 
 
 @kernel
