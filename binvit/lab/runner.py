@@ -68,6 +68,7 @@ def run_trials(
         raise ValueError(f"The number of jobs must be a whole number of at least 1, got {jobs!r}.")
     results = {trial: _finished(trial, results_dir, keep_models) for trial in trials}
     pending = [trial for trial, result in results.items() if result is None]
+    pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:
         with tqdm(total=len(pending), unit="trial", disable=not progress) as bar:
             failures = _Queue(pending, Path(results_dir), keep_models, bar).run(min(jobs, len(pending)))
@@ -140,6 +141,13 @@ def run_trial(
             return True
     except Timeout:
         return False
+
+
+def _length(trial: Trial) -> int:
+    """How long a training takes, roughly: epochs of all stages, twice as many for 1-bit models."""
+    recipe = trial.get_recipe()
+    epochs = recipe.epochs + sum(stage.epochs for stage in recipe.stages)
+    return epochs if trial.scheme == "float" else 2 * epochs
 
 
 def _finished(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:
