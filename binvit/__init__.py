@@ -17,6 +17,7 @@ _PUBLIC = {
     "load": "binvit.packed",
     "load_official_gsb": "binvit.nn",
     "pack": "binvit.packed",
+    "round_vectors": "binvit.nn",
     "save": "binvit.packed",
     "scheme": "binvit.nn",
 }

@@ -131,6 +131,8 @@ def test_packed_model_predicts_the_same(capsys, model, tmp_path):
     code, _, _ = run(capsys, "pack", model, "--out", tmp_path / "fast.safetensors")
     assert code == 0
     assert run(capsys, "predict", tmp_path / "fast.safetensors", image)[1].split()[1] == trained[1].split()[1]
+    assert run(capsys, "pack", model, "--float16", "--out", tmp_path / "halves.safetensors")[0] == 0
+    assert (tmp_path / "halves.safetensors").stat().st_size < (tmp_path / "fast.safetensors").stat().st_size
 
 
 def test_pack_refuses_what_it_cannot_pack(capsys, model, tmp_path):

@@ -159,6 +159,26 @@ def test_biases_and_positions_are_halved_only_where_no_prediction_changes(tmp_pa
     assert binvit.pack(model, exact=True).tensors[name].dtype == torch.float16
 
 
+def test_rounded_vectors_are_stored_as_halves_and_keep_the_exact_path(tmp_path):
+    model = trained(binvit.scheme("gsb", attention_bias="relative"))
+    rounded = binvit.round_vectors(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained(model.scheme).parameters(), strict=True))
+    assert not torch.equal(rounded.blocks[0].mlp.fc1.shift, model.blocks[0].mlp.fc1.shift)
+    torch.testing.assert_close(rounded.blocks[0].mlp.fc1.shift, model.blocks[0].mlp.fc1.shift, rtol=2**-11, atol=1e-7)
+    assert torch.equal(rounded.head.weight, model.head.weight)
+    packed = binvit.pack(rounded, exact=True)
+    halves = {name for name, tensor in packed.tensors.items() if tensor.dtype == torch.float16}
+    assert halves >= {"pos_embed", "blocks.0.attn.bias.values", "blocks.1.norm2.weight", "blocks.1.attn.value_shift"}
+    assert not any("scale" in name for name in halves)
+    path = binvit.save(packed, tmp_path / "rounded")
+    assert torch.equal(binvit.load(path)(X), logits_of(rounded, X))
+    assert path.stat().st_size < binvit.save(binvit.pack(model, exact=True), tmp_path / "whole").stat().st_size
+    rounded.pos_embed.data.mul_(1e9)
+    assert torch.equal(binvit.round_vectors(rounded).pos_embed, rounded.pos_embed)  # beyond the range of float16
+    with pytest.raises(ValueError, match=r"made by binvit.binarize\(\), got Linear"):
+        binvit.round_vectors(torch.nn.Linear(2, 2))
+
+
 def test_numpy_torch_read_only_and_wrong_images(model):
     packed = binvit.pack(model, exact=True)
     expected = logits_of(model, X)

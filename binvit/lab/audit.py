@@ -41,12 +41,17 @@ class Audit:
         sums = self.table.sum().to_dict()
         return pd.Series(sums | {"ops": sums["binary_ops"] / 64 + sums["float_ops"]})
 
+    @property
+    def share(self) -> float:
+        """Size of the packed file over that of the float32 file."""
+        return self.file_bytes / self.float32_file_bytes
+
     def __str__(self) -> str:
         shown = pd.concat([self.table, self.table.sum().to_frame("total").T])
         lines = [shown.map(lambda number: f"{number:,.0f}").to_string()]
         ops, size, whole = self.totals["ops"], self.file_bytes, self.float32_file_bytes
         lines.append(f"OPs = binary_ops / 64 + float_ops = {ops:,.0f} per image")
-        lines.append(f"file: {size:,} bytes, {size / whole:.1%} of the {whole:,} bytes of float32")
+        lines.append(f"file: {size:,} bytes, {self.share:.1%} of the {whole:,} bytes of float32")
         return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ from binvit.bits.limit import run_in_registers
 from binvit.lab.peers import PEERS, NotAvailable
 from binvit.lab.timing import interleave, use_threads
 from binvit.nn import binarize, calibrate, scheme
+from binvit.nn.convert import VECTORS
 from binvit.packed import load, pack, save
 
 WIDTHS = {"DeiT-T": 192, "DeiT-S": 384, "DeiT-B": 768}
@@ -104,9 +105,17 @@ def random_model(width: int = 384, image_size: int = 224, depth: int = 12, class
 
 
 def calibrated_model(model: VisionTransformer, variant: str) -> VisionTransformer:
-    """Binarize a float model by a key of `VARIANTS` and set its scales from one random batch."""
-    images = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
-    return calibrate(binarize(model, scheme(**VARIANTS[variant])), images)
+    """Binarize a float model by a key of `VARIANTS` and set its scales from one random batch.
+
+    Its vectors are moved a little, too: the zeros they start from would be stored as float16 numbers, unlike trained ones.
+    """
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, *model.patch_embed.img_size, generator=generator)
+    binary = calibrate(binarize(model, scheme(**VARIANTS[variant])), images)
+    for name, parameter in binary.named_parameters():
+        if any(name.endswith(ends) for ends in VECTORS):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-4)
+    return binary
 
 
 def benchmark_models(

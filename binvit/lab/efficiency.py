@@ -161,10 +161,9 @@ def size_claims(audit: Audit, differences: np.ndarray) -> list[Claim]:
     Returns:
         The claims.
     """
-    share = audit.file_bytes / audit.float32_file_bytes
     whole = audit.totals
     return [
-        check_value("The packed file is at most 5 % of the float32 file.", share, at_most=0.05),
+        check_value("The packed file is at most 5 % of the float32 file.", audit.share, at_most=0.05),
         check_value("The exact path gives the trained model's logits bit for bit.", not differences.any()),
         check_value(
             "Most of the operations that are left are binary.",

@@ -13,6 +13,7 @@ from torch import Tensor
 from binvit.lab.checkpoint import load_checkpoint
 from binvit.lab.images import open_image
 from binvit.lab.transforms import eval_transform
+from binvit.nn import round_vectors
 from binvit.packed import PackedViT, load, pack, save
 from binvit.packed.files import is_packed
 
@@ -74,18 +75,21 @@ def open_model(path: Path) -> Classifier:
     return Classifier(packed, eval_transform(height, mean, std), classes)
 
 
-def pack_checkpoint(model: Path, out: Path, exact: bool = False) -> PackedViT:
+def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool = False) -> PackedViT:
     """Pack a model that `binvit train` has kept, with its class names and the normalization of its images.
 
     Args:
         model: the checkpoint.
         out: the packed file.
         exact: as in `binvit.pack`.
+        float16: pack what `binvit.round_vectors` makes of the model.
 
     Returns:
         The packed model.
     """
     network, info = load_checkpoint(model)
+    if float16:
+        network = round_vectors(network)
     packed = pack(network, exact=exact, classes=info.classes, mean=info.mean, std=info.std)
     save(packed, out)
     return packed

@@ -2,7 +2,7 @@
 
 from binvit.nn import functional
 from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
-from binvit.nn.convert import binarize, calibrate, set_progress
+from binvit.nn.convert import binarize, calibrate, round_vectors, set_progress
 from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.official import load_official_gsb
 from binvit.nn.parts import AttentionBias, Binarizer, RPReLU, Shortcut
@@ -26,6 +26,7 @@ __all__ = [
     "functional",
     "list_schemes",
     "load_official_gsb",
+    "round_vectors",
     "scheme",
     "set_progress",
 ]

@@ -14,6 +14,9 @@ from binvit.nn.catalogue import scheme as scheme_of
 from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.schemes import Scheme
 
+# Vectors that take much of a packed file while they stay float32, by the ends of their names; the largest kinds first.
+VECTORS = (("attn.bias.values",), ("pos_embed",), ("shift",), (".bias", "norm1.weight", "norm2.weight"))
+
 
 def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransformer:
     """Return a binarized copy of a timm vision transformer; the model itself is left untouched.
@@ -104,6 +107,29 @@ def calibrate(model: VisionTransformer, images: torch.Tensor) -> VisionTransform
     model.train()
     model(images)
     return model.train(training)
+
+
+@torch.no_grad()
+def round_vectors(model: VisionTransformer) -> VisionTransformer:
+    """Return a copy of a trained model whose vectors (`VECTORS`) are float16 numbers; its packed file stores them so.
+
+    A 1-bit model can answer differently where a number close to a threshold was rounded across it, so measure the copy.
+    Tensors with elements beyond the range of float16 stay as they are.
+
+    Args:
+        model: A model that `binarize` returned, trained; its parameters keep the type float32.
+
+    Raises:
+        ValueError: If the model is not binarized.
+    """
+    if getattr(model, "scheme", None) is None:
+        raise ValueError(f"round_vectors() takes a model made by binvit.binarize(), got {type(model).__name__}.")
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        half = parameter.half()
+        if any(name.endswith(ends) for ends in VECTORS) and half.isfinite().all():
+            parameter.copy_(half)
+    return model
 
 
 def set_progress(model: nn.Module, done: float) -> None:

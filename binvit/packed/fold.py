@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from binvit import bits
+from binvit.nn.convert import VECTORS
 from binvit.nn.modules import Binarizer, BinaryLinear
 from binvit.packed.blueprint import Blueprint, check_same, describe
 from binvit.packed.exact import is_binary
@@ -27,9 +28,9 @@ def pack(
 ) -> PackedViT:
     """Fold a trained binarized model into bits; the model itself is left untouched.
 
-    1-bit weights become words of 64 signs, 8-bit weights int8, everything else stays float32. A learned attention bias
-    and the position embedding are stored as float16 where that loses nothing, or where `images` show that it changes
-    no prediction.
+    1-bit weights become words of 64 signs, 8-bit weights int8, everything else stays float32. The attention bias, the
+    position embedding and other vectors (`binvit.nn.convert.VECTORS`) are stored as float16 where that loses nothing,
+    or where `images` show that it changes no prediction.
 
     Args:
         model: What `binvit.binarize` returned, trained or calibrated.
@@ -38,9 +39,8 @@ def pack(
         classes: Class names.
         mean: Channel means that the images were normalized with; timm's pretrained configuration by default.
         std: Channel standard deviations, likewise.
-        images: float32 (B, C, H, W), normalized; all must keep their prediction if attention bias and position
-            embedding are rounded to float16, or at least the bias. Without them, and for `exact`, only what are float16
-            numbers already become float16.
+        images: float32 (B, C, H, W), normalized; all must keep their prediction when one kind of vector after the other
+            is rounded to float16. Without them, and for `exact`, only what are float16 numbers already become float16.
 
     Returns:
         The packed model.
@@ -64,19 +64,21 @@ def pack(
     blueprint = Blueprint(scheme, describe(model), tuple(map(str, classes)), *numbers)
     check_same(model, blueprint.build())
     tensors = _fold_tensors(model)
-    halves = {
-        name: tensor.half() for name, tensor in tensors.items() if name.endswith(("attn.bias.values", "pos_embed"))
-    }
-    halves = {name: half for name, half in halves.items() if half.isfinite().all()}  # within float16's range
-    biases = {name: half for name, half in halves.items() if name != "pos_embed"}
+    halves = _halves(tensors)
     if images is not None and not exact:
         expected = PackedViT(blueprint, tensors).predict(images)
-        for chosen in (halves, biases):
-            if torch.equal(PackedViT(blueprint, tensors | chosen).predict(images), expected):
-                tensors |= chosen
-                break
-    tensors |= {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name].float())}
+        for some in halves:
+            if torch.equal(PackedViT(blueprint, tensors | some).predict(images), expected):
+                tensors |= some
+    for some in halves:
+        tensors |= {name: half for name, half in some.items() if torch.equal(half.float(), tensors[name].float())}
     return PackedViT(blueprint, tensors, exact=exact)
+
+
+def _halves(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors rounded to float16, one dictionary for each kind; those beyond its range are left out."""
+    rounded = [{name: t.half() for name, t in tensors.items() if name.endswith(ends)} for ends in VECTORS]
+    return [{name: half for name, half in some.items() if half.isfinite().all()} for some in rounded]
 
 
 def _fold_tensors(model: VisionTransformer) -> dict[str, Tensor]:
