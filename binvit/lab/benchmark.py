@@ -107,7 +107,7 @@ def random_model(width: int = 384, image_size: int = 224, depth: int = 12, class
 def calibrated_model(model: VisionTransformer, variant: str) -> VisionTransformer:
     """Binarize a float model by a key of `VARIANTS` and set its scales from one random batch.
 
-    Its vectors are moved a little, too: the zeros they start from would be stored as float16 numbers, unlike trained ones.
+    Its vectors are moved a little, too: the zeros they start from, unlike trained numbers, would be stored as float16.
     """
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, *model.patch_embed.img_size, generator=generator)

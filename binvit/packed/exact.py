@@ -19,6 +19,7 @@ from binvit.nn.functional import apply_scales, exact_in_float32, integer_product
 from binvit.nn.modules import Binarizer, BinaryAttention, BinaryLinear, BinaryPatchConv
 from binvit.nn.rules import Rule
 from binvit.packed.blueprint import Blueprint
+from binvit.packed.int8 import few_rows_product
 
 
 def is_binary(rule: Rule) -> bool:
@@ -65,7 +66,8 @@ class PackedLinear(nn.Module):
         else:
             floats = rule.is_float or self.weight_rule.is_float
             exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
-            y = integer_product(plane.levels, self.levels.float(), exact)
+            y = few_rows_product(plane.levels, self.levels) if exact and not floats else None
+            y = integer_product(plane.levels, self.levels.float(), exact) if y is None else y
         return self.finish(y, plane.scale, x)
 
     def finish(self, product: Tensor, input_scale: Tensor | None, x: Tensor | None = None) -> Tensor:

@@ -112,11 +112,12 @@ class FastPath:
 
     @contextmanager
     def _borrow(self, *key: int) -> Iterator[tuple[Scratch, Workspace]]:
-        # Taken out while it is in use, so that Python threads do not share it; one size is kept.
+        # Taken out while it is in use, so that Python threads do not share it. Two sizes are kept, for odd batches: one
+        # for the images that have a thread of their own, one for the last image, which all threads share.
         biased = self.bias.full.size + self.bias.runs.size > 0
         scratch = self._scratch.pop(key, None) or make_scratch(self.layers, biased, *key)
         yield scratch
-        self._scratch = {key: scratch}
+        self._scratch = dict(list(self._scratch.items())[-1:]) | {key: scratch}
 
     def _finish(self, x: Tensor) -> Tensor:
         """Turn the residual stream into logits."""
