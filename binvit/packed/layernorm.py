@@ -40,7 +40,7 @@ def fused(typing_context, a, b, c):
     return signature, codegen
 
 
-def _chunk_twin(x, row, last, first, steps, shares, means, squares):
+def _chunk_twin(x, row, last, first, steps, shares, means, squares, level):
     for r in range(ROWS):
         mean, square = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
         for k in range(steps):
@@ -48,7 +48,7 @@ def _chunk_twin(x, row, last, first, steps, shares, means, squares):
             delta = values - mean
             mean = _fused_array(np.float32(shares[k]), delta, mean)
             square = _fused_array(delta, values - mean, square)
-        means[r], squares[r] = mean, square
+        means[level, r], squares[level, r] = mean, square
 
 
 def _fused_array(a, b, c):
@@ -56,17 +56,17 @@ def _fused_array(a, b, c):
 
 
 @vector_code(twin=_chunk_twin)
-def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squares):
+def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squares, level):
     """Writes the running means and squared deviations of `steps` vectors of eight rows, from column `first` on."""
     floats = types.float32
     check_arrays("chunk_moments", {"x": (x, floats, 2), "shares": (shares, floats, 1)})
-    check_arrays("chunk_moments", {"means": (means, floats, 2), "squares": (squares, floats, 2)})
+    check_arrays("chunk_moments", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
     index = types.intp
-    signature = types.void(x, index, index, index, index, shares, means, squares)
+    signature = types.void(x, index, index, index, index, shares, means, squares, index)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, row, last, first, steps, _, _, _ = arguments
+        _, row, last, first, steps, _, _, _, level = arguments
         position, real = ir.IntType(64), ir.FloatType()
         vector = ir.VectorType(real, LANES)
         rows = []
@@ -91,8 +91,8 @@ def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squ
 
         results = emit.accumulate(steps, step)
         for r in range(ROWS):
-            emit.store(results[r], emit.address(6, r, 0))
-            emit.store(results[ROWS + r], emit.address(7, r, 0))
+            emit.store(results[r], emit.address(6, level, r, 0))
+            emit.store(results[ROWS + r], emit.address(7, level, r, 0))
         return context.get_dummy_value()
 
     return signature, codegen
@@ -127,20 +127,73 @@ def normalized_signs(typing_context, x, row, start, mean, inverse, gamma, beta, 
     return signature, codegen
 
 
-@kernel
-def _join(count, mean, square, level, more, more_mean, more_square):
-    # Adds the moments of `more` elements to those of count[level].
-    total = count[level] + more
-    share = np.float32(more) / np.float32(total)
-    before = np.float32(count[level])
-    for r in range(ROWS):
+def _join_twin(means, squares, level, other, share, before):
+    delta = means[other] - means[level]
+    step, sums = share * delta, squares[level] + squares[other]
+    means[level] += step
+    squares[level] = _fused_array(delta * before, step, sums)
+
+
+@vector_code(twin=_join_twin)
+def join_moments(typing_context, means, squares, level, other, share, before):
+    """Adds the moments of one level to those of another, of which `before` elements have been seen."""
+    floats, index = types.float32, types.intp
+    check_arrays("join_moments", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
+    signature = types.void(means, squares, index, index, floats, floats)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, _, level, other, share, before = arguments
+        count, real = ROWS * LANES, ir.FloatType()
+        mean, square = emit.address(0, level, 0, 0), emit.address(1, level, 0, 0)
+        more, more_square = emit.address(0, other, 0, 0), emit.address(1, other, 0, 0)
+        center = emit.load(mean, real, count)
+        delta = builder.fsub(emit.load(more, real, count), center)
+        step = builder.fmul(emit.splat(share, count), delta)
+        sums = builder.fadd(emit.load(square, real, count), emit.load(more_square, real, count))
+        emit.store(builder.fadd(center, step), mean)
+        weighted = builder.fmul(delta, emit.splat(before, count))
+        emit.store(emit.call(f"llvm.fma.v{count}f32", delta.type, weighted, step, sums), square)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _join_lanes_twin(means, squares, shares, before, center, spread):
+    for k in range(LANES):
+        delta = means[0, :, k] - center
+        center[:] = _fused_array(shares[k], delta, center)
+        spread += _fused_array(delta * delta * shares[k], before[k], squares[0, :, k])
+
+
+@vector_code(twin=_join_lanes_twin)
+def join_lanes(typing_context, means, squares, shares, before, center, spread):
+    """Adds the moments of level 0, one lane after the other, to those of each row."""
+    floats = types.float32
+    vectors = {"shares": shares, "before": before, "center": center, "spread": spread}
+    check_arrays("join_lanes", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
+    check_arrays("join_lanes", {name: (array, floats, 1) for name, array in vectors.items()})
+    signature = types.void(means, squares, shares, before, center, spread)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        real, zero = ir.FloatType(), ir.Constant(ir.IntType(64), 0)
+        rows = ir.VectorType(ir.IntType(32), ROWS)
+        all_means, all_squares = (emit.load(emit.address(i, 0, 0, 0), real, ROWS * LANES) for i in (0, 1))
+        center, spread = (emit.load(emit.address(i, zero), real, ROWS) for i in (4, 5))
         for k in range(LANES):
-            delta = more_mean[r, k] - mean[level, r, k]
-            squares = square[level, r, k] + more_square[r, k]
-            step = share * delta
-            mean[level, r, k] += step
-            square[level, r, k] = fused(delta * before, step, squares)
-    count[level] = total
+            lane = ir.Constant(rows, [LANES * r + k for r in range(ROWS)])
+            mean, square = (builder.shuffle_vector(v, v, lane) for v in (all_means, all_squares))
+            share, before = (emit.splat(builder.load(emit.address(i, k)), ROWS) for i in (2, 3))
+            delta = builder.fsub(mean, center)
+            center = emit.call(f"llvm.fma.v{ROWS}f32", delta.type, share, delta, center)
+            weighted = builder.fmul(builder.fmul(delta, delta), share)
+            spread = builder.fadd(spread, emit.call(f"llvm.fma.v{ROWS}f32", delta.type, weighted, before, square))
+        emit.store(center, emit.address(4, zero))
+        emit.store(spread, emit.address(5, zero))
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 @kernel
@@ -157,70 +210,67 @@ def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
         start: first row.
         stop: one past the last row.
     """
+    # No calls with arrays inside the loop: counting their references would take longer than a row itself.
     width = x.shape[1]
-    vectors = width // LANES
+    vectors, whole = width // LANES, width // 64
+    rest = width - vectors * LANES
     chunks = (vectors + CHUNK - 1) // CHUNK
-    levels = 1
+    levels = np.int64(1)
     while (1 << levels) < chunks:
         levels += 1
     shares = np.float32(1) / np.arange(1, CHUNK + 1).astype(np.float32)
+    before = np.float32(rest) + np.arange(LANES).astype(np.float32) * np.float32(vectors)
+    lane_shares = np.float32(vectors) / np.maximum(before + np.float32(vectors), np.float32(1))
     count = np.zeros(levels, np.int64)
-    mean, square = np.zeros((levels, ROWS, LANES), np.float32), np.zeros((levels, ROWS, LANES), np.float32)
-    new_mean, new_square = np.empty((ROWS, LANES), np.float32), np.empty((ROWS, LANES), np.float32)
-    center, spread = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
-    whole, lowest = width // 64, np.int64(0)
+    means, squares = np.empty((levels + 1, ROWS, LANES), np.float32), np.empty((levels + 1, ROWS, LANES), np.float32)
+    center, spread, inverse = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    lowest = np.int64(0)
     for row in range(start, stop, ROWS):
         count[:] = 0
-        mean[:] = 0
-        square[:] = 0
+        means[:] = 0
+        squares[:] = 0
         for chunk in range(chunks):
             size = min(CHUNK, vectors - chunk * CHUNK)
-            chunk_moments(x, row, stop - 1, chunk * CHUNK * LANES, size, shares, new_mean, new_square)
-            _join(count, mean, square, lowest, size, new_mean, new_square)
+            chunk_moments(x, row, stop - 1, chunk * CHUNK * LANES, size, shares, means, squares, levels)
+            total = count[0] + size
+            part = np.float32(size) / np.float32(total)
+            join_moments(means, squares, lowest, levels, part, np.float32(count[0]))
+            count[0] = total
             mask, level = chunk + 1, lowest + 1
             while level < levels and mask & 1 == 0:
-                _join(count, mean, square, level, count[level - 1], mean[level - 1], square[level - 1])
-                count[level - 1] = 0
-                mean[level - 1] = 0
-                square[level - 1] = 0
+                total = count[level] + count[level - 1]
+                part = np.float32(count[level - 1]) / np.float32(total)
+                join_moments(means, squares, level, level - 1, part, np.float32(count[level]))
+                count[level], count[level - 1] = total, 0
+                means[level - 1] = 0
+                squares[level - 1] = 0
                 mask >>= 1
                 level += 1
         for level in range(1, levels):
             if count[level]:
-                _join(count, mean, square, lowest, count[level], mean[level], square[level])
-        _finish(x, row, stop - 1, vectors, mean, square, center, spread)
+                total = count[0] + count[level]
+                part = np.float32(count[level]) / np.float32(total)
+                join_moments(means, squares, lowest, level, part, np.float32(count[0]))
+                count[0] = total
+        center[:] = 0
+        spread[:] = 0
+        for k in range(vectors * LANES, width):  # the elements that fill no vector
+            for r in range(ROWS):
+                value = x[min(row + r, stop - 1), k]
+                delta = value - center[r]
+                center[r] += delta / np.float32(k - vectors * LANES + 1)
+                spread[r] = fused(delta, value - center[r], spread[r])
+        if vectors:
+            join_lanes(means, squares, lane_shares, before, center, spread)
+        for r in range(ROWS):
+            inverse[r] = np.float32(1) / np.sqrt(spread[r] / np.float32(width) + np.float32(epsilon))
         for r in range(min(ROWS, stop - row)):
             i, middle = row + r, center[r]
-            inverse = np.float32(1) / np.sqrt(spread[r] / np.float32(width) + np.float32(epsilon))
             for w in range(whole):
-                words[i, w] = normalized_signs(x, i, 64 * w, middle, inverse, gamma, beta, shift)
+                words[i, w] = normalized_signs(x, i, 64 * w, middle, inverse[r], gamma, beta, shift)
             if whole < words.shape[1]:
                 word = np.uint64(0)
                 for k in range(64 * whole, width):
-                    if fused((x[i, k] - middle) * inverse, gamma[k], beta[k]) + shift[k] >= 0:
+                    if fused((x[i, k] - middle) * inverse[r], gamma[k], beta[k]) + shift[k] >= 0:
                         word |= np.uint64(1) << np.uint64(k - 64 * whole)
                 words[i, whole] = word
-
-
-@kernel
-def _finish(x, row, last, vectors, mean, square, center, spread):
-    # The elements of each row that fill no vector, then the lanes, one by one.
-    center[:] = 0
-    spread[:] = 0
-    count = 0
-    for k in range(vectors * LANES, x.shape[1]):
-        count += 1
-        for r in range(ROWS):
-            value = x[min(row + r, last), k]
-            delta = value - center[r]
-            center[r] += delta / np.float32(count)
-            spread[r] = fused(delta, value - center[r], spread[r])
-    if vectors:
-        for k in range(LANES):
-            share = np.float32(vectors) / np.float32(count + vectors)
-            before = np.float32(count)
-            for r in range(ROWS):
-                delta = mean[0, r, k] - center[r]
-                center[r] = fused(share, delta, center[r])
-                spread[r] += fused(delta * delta * share, before, square[0, r, k])
-            count += vectors
