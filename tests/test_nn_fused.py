@@ -1,5 +1,9 @@
 """The fused training forms against the rules' own tensor formulas."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -100,3 +104,34 @@ def test_double_precision_and_exotic_rules_take_the_formulas():
     assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
     gsb = binvit.scheme("gsb", gradient="masked")
     assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+
+
+STARTS = {
+    "a training step": """
+model = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=1, num_classes=2)
+model = binvit.binarize(model, "gsb").train()
+for _ in range(2):
+    model(torch.rand(2, 3, 8, 8)).sum().backward()
+""",
+    "a product of bits": """
+words = binvit.bits.pack_signs(torch.randn(2000, 70).numpy())
+binvit.bits.binary_matmul(words, words, 70)
+""",
+    "a number of threads for bits": "binvit.bits.set_threads(2)",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_torch_keeps_its_number_of_threads(start):
+    code = f"""
+import torch
+from timm.models.vision_transformer import VisionTransformer
+import binvit
+torch.set_num_threads(1)
+{STARTS[start]}
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    environment.pop("OMP_NUM_THREADS", None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -7,6 +7,8 @@ formed in blocks of fixed size, so that results do not depend on the number of t
 
 from __future__ import annotations
 
+import functools
+
 import numba
 import numpy as np
 import torch
@@ -21,7 +23,16 @@ def usable(*tensors: Tensor | None) -> bool:
     """Tell whether the kernels can take these tensors: float32 on the CPU, and numba compiles."""
     if numba.config.DISABLE_JIT:
         return False
+    _start_threads()
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+
+
+@functools.cache
+def _start_threads() -> None:
+    # numba may start its threads in torch's OpenMP runtime, and thereby sets the number that torch uses.
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
 
 
 def _rows(x: Tensor) -> np.ndarray:
