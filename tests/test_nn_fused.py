@@ -128,6 +128,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 import binvit
 torch.set_num_threads(1)
+assert torch.get_num_threads() == 1  # torch sets its runtime's number when it is first asked: not after the start
 {STARTS[start]}
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +120,7 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> n
 def set_threads(threads: int | None = None) -> int:
     """Sets how many threads the calling thread's parallel kernels use from now on.
 
-    torch's thread count is a different one: its OpenMP runtime and numba's do not know each other.
+    torch's thread count is a different one, and stays as it is.
 
     Args:
         threads: at least 1; more than numba started with (``NUMBA_NUM_THREADS``, by default every core) means all of
@@ -136,6 +138,7 @@ def set_threads(threads: int | None = None) -> int:
         threads = int(given) if given.isdecimal() and int(given) > 0 else limit
     threads = min(check_threads(threads), limit)
     if JIT:
+        _start_threads()
         numba.set_num_threads(threads)
         _CHOSEN.threads = threads
     return threads
@@ -165,7 +168,20 @@ def get_threads() -> int:
         The number set by `set_threads`, by default all that numba started with.
     """
     chosen = getattr(_CHOSEN, "threads", None)  # numba takes a microsecond to answer
-    return chosen or (numba.get_num_threads() if JIT else 1)
+    if JIT and not chosen:
+        _start_threads()
+        return numba.get_num_threads()
+    return chosen or 1
+
+
+@functools.cache
+def _start_threads() -> None:
+    # numba starts its threads in torch's OpenMP runtime if that is loaded, and thereby sets the number that torch uses.
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
+    numba.get_num_threads()
+    if before is not None:
+        torch.set_num_threads(before)
 
 
 @contextmanager
