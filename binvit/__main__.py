@@ -53,6 +53,9 @@ def reproduce(
     for file in files:
         values |= batch.read_values(file)
     plan = batch.plan(notebooks or notebook.folder("notebooks"), size, only, values, dict(texts))
+    from binvit.lab.runner import compile_kernels  # loads torch, which a refusal need not wait for
+
+    click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
     outcomes = batch.run(plan, out / "notebooks", jobs)
     index = report.write_report(outcomes, out)
     click.echo(f"The report is {index}.")

@@ -167,6 +167,7 @@ def test_reproduce_writes_a_report_and_fails_at_the_end_if_a_notebook_failed(cap
     options = ("reproduce", "--notebooks", folder, "--out", out)
     code, shown, err = run(capsys, *options, "-f", tmp_path / "more.yaml", "-p", "count", "4")
     assert code == 1
+    assert "s to compile or to load" in shown
     assert f"The report is {out / 'index.html'}." in shown
     assert "01_bad failed: ValueError: bad luck" in err
     assert "1 of 2 notebooks failed." in err

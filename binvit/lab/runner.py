@@ -143,6 +143,17 @@ def run_trial(
         return False
 
 
+def compile_kernels() -> float:
+    """Compile the kernels of training and of packed models, or load them from disk, by a training of one epoch.
+
+    Returns:
+        The seconds it took: half a minute at the first time on a machine, then about two.
+    """
+    start = time.perf_counter()
+    train_trial(Trial("digits", "gsb", "smoke", samples_per_class=7, recipe_options={"epochs": 1}), device="cpu")
+    return time.perf_counter() - start
+
+
 def _length(trial: Trial) -> int:
     """How long a training takes, roughly: epochs of all stages, twice as many for 1-bit models."""
     recipe = trial.get_recipe()

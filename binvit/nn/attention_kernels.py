@@ -34,20 +34,23 @@ def superpose_value(qkv, shift, scales, thresholds, extremes, out):
     batch, n, _, heads, width = qkv.shape
     for row in prange(batch * heads):
         b, h = row // heads, row % heads
-        top, bottom = np.float32(-np.inf), np.float32(np.inf)
+        shifted = np.empty((n, width), np.float32)
         for i in range(n):
             for c in range(width):
-                v = qkv[b, i, 2, h, c] + shift[h, c]
-                top, bottom = max(top, v), min(bottom, v)
+                shifted[i, c] = qkv[b, i, 2, h, c] + shift[h, c]
+        v, y = shifted.ravel(), out[b, h].reshape(n * width)  # loops over a whole head become vector code
+        top, bottom = v[0], v[0]
+        for e in range(v.size):
+            top, bottom = max(top, v[e]), min(bottom, v[e])
         extremes[b, h, 0], extremes[b, h, 1] = top, bottom
-        for i in range(n):
-            for c in range(width):
-                v = qkv[b, i, 2, h, c] + shift[h, c]
-                size = scales[0]
-                for t in range(thresholds.shape[0]):
-                    kept = (v > thresholds[t] * top) | (v < thresholds[t] * bottom)
-                    size += scales[t + 1] if kept else ZERO
-                out[b, h, i, c] = size if v >= 0 else -size
+        for e in range(v.size):
+            y[e] = scales[0]
+        for t in range(thresholds.shape[0]):
+            high, low, scale = thresholds[t] * top, thresholds[t] * bottom, scales[t + 1]
+            for e in range(v.size):
+                y[e] += scale if (v[e] > high) | (v[e] < low) else ZERO
+        for e in range(v.size):
+            y[e] = y[e] if v[e] >= 0 else -y[e]
 
 
 @njit(**OPTIONS)

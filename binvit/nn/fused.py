@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +19,7 @@ from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.rules import Bwn, Elastic, Rule
 
 _INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
+_BWN = Bwn()
 
 
 def elastic_kind(rule: Rule) -> str | None:
@@ -58,45 +58,56 @@ class _ElasticLinear(torch.autograd.Function):
         scale: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        unsigned = elastic_kind(rule_x) == "unsigned"
+        n, k = w.shape
+        unsigned = rule_x.lo == 0
         # torch._int_mm was seen to return garbage for inner dimensions of a few elements.
-        large = x.numel() * w.shape[0] >= _INT8_WORTHWHILE and w.shape[1] >= 16
+        large = x.numel() * n >= _INT8_WORTHWHILE and k >= 16
         dtype = torch.int8 if large else torch.float32
-        if rule_w == Bwn():
-            levels_w, scale_w = kernels.centred_signs(w, w.mean(), dtype), w.abs().mean()
+        gain, gains = 1.0, None  # scales of the weights: one number, or (N, 1)
+        if rule_w == _BWN:
+            levels_w = torch.empty(n, k, dtype=dtype)
+            gain = float(kernels.centred_signs(kernels.rows_of(w), levels_w.numpy()))
         else:
             ((levels_w, scale_w),) = rule_w.planes(w, *parameters)
             levels_w = levels_w.to(dtype)
-        factor = scale if scale_w is None else scale * scale_w.flatten()
-        levels = kernels.elastic_levels(x, shift, scale, unsigned, dtype)
-        rows = levels.flatten(0, -2)
-        product = torch._int_mm(rows, levels_w.t()) if large else F.linear(rows, levels_w)
-        y = kernels.scale_product(product, factor, bias)
-        ctx.unsigned, ctx.rule_w, ctx.has_bias = unsigned, rule_w, bias is not None
-        ctx.save_for_backward(x, w, shift, scale, levels, levels_w, scale_w, *parameters)
-        return y.view(*x.shape[:-1], w.shape[0])
+            if scale_w is not None and scale_w.numel() == 1:
+                gain = scale_w.item()
+            else:
+                gains = scale_w
+        rows, size = kernels.rows_of(x), scale.item()
+        levels = torch.empty(rows.shape, dtype=dtype)
+        kernels.elastic_levels(rows, kernels.vector(shift, k), np.float32(0.5 * size), unsigned, levels.numpy())
+        product = torch._int_mm(levels, levels_w.t()) if large else levels @ levels_w.t()
+        y = torch.empty(product.shape, dtype=torch.float32) if large else product
+        factor = np.full(n, size * gain, np.float32) if gains is None else kernels.vector(size * gains, n)
+        kernels.scale_product(product.numpy(), factor, kernels.vector(bias, n), y.numpy())
+        ctx.unsigned, ctx.rule_w, ctx.size = unsigned, rule_w, np.float32(size)
+        ctx.has_shift, ctx.has_bias = shift is not None, bias is not None
+        ctx.made = levels, levels_w, gain, gains
+        ctx.save_for_backward(x, w, shift, *parameters)
+        return y.view(*x.shape[:-1], n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, w, shift, scale, levels, levels_w, scale_w, *parameters = ctx.saved_tensors
-        g = g.flatten(0, -2)
-        weights, gain = levels_w.float(), 1.0
-        if scale_w is not None and scale_w.numel() == 1:
-            gain = scale_w.item()
-        elif scale_w is not None:
-            weights = weights * scale_w
-        dx, dscale, dshift = kernels.elastic_backward(x, shift, g @ weights, gain, scale, ctx.unsigned)
-        dw = (g.mT @ levels.flatten(0, -2).float()).mul_(scale)
+        x, w, shift, *parameters = ctx.saved_tensors
+        levels, levels_w, gain, gains = ctx.made
+        g = g.reshape(-1, w.shape[0])
+        weights = levels_w.float() if gains is None else levels_w * gains
+        dx, dshift = g @ weights, np.empty(w.shape[1], np.float32)
+        constants = np.float32(gain), ctx.size, ctx.unsigned
+        rows, shifts = kernels.rows_of(x), kernels.vector(shift, w.shape[1])
+        dscale = kernels.elastic_backward(rows, shifts, dx.numpy(), *constants, dshift)
+        dw = (g.mT @ levels.float()).mul_(float(ctx.size))
         dw, *dparameters = ctx.rule_w.backward(w, dw, *parameters)
         return (
             None,
             None,
-            dx,
+            dx.view(x.shape),
             dw,
-            dshift if shift is not None else None,
+            torch.from_numpy(dshift) if ctx.has_shift else None,
             g.sum(0) if ctx.has_bias else None,
-            dscale,
+            w.new_tensor(dscale / x.numel() ** 0.5),
             *dparameters,
         )
 
@@ -129,12 +140,8 @@ def elastic_linear(
     return _ElasticLinear.apply(rule_x, rule_w, x, w, shift, bias, scale, *parameters_w)
 
 
-def _vectors(tensors: Sequence[Tensor]) -> np.ndarray:
+def _numbers(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([t.item() for t in tensors], np.float32)
-
-
-def _numpy(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(shape, np.float32) if x is None else x.detach().contiguous().view(shape).numpy()
 
 
 class _AttentionCore(torch.autograd.Function):
@@ -154,76 +161,76 @@ class _AttentionCore(torch.autograd.Function):
     ) -> Tensor:
         b, n, width = qkv.shape
         d = width // (3 * heads)
-        joint = qkv.detach().contiguous().view(b, n, 3, heads, d).numpy()
-        shifts = [_numpy(shift, (heads, d)) for shift in (shift_q, shift_k, shift_v)]
+        joint = kernels.rows_of(qkv).reshape(b, n, 3, heads, d)
+        shifts = [kernels.vector(shift, heads * d).reshape(heads, d) for shift in (shift_q, shift_k, shift_v)]
         thresholds_a, thresholds_v = (np.array(getattr(r, "thresholds", ()), np.float32) for r in rules)
         groups = len(thresholds_a) + 1
-        scales_a, scales_v = _vectors(scales[:groups]), _vectors(scales[groups:])
-        signs_q, signs_k, value = (qkv.new_empty(b, heads, n, d) for _ in range(3))
+        scales_a, scales_v = _numbers(scales[:groups]), _numbers(scales[groups:])
+        signs_q, signs_k, value = torch.empty(3, b * heads, n, d).unbind()
         extremes = np.empty((b, heads, 2), np.float32)
-        attention_kernels.split_signs(joint, shifts[0], shifts[1], signs_q.numpy(), signs_k.numpy())
-        attention_kernels.superpose_value(joint, shifts[2], scales_v, thresholds_v, extremes, value.numpy())
-        step = scale_q.item() * scale_k.item() * d**-0.5
-        table = np.exp(np.arange(d + 1) * (-2.0 * step)).astype(np.float32)
-        product = signs_q @ signs_k.mT
-        probability, map_ = torch.empty_like(product), product  # the map may overwrite the products
+        query, key, values = (x.numpy().reshape(b, heads, n, d) for x in (signs_q, signs_k, value))
+        attention_kernels.split_signs(joint, *shifts[:2], query, key)
+        attention_kernels.superpose_value(joint, shifts[2], scales_v, thresholds_v, extremes, values)
+        size_q, size_k = scale_q.item(), scale_k.item()
+        table = np.exp(np.arange(d + 1) * (-2.0 * size_q * size_k * d**-0.5)).astype(np.float32)
+        map_ = torch.bmm(signs_q, signs_k.mT)  # first the products of the signs, which the map overwrites
+        probability = np.empty((b, heads, n, n), np.float32)
         extra = np.empty((0, 0, 0), np.float32) if bias is None else bias.detach().contiguous().numpy()
-        attention_kernels.superpose_map(
-            product.numpy(), extra, table, scales_a, thresholds_a, probability.numpy(), map_.numpy()
-        )
-        ctx.arrays = (joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra)
-        ctx.scales = scale_q.item(), scale_k.item()
+        maps = map_.numpy().reshape(probability.shape)
+        attention_kernels.superpose_map(maps, extra, table, scales_a, thresholds_a, probability, maps)
+        ctx.arrays = (joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra, probability)
+        ctx.made = signs_q, signs_k, value, map_
+        ctx.sizes = np.float32(size_q), np.float32(size_k)
         ctx.has_shift = [shift is not None for shift in (shift_q, shift_k, shift_v)]
-        ctx.save_for_backward(qkv, signs_q, signs_k, value, probability, map_)
-        return (map_ @ value).transpose(1, 2).reshape(b, n, heads * d)
+        ctx.save_for_backward(qkv)  # its version is checked: the arrays share its memory
+        return torch.bmm(map_, value).view(b, heads, n, d).transpose(1, 2).reshape(b, n, heads * d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        qkv, signs_q, signs_k, value, probability, map_ = ctx.saved_tensors
-        joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra = ctx.arrays
-        scale_q, scale_k = (np.float32(s) for s in ctx.scales)
-        b, heads, n, d = value.shape
-        g = g.view(b, n, heads, d).transpose(1, 2).contiguous()
-        up_v = map_.mT @ g
-        ds = g @ value.mT
+        (qkv,) = ctx.saved_tensors
+        signs_q, signs_k, value, map_ = ctx.made
+        joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra, probability = ctx.arrays
+        scale_q, scale_k = ctx.sizes
+        b, heads, n, _ = probability.shape
+        d = value.shape[2]
+        g = g.view(b, n, heads, d).transpose(1, 2).reshape(value.shape)
+        up_v = torch.bmm(map_.mT, g)
+        ds = torch.bmm(g, value.mT)
         dbias = np.zeros_like(extra)
         sums_a = np.zeros((heads * n, len(scales_a)))
         counts_a = np.zeros((heads * n, len(thresholds_a)))
-        attention_kernels.map_backward(
-            probability.numpy(), extra, ds.numpy(), scales_a, thresholds_a, np.float32(d**-0.5), dbias, sums_a, counts_a
-        )
-        up_q, up_k = ds @ signs_k, ds.mT @ signs_q
-        dqkv = torch.empty_like(qkv)
+        up = ds.numpy().reshape(probability.shape)
+        factor = np.float32(d**-0.5)
+        attention_kernels.map_backward(probability, extra, up, scales_a, thresholds_a, factor, dbias, sums_a, counts_a)
+        ups = [u.numpy().reshape(b, heads, n, d) for u in (torch.bmm(ds, signs_k), torch.bmm(ds.mT, signs_q), up_v)]
+        dqkv = torch.empty(qkv.shape)
         sums = np.zeros((b * heads, 2 + len(scales_v)))
         counts = np.zeros((b * heads, len(thresholds_v)))
         dshift = np.zeros((b, 3, heads, d), np.float32)
         attention_kernels.merge_gradients(
             joint,
             *shifts,
-            up_q.numpy(),
-            up_k.numpy(),
-            up_v.numpy(),
+            *ups,
             np.array([scale_k, scale_q]),
             scale_q,
             scale_k,
             scales_v,
             thresholds_v,
             extremes,
-            dqkv.view(joint.shape).numpy(),
+            dqkv.numpy().reshape(joint.shape),
             sums,
             counts,
             dshift,
         )
-        elements = float(value.numel())
-        sizes = np.concatenate([[elements] * 3, np.maximum(counts.sum(0), 1)])
-        dscale_q, dscale_k, *dscales_v = sums.sum(0) / np.sqrt(sizes)
-        sizes = np.concatenate([[probability.numel()], np.maximum(counts_a.sum(0), 1)])
-        dscales = [*(sums_a.sum(0) / np.sqrt(sizes)), *dscales_v]
+        sizes = np.concatenate([[qkv.numel() // 3] * 3, counts.sum(0), [probability.size], counts_a.sum(0)])
+        dscales = np.concatenate([sums.sum(0), sums_a.sum(0)]) / np.sqrt(np.maximum(sizes, 1))
+        dscale_q, dscale_k, *dscales = torch.from_numpy(dscales.astype(np.float32)).unbind()
+        dscales_v, dscales_a = dscales[: len(scales_v)], dscales[len(scales_v) :]
         dshift = torch.from_numpy(dshift.sum(0)).view(3, heads, 1, d)
         dshifts = [part if has else None for part, has in zip(dshift, ctx.has_shift, strict=True)]
-        scalars = (qkv.new_tensor(s) for s in (dscale_q, dscale_k, *dscales))
-        return None, None, dqkv, torch.from_numpy(dbias) if extra.size else None, *dshifts, *scalars
+        dbias = torch.from_numpy(dbias) if extra.size else None
+        return None, None, dqkv, dbias, *dshifts, dscale_q, dscale_k, *dscales_a, *dscales_v
 
 
 def attention_core(

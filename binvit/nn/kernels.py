@@ -35,17 +35,9 @@ def _start_threads() -> None:
     torch.set_num_threads(before)
 
 
-def _rows(x: Tensor) -> np.ndarray:
-    """View x as (rows, last dimension), contiguous."""
-    return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
-
-
-def _shift(shift: Tensor | None, k: int) -> np.ndarray:
-    return np.zeros(k, np.float32) if shift is None else shift.detach().numpy()
-
-
 @njit(**OPTIONS)
-def _levels(x, shift, threshold, unsigned, out):
+def elastic_levels(x, shift, threshold, unsigned, out):
+    """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1."""
     rows, k = x.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
@@ -58,18 +50,35 @@ def _levels(x, shift, threshold, unsigned, out):
 
 
 @njit(**OPTIONS)
-def _centred_signs(w, mean, out):
+def centred_signs(w, out):
+    """Signs of w - mean(w), (N, K), into out; returns the mean of |w|."""
     rows, k = w.shape
+    sums, sizes = np.empty(rows), np.empty(rows)
+    for r in prange(rows):
+        total, size = np.float32(0), np.float32(0)
+        for j in range(k):
+            total += w[r, j]
+            size += abs(w[r, j])
+        sums[r], sizes[r] = total, size
+    mean = np.float32(sums.sum() / w.size)
     for r in prange(rows):
         for j in range(k):
-            out[r, j] = 1 if w[r, j] - mean >= 0 else -1
+            out[r, j] = 1 if w[r, j] >= mean else -1
+    return np.float32(sizes.sum() / w.size)
 
 
 @njit(**OPTIONS)
-def _elastic_backward(x, shift, g, gain, scale, unsigned, dscale, dshift):
+def elastic_backward(x, shift, g, gain, scale, unsigned, dshift):
+    """Gradients of an elastic binarizer of x + shift, (M, K) with a shift of (K,).
+
+    g is the gradient of the binarized tensor divided by `gain`, and becomes the gradient of x in place; dshift (K,)
+    takes the gradient of the shift. Returns the gradient of the scale before its division by a root of the size.
+    """
     rows, k = x.shape
     low = np.float32(0) if unsigned else -scale
-    for block in prange((rows + BLOCK - 1) // BLOCK):
+    blocks = (rows + BLOCK - 1) // BLOCK
+    sums, columns = np.empty(blocks), np.zeros((blocks, k), np.float32)
+    for block in prange(blocks):
         total = 0.0
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
             level, ramp = np.float32(0), np.float32(0)
@@ -82,14 +91,20 @@ def _elastic_backward(x, shift, g, gain, scale, unsigned, dscale, dshift):
                     level += up if v >= 0 else -up
                 d = up if (v >= low) and (v <= scale) else np.float32(0)
                 ramp += v * d
-                dshift[block, j] += d
+                columns[block, j] += d
                 g[r, j] = d
             total += level - ramp / scale
-        dscale[block] = total
+        sums[block] = total
+    dshift[:] = 0
+    for block in range(blocks):
+        for j in range(k):
+            dshift[j] += columns[block, j]
+    return np.float32(sums.sum())
 
 
 @njit(**OPTIONS)
-def _scale_rows(product, scale, bias, out):
+def scale_product(product, scale, bias, out):
+    """Write product * scale + bias, (M, N) with vectors of (N,), into out, which may be the product."""
     rows, n = product.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
@@ -97,66 +112,15 @@ def _scale_rows(product, scale, bias, out):
                 out[r, j] = np.float32(product[r, j]) * scale[j] + bias[j]
 
 
-def elastic_levels(x: Tensor, shift: Tensor | None, scale: Tensor, unsigned: bool, dtype: torch.dtype) -> Tensor:
-    """Return the levels of x + shift, of the shape of x.
-
-    Args:
-        x: (..., K).
-        shift: (K,) or None.
-        scale: The elastic scale, shape ().
-        unsigned: Levels {0, 1} above half the scale; otherwise -1 and +1.
-        dtype: Type of the levels.
-    """
-    rows = _rows(x)
-    out = torch.empty(rows.shape, dtype=dtype)
-    _levels(rows, _shift(shift, rows.shape[1]), np.float32(0.5 * scale.item()), unsigned, out.numpy())
-    return out.view(x.shape)
+def rows_of(x: Tensor) -> np.ndarray:
+    """View a tensor as (rows, last dimension), contiguous, outside autograd."""
+    return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
 
 
-def centred_signs(w: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return sign(w - mean) of a matrix (N, K) in the given type."""
-    out = torch.empty(w.shape, dtype=dtype)
-    _centred_signs(w.detach().contiguous().numpy(), np.float32(mean.item()), out.numpy())
-    return out
-
-
-def elastic_backward(
-    x: Tensor, shift: Tensor | None, g: Tensor, gain: float, scale: Tensor, unsigned: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of an elastic binarizer of x + shift; g is overwritten.
-
-    Args:
-        x: (..., K).
-        shift: (K,) or None.
-        g: Gradient of the binarized tensor divided by `gain`, of the shape of x; contiguous.
-        gain: Multiplied into g.
-        scale: The elastic scale, shape ().
-        unsigned: Levels {0, 1} instead of -1 and +1.
-
-    Returns:
-        The gradients to x, to the scale and, (K,), to the shift.
-    """
-    rows, up = _rows(x), _rows(g)
-    blocks = -(-rows.shape[0] // BLOCK)
-    dscale, dshift = np.zeros(blocks), np.zeros((blocks, rows.shape[1]), np.float32)
-    constants = np.float32(gain), np.float32(scale.item()), unsigned
-    _elastic_backward(rows, _shift(shift, rows.shape[1]), up, *constants, dscale, dshift)
-    return (
-        torch.from_numpy(up).view(x.shape),
-        scale.new_tensor(dscale.sum() / x.numel() ** 0.5),
-        torch.from_numpy(dshift.sum(0)),
-    )
-
-
-def scale_product(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return product * scale + bias in float32.
-
-    Args:
-        product: Integer product, int32 (M, N).
-        scale: Broadcastable to (N,).
-        bias: (N,) or None.
-    """
-    n = product.shape[1]
-    out = torch.empty(product.shape, dtype=torch.float32)
-    _scale_rows(product.numpy(), scale.detach().expand(n).contiguous().numpy(), _shift(bias, n), out.numpy())
-    return out
+def vector(values: Tensor | None, size: int) -> np.ndarray:
+    """Return float32 values for `size` columns as an array: a vector, one number for all of them, or None for zeros."""
+    if values is None:
+        return np.zeros(size, np.float32)
+    if values.numel() == 1:
+        return np.full(size, values.item(), np.float32)
+    return values.detach().reshape(size).numpy()

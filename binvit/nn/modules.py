@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from binvit.nn import fused
@@ -238,7 +239,7 @@ class BinaryMlp(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         """Apply the activation and, if the scheme has one, its limit."""
         x = self.act(x)
-        return x if self.limit is None else x.clamp(-self.limit, self.limit)
+        return x if self.limit is None else F.hardtanh(x, -self.limit, self.limit)  # a clamp whose gradient is one pass
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, D) to (B, N, D)."""

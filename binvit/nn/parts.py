@@ -48,10 +48,11 @@ class Binarizer(nn.Module):
             self._seen = True
             return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
         self._seen = True
-        with torch.no_grad():
-            for name, parameter in zip(self.rule.parameters, parameters, strict=True):
-                if name != "offset":  # the one parameter that may be negative
-                    parameter.clamp_(min=SMALLEST_SCALE)
+        for name, parameter in zip(self.rule.parameters, parameters, strict=True):
+            # Reading one number is faster than clamping it; the offset is the one parameter that may be negative.
+            fine = parameter.numel() == 1 and parameter.device.type == "cpu" and parameter.item() >= SMALLEST_SCALE
+            if name != "offset" and not fine:
+                parameter.detach().clamp_(min=SMALLEST_SCALE)
         return parameters
 
     @property
