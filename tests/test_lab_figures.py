@@ -150,6 +150,14 @@ def test_lines_name_themselves_and_their_seeds(trials):
     assert fig.axes[0].get_xscale() == "log"
 
 
+def test_intervals_at_a_single_number_are_bars(trials):
+    summary = statistics.summarize(trials, by=["scheme", "samples_per_class"])
+    summary = summary[summary["samples_per_class"] == summary["samples_per_class"].min()]
+    fig = figures.lines(summary, "samples_per_class", log_x=True)
+    drawn = [bar.get_segments()[0][:, 1] for bar in fig.axes[0].collections]
+    np.testing.assert_allclose(drawn, 100 * summary[["low", "high"]].to_numpy())
+
+
 def test_dots_write_numbers_and_sort(trials):
     few = trials[trials["samples_per_class"] == 5]
     fig = figures.dots(statistics.summarize(few), reference="float", trials=few)

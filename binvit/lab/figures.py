@@ -105,6 +105,8 @@ def lines(
 ) -> Figure:
     """Draw means against a number, one line per series with its 95 % interval as a band, named where it ends.
 
+    A single number on the horizontal axis has no lines: then the intervals are bars side by side.
+
     Args:
         summary: the columns ``by``, ``x``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
         x: the numeric column on the horizontal axis; its values become the ticks.
@@ -123,15 +125,22 @@ def lines(
     fig, ax = figure_with(ax, 5.6, 3.2)
     colors, factor = colors_of(summary[by]), 100 if percent else 1
     ends, texts = {}, {}
-    for series, part in summary.groupby(by, sort=False):
+    single, count = summary[x].nunique() == 1, summary[by].nunique()
+    for number, (series, part) in enumerate(summary.groupby(by, sort=False)):
         part = part.sort_values(x)
-        ax.fill_between(
-            part[x], factor * part["low"], factor * part["high"], color=colors[series], alpha=0.13, lw=0, zorder=1
-        )
-        ax.plot(part[x], factor * part["mean"], color=colors[series], marker="o", mec="white", mew=0.8, ms=6)
-        ends[series] = (part[x].iloc[-1], factor * part["mean"].iloc[-1])
+        low, high, at = factor * part["low"], factor * part["high"], part[x]
+        if single:
+            at = at + 0.03 * (number - (count - 1) / 2)  # of an axis that is 1 wide
+            ax.vlines(at, low, high, color=colors[series], alpha=0.5, lw=1.6, zorder=1)
+        else:
+            ax.fill_between(at, low, high, color=colors[series], alpha=0.13, lw=0, zorder=1)
+        ax.plot(at, factor * part["mean"], color=colors[series], marker="o", mec="white", mew=0.8, ms=6)
+        last = part[x].iloc[-1] + 0.03 * (count - 1) / 2 if single else part[x].iloc[-1]
+        ends[series] = (last, factor * part["mean"].iloc[-1])
         texts[series] = str(series)
-    if log_x:
+    if single:
+        ax.set_xlim(summary[x].iloc[0] - 0.5, summary[x].iloc[0] + 0.5)
+    elif log_x:
         ax.set_xscale("log")
     ticks = sorted(summary[x].unique())
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
