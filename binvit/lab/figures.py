@@ -125,7 +125,8 @@ def lines(
     fig, ax = figure_with(ax, 5.6, 3.2)
     colors, factor = colors_of(summary[by]), 100 if percent else 1
     ends, texts = {}, {}
-    single, count = summary[x].nunique() == 1, summary[by].nunique()
+    ticks, count = sorted(summary[x].unique()), summary[by].nunique()
+    single = len(ticks) == 1
     for number, (series, part) in enumerate(summary.groupby(by, sort=False)):
         part = part.sort_values(x)
         low, high, at = factor * part["low"], factor * part["high"], part[x]
@@ -139,10 +140,9 @@ def lines(
         ends[series] = (last, factor * part["mean"].iloc[-1])
         texts[series] = str(series)
     if single:
-        ax.set_xlim(summary[x].iloc[0] - 0.5, summary[x].iloc[0] + 0.5)
+        ax.set_xlim(ticks[0] - 0.5, ticks[0] + 0.5)
     elif log_x:
         ax.set_xscale("log")
-    ticks = sorted(summary[x].unique())
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel=xlabel or axis_name(x), ylabel=ylabel)
