@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
-from binvit.bits import jit
+from binvit.bits import jit, limit
 
 SIDES = st.integers(0, 21)
 LENGTHS = st.integers(1, 300)
@@ -130,6 +130,14 @@ def test_warm_up_tells_its_seconds():
 def test_the_limit_is_measured_with_jit_only():
     if jit.JIT:
         assert bits.popcount_limit(repeats=3) > 1e9
+        before, every = bits.get_threads(), jit.config.NUMBA_NUM_THREADS
+        assert bits.popcount_limit(every, repeats=3) < 3 * every * bits.popcount_limit(repeats=20)
+        assert bits.get_threads() == before
+        done = []
+        for threads in (1, every):
+            with bits.use_threads(threads):
+                done.append(limit.run_in_registers())
+        assert done[1] == every * done[0]
     else:
         with pytest.raises(ValueError, match="only be measured with numba's JIT"):
             bits.popcount_limit()

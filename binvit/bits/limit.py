@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import time
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter
-from binvit.bits.jit import JIT, kernel, vector_code
+from binvit.bits.jit import JIT, get_threads, kernel, use_threads, vector_code
 
 _LANES, _ACCUMULATORS = 16, 24
 _BITS_PER_ROUND = _ACCUMULATORS * _LANES * 32
-_ROUNDS = 2000
+_ROUNDS = 10_000  # a hundred microseconds, beside which starting and joining threads are small
 
 
 @vector_code(twin=None)
@@ -47,8 +48,19 @@ def _run(rounds, seed):
     return _count_in_registers(rounds, seed)
 
 
+@kernel(parallel=True)
+def _run_together(threads, rounds, seed):
+    mixed = 0
+    for thread in numba.prange(threads):
+        mixed += _run(rounds, seed + thread)
+    return mixed
+
+
 def run_in_registers() -> int:
-    """Runs population counts for some twenty microseconds as fast as one core can, to be timed beside products.
+    """Runs population counts for some hundred microseconds, as fast as this thread's number of threads can together.
+
+    All of them run at once, as they do in a product, since cores may share power, a clock or a physical core. The
+    number of threads is what `set_threads` said.
 
     Returns:
         The binary multiply-adds that they stand for.
@@ -60,26 +72,32 @@ def run_in_registers() -> int:
         raise ValueError(
             "The population-count limit can only be measured with numba's JIT, not under NUMBA_DISABLE_JIT."
         )
-    _run(_ROUNDS, 1)
-    return (_ROUNDS - 1) * _BITS_PER_ROUND
+    threads = get_threads()
+    if threads == 1:
+        _run(_ROUNDS, 1)
+    else:
+        _run_together(threads, _ROUNDS, 1)
+    return threads * (_ROUNDS - 1) * _BITS_PER_ROUND
 
 
-def popcount_limit(repeats: int = 200) -> float:
-    """Measures the most binary multiply-adds that one core can do in a second.
+def popcount_limit(threads: int | None = 1, repeats: int = 200) -> float:
+    """Measures the most binary multiply-adds that some threads can do in a second, all of them at once.
 
     Args:
+        threads: how many; None takes what `set_threads` said.
         repeats: how many short measurements to take the best of.
 
     Returns:
-        Multiply-adds a second of one core. A product may come out a few per cent above it, since the first step of its
-        sums needs no addition.
+        Multiply-adds a second of all threads. A product may come out a few per cent above it, since the first step of
+        its sums needs no addition.
 
     Raises:
-        ValueError: without JIT, where there is nothing to measure.
+        ValueError: without JIT, where there is nothing to measure, or if `threads` is less than 1.
     """
-    done, best = run_in_registers(), np.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run_in_registers()
-        best = min(best, time.perf_counter() - start)
+    with use_threads(threads):
+        done, best = run_in_registers(), np.inf
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run_in_registers()
+            best = min(best, time.perf_counter() - start)
     return done / best

@@ -59,7 +59,7 @@ def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
     points = pd.DataFrame({"family": kernels["contender"], "intensity": m * k * n / moved, "rate": kernels["rate"]})
     points["name"] = ""
     threads = int(kernels["threads"].iloc[0])
-    limits = {"population count": bits.popcount_limit() * threads / 1e9} if JIT else {}
+    limits = {"population count": bits.popcount_limit(threads) / 1e9} if JIT else {}
     return figures.roofline(points, limits, memory_bandwidth() / 1e9, title=title, colors=_COLORS)
 
 
