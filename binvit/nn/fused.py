@@ -81,21 +81,19 @@ class _ElasticLinear(torch.autograd.Function):
         y = torch.empty(product.shape, dtype=torch.float32) if large else product
         factor = np.full(n, size * gain, np.float32) if gains is None else kernels.vector(size * gains, n)
         kernels.scale_product(product.numpy(), factor, kernels.vector(bias, n), y.numpy())
-        ctx.unsigned, ctx.rule_w, ctx.size = unsigned, rule_w, np.float32(size)
-        ctx.has_shift, ctx.has_bias = shift is not None, bias is not None
-        ctx.made = levels, levels_w, gain, gains
-        ctx.save_for_backward(x, w, shift, *parameters)
+        ctx.unsigned, ctx.rule_w, ctx.size, ctx.gain = unsigned, rule_w, np.float32(size), np.float32(gain)
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, w, shift, levels, levels_w, gains, *parameters)
         return y.view(*x.shape[:-1], n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, w, shift, *parameters = ctx.saved_tensors
-        levels, levels_w, gain, gains = ctx.made
+        x, w, shift, levels, levels_w, gains, *parameters = ctx.saved_tensors
         g = g.reshape(-1, w.shape[0])
         weights = levels_w.float() if gains is None else levels_w * gains
         dx, dshift = g @ weights, np.empty(w.shape[1], np.float32)
-        constants = np.float32(gain), ctx.size, ctx.unsigned
+        constants = ctx.gain, ctx.size, ctx.unsigned
         rows, shifts = kernels.rows_of(x), kernels.vector(shift, w.shape[1])
         dscale = kernels.elastic_backward(rows, shifts, dx.numpy(), *constants, dshift)
         dw = (g.mT @ levels.float()).mul_(float(ctx.size))
@@ -105,7 +103,7 @@ class _ElasticLinear(torch.autograd.Function):
             None,
             dx.view(x.shape),
             dw,
-            torch.from_numpy(dshift) if ctx.has_shift else None,
+            None if shift is None else torch.from_numpy(dshift),
             g.sum(0) if ctx.has_bias else None,
             w.new_tensor(dscale / x.numel() ** 0.5),
             *dparameters,
@@ -174,26 +172,26 @@ class _AttentionCore(torch.autograd.Function):
         size_q, size_k = scale_q.item(), scale_k.item()
         table = np.exp(np.arange(d + 1) * (-2.0 * size_q * size_k * d**-0.5)).astype(np.float32)
         map_ = torch.bmm(signs_q, signs_k.mT)  # first the products of the signs, which the map overwrites
-        probability = np.empty((b, heads, n, n), np.float32)
+        probability = torch.empty(b, heads, n, n)
         extra = np.empty((0, 0, 0), np.float32) if bias is None else bias.detach().contiguous().numpy()
-        maps = map_.numpy().reshape(probability.shape)
-        attention_kernels.superpose_map(maps, extra, table, scales_a, thresholds_a, probability, maps)
-        ctx.arrays = (joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra, probability)
-        ctx.made = signs_q, signs_k, value, map_
+        maps = map_.numpy().reshape(b, heads, n, n)
+        attention_kernels.superpose_map(maps, extra, table, scales_a, thresholds_a, probability.numpy(), maps)
+        ctx.arrays = (shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra)
         ctx.sizes = np.float32(size_q), np.float32(size_k)
         ctx.has_shift = [shift is not None for shift in (shift_q, shift_k, shift_v)]
-        ctx.save_for_backward(qkv)  # its version is checked: the arrays share its memory
+        ctx.save_for_backward(qkv, signs_q, signs_k, value, map_, probability)
         return torch.bmm(map_, value).view(b, heads, n, d).transpose(1, 2).reshape(b, n, heads * d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (qkv,) = ctx.saved_tensors
-        signs_q, signs_k, value, map_ = ctx.made
-        joint, shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra, probability = ctx.arrays
+        qkv, signs_q, signs_k, value, map_, probability = ctx.saved_tensors
+        shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra = ctx.arrays
         scale_q, scale_k = ctx.sizes
+        probability = probability.numpy()
         b, heads, n, _ = probability.shape
         d = value.shape[2]
+        joint = kernels.rows_of(qkv).reshape(b, n, 3, heads, d)
         g = g.view(b, n, heads, d).transpose(1, 2).reshape(value.shape)
         up_v = torch.bmm(map_.mT, g)
         ds = torch.bmm(g, value.mT)
