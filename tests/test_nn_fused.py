@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -30,6 +29,14 @@ def gradients(model: VisionTransformer, x: torch.Tensor) -> tuple[torch.Tensor, 
     y = model(x)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def run_with_two_threads(code: str) -> None:
+    """Run a program in a process of its own, since the tests' process may have one thread only."""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    environment.pop("OMP_NUM_THREADS", None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(
@@ -82,22 +89,20 @@ def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatc
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():
-    import numba
-
-    x, g, shift = (torch.randn(shape).numpy() for shape in ((633, 70), (633, 70), (70,)))
-    constants = np.float32(1), np.float32(0.5), False
-    results = []
-    for threads in {1, numba.config.NUMBA_NUM_THREADS}:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            dx, dshift, signs = g.copy(), np.empty(70, np.float32), np.empty(x.shape, np.float32)
-            dscale = kernels.elastic_backward(x, shift, dx, *constants, dshift)
-            results.append((dx, dshift, dscale, kernels.centred_signs(x, signs), signs))
-        finally:
-            numba.set_num_threads(before)
-    for a, b in zip(results[0], results[-1], strict=True):
-        assert np.array_equal(a, b)
+    run_with_two_threads("""
+import numba
+import numpy as np
+from binvit.nn import kernels
+draw = np.random.default_rng(0).standard_normal
+x, g, shift = (draw(shape).astype(np.float32) for shape in ((633, 70), (633, 70), 70))
+results = []
+for threads in (1, 2):
+    numba.set_num_threads(threads)
+    dx, dshift, signs = g.copy(), np.empty(70, np.float32), np.empty_like(x)
+    dscale = kernels.elastic_backward(x, shift, dx, np.float32(1), np.float32(0.5), False, dshift)
+    results.append((dx, dshift, dscale, kernels.centred_signs(x, signs), signs))
+assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+""")
 
 
 def test_double_precision_and_exotic_rules_take_the_formulas():
@@ -136,7 +141,4 @@ assert torch.get_num_threads() == 1  # torch sets its runtime's number when it i
 {STARTS[start]}
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
-    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
-    environment.pop("OMP_NUM_THREADS", None)
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    run_with_two_threads(code)
