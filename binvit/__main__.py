@@ -43,7 +43,8 @@ def reproduce(
 ) -> None:
     """Run the notebooks and write executed copies and an HTML report.
 
-    All parameters are checked before anything runs. If a notebook fails, the others still run, and the exit code is 1.
+    All parameters are checked, and files of images looked for, before anything runs. If a notebook fails, the others
+    still run, and the exit code is 1.
     """
     from binvit.lab import batch, notebook, report
 
@@ -53,7 +54,8 @@ def reproduce(
     for file in files:
         values |= batch.read_values(file)
     plan = batch.plan(notebooks or notebook.folder("notebooks"), size, only, values, dict(texts))
-    from binvit.lab.runner import compile_kernels  # loads torch, which a refusal need not wait for
+    batch.check(plan)
+    from binvit.lab.runner import compile_kernels  # loads torch, which the refusal of a name need not wait for
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
     outcomes = batch.run(plan, out / "notebooks", jobs)

@@ -5,7 +5,7 @@ import notebook_maker
 import pytest
 
 from binvit.lab import batch
-from binvit.lab.batch import Job, parse, plan, read_values
+from binvit.lab.batch import Job, check, parse, plan, read_values
 
 
 @pytest.fixture
@@ -51,6 +51,48 @@ def test_only(folder, number):
 def test_wrong_plans_are_refused(folder, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         plan(folder, **options)
+
+
+def write_checked(path: Path, check: str) -> list[Job]:
+    """Write a notebook with images whose second cell is `check`, and plan it."""
+    made = notebook_maker.notebook()
+    made["cells"][1]["source"] = 'dataset: str = "digits"\ndata_dir: str = ""\nshare: float = 0.1\nseed: int = 0'
+    made["cells"][2]["source"] = check
+    notebook_maker.tidy.write(made, path)
+    return plan(path.parent)
+
+
+CHECK = (
+    "from binvit.lab import notebook\nfrom binvit.lab.settings import parse_images\n\nlimit = notebook.Between(0, 1)\n"
+    "p = notebook.check_parameters(globals(), share=limit, dataset=parse_images)\nraise RuntimeError('not reached')"
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "sentence"),
+    [
+        ({"share": 2.0}, ValueError, r"01_a\.ipynb: The parameter share holds 2.0; valid are numbers from 0 to 1"),
+        ({"seed": -1}, ValueError, "seed holds -1"),
+        ({"dataset": "digit"}, ValueError, "'digit'.*digits, cifar10"),
+        ({"dataset": "digits; parquet:no.parquet, 2 per class"}, FileNotFoundError, "01_a.ipynb: no.parquet .*exist"),
+        ({"dataset": "folder:no", "data_dir": "some/where"}, FileNotFoundError, "some/where/no .*does not exist"),
+        ({"dataset": "chaoyang"}, ValueError, "chaoyang needs root=FOLDER"),
+    ],
+)
+def test_values_are_refused_by_the_second_cell_before_anything_runs(tmp_path, values, error, sentence):
+    (job,) = write_checked(tmp_path / "01_a.ipynb", CHECK)
+    check([job])
+    with pytest.raises(error, match=sentence):
+        check([Job(job.notebook, values)])
+    if error is FileNotFoundError:
+        check([Job(job.notebook, values)], files=False)
+
+
+def test_files_that_are_there_and_notebooks_without_checks_pass(tmp_path):
+    (tmp_path / "some.parquet").write_bytes(b"")
+    jobs = write_checked(tmp_path / "01_a.ipynb", CHECK)
+    check([Job(jobs[0].notebook, {"dataset": "parquet:some.parquet", "data_dir": str(tmp_path)})])
+    check(write_checked(tmp_path / "01_a.ipynb", "share = share / 0"))
 
 
 def test_missing_files_are_named(folder, tmp_path):

@@ -80,6 +80,9 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("reproduce --notebooks missing", "There are no notebooks in missing"),
         ("reproduce -f missing.yaml", "There is no parameter file missing.yaml"),
         ("reproduce -p count", "requires 2 arguments"),
+        ("reproduce --only 01 -p dataset digit", "01_quickstart.ipynb: The parameter dataset does not fit"),
+        ("reproduce --only 04 -p schemes [gbs]", "Unknown scheme 'gbs'"),
+        ("reproduce --only 06 -p dataset parquet:no.parquet", "no.parquet) does not exist"),
     ],
 )
 def test_wrong_input_is_refused_with_one_sentence_and_nothing_is_written(

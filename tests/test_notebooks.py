@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from binvit.lab import batch, tidy
@@ -25,6 +26,11 @@ def test_papermill_sees_every_parameter_of_every_size():
     for size in batch.SIZES:
         jobs = batch.plan(FOLDER, size) if NOTEBOOKS else []
         assert [job.notebook for job in jobs] == NOTEBOOKS
+
+
+@pytest.mark.parametrize("size", batch.SIZES)
+def test_second_cells_accept_the_values_of_every_size(size):
+    batch.check(batch.plan(FOLDER, size), files=False)
 
 
 def test_no_parameter_file_without_notebook():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 from binvit.lab import tidy
 from binvit.lab.notebook import convert, project_dir
 
-__all__ = ["SIZES", "Job", "Outcome", "parse", "plan", "read_values", "run", "run_job"]
+__all__ = ["SIZES", "Job", "Outcome", "check", "parse", "plan", "read_values", "run", "run_job"]
 
 SIZES = ("smoke", "cpu", "paper")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -122,7 +123,7 @@ def plan(
     values: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> list[Job]:
-    """Decide what runs, and check every parameter's name and type before anything does.
+    """Decide what runs, and check every parameter's name and type; `check` looks at the values.
 
     Args:
         folder: where the notebooks lie.
@@ -154,6 +155,46 @@ def plan(
         given |= {name: parse(name, text, types[name]) for name, text in (texts or {}).items()}
         jobs.append(Job(notebook, given, size))
     return jobs
+
+
+def check(jobs: Sequence[Job], files: bool = True) -> None:
+    """Check every value as the notebooks' second cells do, and look for the files of the images, before anything runs.
+
+    Args:
+        jobs: what `plan` returned.
+        files: whether data sets that are files or folders have to be there.
+
+    Raises:
+        ValueError: a notebook refuses a value.
+        FileNotFoundError: a data set is missing.
+    """
+    from binvit.lab.settings import parse_images
+    from binvit.lab.sources import require_files
+
+    for job in jobs:
+        try:
+            checked = _checked_values(job)
+            for images in parse_images(getattr(checked, "dataset", "digits")) if files else ():
+                folder = getattr(checked, "data_dir", "")
+                require_files(images.dataset, project_dir() / folder if folder else None)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{job.notebook.name}: {error}") from None
+
+
+def _checked_values(job: Job) -> Any:
+    """Run the notebook's parameters cell and its call of `check_parameters`, and return what this returns."""
+    namespace = {"__name__": "__main__"}
+    for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", []):
+            exec(source, namespace)
+            namespace.update(job.values)
+        elif cell["cell_type"] == "code" and "check_parameters(" in source:
+            for statement in ast.parse(source).body:
+                exec(compile(ast.Module([statement], []), job.notebook.name, "exec"), namespace)
+                if isinstance(statement, ast.Assign) and "check_parameters(" in ast.unparse(statement):
+                    return namespace[ast.unparse(statement.targets[0])]
+    return None  # a notebook without checks
 
 
 # -------------------------------------------------------------------------------------------------------------- running

@@ -297,13 +297,8 @@ _NEEDS = {
 }
 
 
-def read_source(name: str, root: str | Path | None = None) -> Source:
-    """Read the data set called `name`, which is one of `SOURCES`, optionally with a path: "parquet:FILE".
-
-    Raises:
-        ValueError: the name is unknown, or the data are not what they should be.
-        FileNotFoundError: the files are missing and cannot be downloaded.
-    """
+def _locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:
+    """Return the kind of a data set and where it lies."""
     kind, colon, path = str(name).partition(":")
     if kind not in SOURCES or (colon and (not path or kind == "digits")):
         valid = ", ".join(f"{known}:PATH" if known in ("folder", "parquet") else known for known in SOURCES)
@@ -312,4 +307,27 @@ def read_source(name: str, root: str | Path | None = None) -> Source:
     if location is None and kind != "digits":
         needs = _NEEDS.get(kind, "root=FOLDER, the folder that holds it or that it shall be downloaded to")
         raise ValueError(f"The data set {kind} needs {needs}.")
+    return kind, location
+
+
+def require_files(name: str, root: str | Path | None = None) -> None:
+    """Refuse a data set whose files are missing and cannot be downloaded, without reading it.
+
+    Raises:
+        ValueError: the name is unknown or lacks a path.
+        FileNotFoundError: there is no such file or folder.
+    """
+    kind, location = _locate(name, root)
+    if kind in _NEEDS:
+        _existing(location, f"the data set {name}")
+
+
+def read_source(name: str, root: str | Path | None = None) -> Source:
+    """Read the data set called `name`, which is one of `SOURCES`, optionally with a path: "parquet:FILE".
+
+    Raises:
+        ValueError: the name is unknown, or the data are not what they should be.
+        FileNotFoundError: the files are missing and cannot be downloaded.
+    """
+    kind, location = _locate(name, root)
     return SOURCES[kind](location)
