@@ -371,6 +371,48 @@ def test_progress_leaves_other_schemes_alone():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", BINARY)
+def test_two_forward_passes_before_one_backward_pass_give_both_gradients(name):
+    model = binvit.calibrate(binvit.binarize(tiny_vit(), name), images(4)).train()
+    views = images(3, seed=1), images(3, seed=2)
+    apart = []
+    for view in views:
+        model.zero_grad()
+        model(view).square().sum().backward()
+        apart.append([parameter.grad for parameter in model.parameters()])
+    model.zero_grad()
+    sum(model(view).square().sum() for view in views).backward()
+    for parameter, *gradients in zip(model.parameters(), *apart, strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, sum(gradients), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "official"}])
+def test_checkpointing_may_be_on_from_the_first_batch(options):
+    model = binvit.binarize(tiny_vit(), binvit.scheme("gsb", **options)).train()
+    model.set_grad_checkpointing(True)
+    model(images(4)).sum().backward()
+    assert model.grad_checkpointing
+    assert all(module.is_set for module in model.modules() if isinstance(module, Binarizer))
+
+
+@pytest.mark.parametrize("name", ["gsb", "binaryvit", "bivit-head", "xnor++", "reactnet"])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_new_parameters_have_the_type_of_the_model(name, kind):
+    model = binvit.binarize(tiny_vit().to(kind), name).train()
+    assert {parameter.dtype for parameter in model.parameters()} == {kind}
+    model(images(4).to(kind)).float().sum().backward()
+
+
+def test_new_parameters_are_where_the_model_is_and_frozen_weights_stay_frozen():
+    model = binvit.binarize(tiny_vit().to("meta"), "gsb")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    frozen = tiny_vit().requires_grad_(False)
+    names = {name for name, parameter in binvit.binarize(frozen, "gsb").named_parameters() if parameter.requires_grad}
+    assert names
+    assert not names & {name for name, _ in frozen.named_parameters()}
+
+
 def test_gradient_checkpointing_changes_nothing():
     x = images(4)
     gradients = []

@@ -81,7 +81,10 @@ ONE = torch.tensor(1.0)
     [
         (lambda x: BF.elastic_signed(x, ONE, gradient="masked"), "gradient must be one of official, bit, got 'masked'"),
         (lambda x: BF.binarize_weight(x, scale="row"), "scale must be one of none, tensor, channel, got 'row'"),
-        (lambda x: BF.binarize_weight(x, center="head"), "center must be one of none, tensor, channel, got 'head'"),
+        (
+            lambda x: BF.binarize_weight(x, center="head"),
+            "center must be one of none, tensor, channel, True, False, got 'head'",
+        ),
         (
             lambda x: BF.gsb_value(x, [ONE] * 3, reduce="all"),
             "reduce must be one of batch, sample, head, row, got 'all'",
@@ -92,6 +95,11 @@ ONE = torch.tensor(1.0)
         (lambda x: BF.gsb_attention(x, [ONE] * 3, (0.7, 0.7)), "must increase strictly"),
         (lambda x: BF.gsb_attention(x, [ONE] * 2, (1.0,)), "between 0 and 1"),
         (lambda x: BF.gsb_attention(x, [ONE] * 2, (0.0,)), "between 0 and 1"),
+        (lambda x: BF.gsb_attention(x, [ONE] * 2, 0.7), "must be a list of numbers, got 0.7"),
+        (lambda x: BF.gsb_attention(x, [ONE] * 2, ("0.7",)), "must be a list of numbers"),
+        (lambda x: BF.gsb_attention(x[0], [ONE] * 3), r"takes a tensor \(B, H, N, M\) .* got \(3, 4, 4\)"),
+        (lambda x: BF.gsb_value(x, [torch.ones(3)] * 3), r"scales of one number, got .* \[\(3,\), \(3,\), \(3,\)\]"),
+        (lambda x: BF.binarize_weight(x, center=["x"]), "True, False, got"),
     ],
 )
 def test_a_wrong_choice_is_one_sentence(call, sentence):
@@ -99,6 +107,20 @@ def test_a_wrong_choice_is_one_sentence(call, sentence):
         call(torch.randn(2, 3, 4, 4))
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
+
+
+def test_scales_may_be_vectors_of_one_number():
+    scales = [torch.full((1,), 0.1, requires_grad=True) for _ in range(3)]
+    BF.gsb_attention(torch.rand(1, 2, 3, 3), scales).sum().backward()
+    assert all(scale.grad.shape == (1,) and scale.grad.item() != 0 for scale in scales)
+
+
+def test_exact_products_have_gradients_of_the_scales_alone():
+    rule_a, rule_v = GsbAttention(thresholds=(0.7,)), GsbValue(thresholds=(0.7,))
+    scales = [torch.tensor(0.1, requires_grad=True) for _ in range(4)]
+    a, v = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4)
+    BF.attention_product(a, v, rule_a, rule_v, scales[:2], scales[2:], exact=True).sum().backward()
+    assert all(scale.grad is not None for scale in scales)
 
 
 def leaf(shape, seed, dtype=torch.float64):

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import binvit
 from binvit.nn import fused, kernels
+from binvit.nn.rules import Elastic
 
 
 def trained(scheme: binvit.Scheme, width: int = 48, heads: int = 3) -> VisionTransformer:
@@ -142,3 +143,10 @@ assert torch.get_num_threads() == 1  # torch sets its runtime's number when it i
 assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     run_with_two_threads(code)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 5, 5), (3, 6, 6)])
+def test_a_bias_of_another_shape_is_refused(shape):
+    qkv, bias, one = torch.randn(2, 5, 36), torch.zeros(shape), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="does not fit 3 heads and 5 tokens"):
+        fused.attention_core(qkv, 3, bias, (None, None, None), (Elastic(lo=0), Elastic()), one, one, [one], [one])

@@ -101,6 +101,35 @@ def test_scales_stay_positive_while_offsets_need_not():
     assert torch.equal(kept, offset)
 
 
+@pytest.mark.parametrize("rule", [rules.Elastic(), rules.Elastic(per="channel")])
+def test_evaluation_takes_no_smaller_scale_than_training_does(rule):
+    binarizer, w = Binarizer(rule, channels=3), torch.randn(3, 4)
+    binarizer.values(w)
+    with torch.no_grad():
+        binarizer.scale.fill_(-1.0)
+    (scale,) = binarizer.eval().values(w)
+    assert (scale == rules.SMALLEST_SCALE).all()
+    assert (binarizer.scale == -1).all()
+    (plane,) = binarizer.planes(w)
+    assert (plane.scale == rules.SMALLEST_SCALE).all()
+    scale.sum().backward()
+    assert (binarizer.scale.grad == 1).all()
+    (scale,) = binarizer.train().values(w)
+    assert (scale == rules.SMALLEST_SCALE).all()
+    assert (binarizer.scale == rules.SMALLEST_SCALE).all()
+
+
+def test_loading_a_state_without_scales_has_them_set_again():
+    binarizer = Binarizer(rules.Elastic())
+    start = copy.deepcopy(binarizer.state_dict())
+    binarizer.values(torch.ones(4, 6))
+    first = binarizer.scale.item()
+    binarizer.load_state_dict(start)
+    assert not binarizer.is_set
+    binarizer.values(torch.ones(4, 6))
+    assert binarizer.scale.item() == first != 1
+
+
 def test_official_initialization_subtracts_in_the_first_forward_pass_only():
     a = torch.tensor(upstream((4, 2, 9, 9), 0)).float().mul(2).softmax(-1)
     rule = GsbAttention(init="official")
@@ -434,6 +463,27 @@ def test_recording_in_either_mode_changes_nothing(mode):
     before = layer(x)
     layer.record = True
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["full", "relative"])
+@pytest.mark.parametrize("n", [3, 17])
+def test_a_bias_for_another_number_of_tokens_is_refused(training, kind, n):
+    layer = attention_layer(binvit.scheme("gsb", attention_bias=kind))
+    layer(tokens().float())
+    with pytest.raises(ValueError, match=f"attention bias is for 5 tokens, got {n}"):
+        layer.train(training)(torch.randn(2, n, 12))
+
+
+@pytest.mark.parametrize("options", [{"attn_drop": 0.5}, {"qk_norm": True}])
+def test_what_the_fused_core_does_not_know_goes_step_by_step(options):
+    layer = attention_layer(binvit.scheme("gsb"), **options)
+    x = tokens().float()
+    layer(x)
+    assert not layer._can_fuse(layer.qkv(x))
+    plain = attention_layer(binvit.scheme("gsb"))
+    plain(x)
+    assert plain._can_fuse(plain.qkv(x))
 
 
 @pytest.mark.parametrize("mask", [{"attn_mask": torch.zeros(5, 5)}, {"is_causal": True}])

@@ -151,6 +151,16 @@ def test_a_file_without_a_model(tmp_path, content):
     refused(tmp_path / "other.pth", "the key 'model' with a dictionary of tensors is missing")
 
 
+def test_keys_that_are_no_names(state, tmp_path):
+    torch.save({"model": state | {3: torch.zeros(1)}}, tmp_path / "other.pth")
+    refused(tmp_path / "other.pth", "the key 'model' with a dictionary of tensors is missing")
+
+
+def test_numbers_that_are_not_finite(state, tmp_path):
+    torch.save({"model": state | {"norm.bias": torch.full_like(state["norm.bias"], torch.nan)}}, tmp_path / "nan.pth")
+    refused(tmp_path / "nan.pth", "the tensor 'norm.bias' holds numbers that are not finite")
+
+
 def test_an_empty_model(tmp_path):
     torch.save({"model": {}}, tmp_path / "empty.pth")
     refused(tmp_path / "empty.pth", "is missing")

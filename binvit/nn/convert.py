@@ -12,6 +12,7 @@ from torch import nn
 
 from binvit.nn.catalogue import scheme as scheme_of
 from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.parts import Binarizer
 from binvit.nn.schemes import Scheme
 
 # Vectors that take much of a packed file while they stay float32, by the ends of their names; the largest kinds first.
@@ -44,20 +45,40 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     if scheme.binarizes("patch_embed"):
         weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
         # No shift: it would undo the normalization of the images.
-        model.patch_embed.proj = BinaryPatchConv(model.patch_embed.proj, weight, input)
+        model.patch_embed.proj = _like(BinaryPatchConv(model.patch_embed.proj, weight, input), model.patch_embed.proj)
     for block in model.blocks:
         if scheme.binarizes("mhsa"):
             grid = model.patch_embed.grid_size
-            block.attn = BinaryAttention(block.attn, scheme, grid, model.num_prefix_tokens)
+            attention = BinaryAttention(block.attn, scheme, grid, model.num_prefix_tokens)
+            block.attn = _like(attention, block.attn.qkv)
         if scheme.binarizes("mlp"):
-            block.mlp = BinaryMlp(block.mlp, scheme)
+            block.mlp = _like(BinaryMlp(block.mlp, scheme), block.mlp.fc1)
     if scheme.binarizes("head"):
         for name in ("head", "head_dist"):
             head = getattr(model, name, None)
             if isinstance(head, nn.Linear):
                 rules = scheme.rule("head_weight"), scheme.rule("head_input")
-                setattr(model, name, BinaryLinear(head, *rules, shift=scheme.shift))
+                setattr(model, name, _like(BinaryLinear(head, *rules, shift=scheme.shift), head))
+    model.register_forward_pre_hook(_set_scales)
     return model.train(model.training)
+
+
+def _like(module: nn.Module, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """Bring what the new module has added to the device and type of the layer it replaces."""
+    return module.to(layer.weight.device, layer.weight.dtype)
+
+
+def _set_scales(model: VisionTransformer, inputs: tuple[torch.Tensor, ...]) -> None:
+    # A checkpointed block is computed twice, and must not set its scales in one pass and find them set in the other.
+    if not (model.training and model.grad_checkpointing):
+        return
+    if all(module.is_set for module in model.modules() if isinstance(module, Binarizer)):
+        return
+    model.grad_checkpointing = False
+    try:
+        calibrate(model, *inputs)
+    finally:
+        model.grad_checkpointing = True
 
 
 def _check_model(model: nn.Module, scheme: Scheme) -> None:

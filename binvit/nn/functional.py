@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from binvit.nn.attention_rules import REDUCTIONS, GsbAttention, GsbValue
+from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Elastic, Plane, Rule
 
 LARGEST_EXACT = 2**24  # integers below are exact in float32
@@ -35,11 +36,13 @@ class _Binarize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
         return None, *ctx.rule.backward(x, g, *parameters)
 
 
+@full_precision
 def binarize(x: Tensor, rule: Rule, *parameters: Tensor) -> Tensor:
     """Binarize x by a rule.
 
@@ -133,6 +136,7 @@ class _BinaryProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         rule_x, rule_w = ctx.rules
         x, w, *parameters = ctx.saved_tensors
@@ -149,6 +153,7 @@ class _BinaryProduct(torch.autograd.Function):
         return None, None, dx, dw, dshift, dbias, *dpx, *dpw
 
 
+@full_precision
 def binary_product(
     x: Tensor,
     w: Tensor,
@@ -177,7 +182,9 @@ def binary_product(
     return _BinaryProduct.apply((rule_x, rule_w), len(parameters_x), x, w, shift, bias, *parameters_x, *parameters_w)
 
 
-class _ReplaceValue(torch.autograd.Function):
+class ReplaceValue(torch.autograd.Function):
+    """Another value for a tensor, whose gradient passes through."""
+
     @staticmethod
     def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
         return value.clone()
@@ -203,6 +210,7 @@ def superposed_product(attention: Sequence[Plane], value: Sequence[Plane]) -> Te
     return total
 
 
+@full_precision
 def attention_product(
     attention: Tensor,
     value: Tensor,
@@ -231,10 +239,11 @@ def attention_product(
     if exact and binary:
         with torch.no_grad():
             value_ = superposed_product(rule_a.planes(attention, *parameters_a), rule_v.planes(value, *parameters_v))
-        if not (torch.is_grad_enabled() and (attention.requires_grad or value.requires_grad)):
+        tensors = attention, value, *parameters_a, *parameters_v
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return value_
     product = binarize(attention, rule_a, *parameters_a) @ binarize(value, rule_v, *parameters_v)
-    return _ReplaceValue.apply(product, value_) if exact and binary else product
+    return ReplaceValue.apply(product, value_) if exact and binary else product
 
 
 def elastic_signed(x: Tensor, scale: Tensor, gradient: str = "official") -> Tensor:
@@ -268,14 +277,15 @@ def binarize_weight(w: Tensor, scale: str = "tensor", center: bool | str = True)
     Args:
         w: (out, in).
         scale: Factor: "none", one per "tensor" or one per "channel" (output row).
-        center: Mean to subtract before the sign: False, True (one per tensor, as released) or "channel".
+        center: Mean to subtract before the sign: False or "none", True or "tensor" (as released), or "channel".
 
     Raises:
         ValueError: If `scale` or `center` is unknown.
     """
     _choice("scale", scale, ("none", "tensor", "channel"))
-    center = {True: "tensor", False: "none"}.get(center, center)
-    _choice("center", center, ("none", "tensor", "channel"))
+    if isinstance(center, bool):
+        center = "tensor" if center else "none"
+    _choice("center", center, ("none", "tensor", "channel", True, False))
     return binarize(w, Bwn(scale=scale, center=center))
 
 
@@ -296,9 +306,9 @@ def gsb_attention(
         gradient: "official" or "masked".
 
     Raises:
-        ValueError: If a choice is unknown or the numbers of scales and thresholds do not fit.
+        ValueError: If a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
     """
-    return binarize(a, _gsb(GsbAttention, scales, thresholds, reduce, gradient), *scales)
+    return _binarize_gsb(GsbAttention, a, scales, thresholds, reduce, gradient)
 
 
 def gsb_value(
@@ -318,33 +328,43 @@ def gsb_value(
         gradient: "official" or "masked".
 
     Raises:
-        ValueError: If a choice is unknown or the numbers of scales and thresholds do not fit.
+        ValueError: If a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
     """
-    return binarize(v, _gsb(GsbValue, scales, thresholds, reduce, gradient), *scales)
+    return _binarize_gsb(GsbValue, v, scales, thresholds, reduce, gradient)
 
 
 def _choice(what: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
-        raise ValueError(f"{what} must be one of {', '.join(valid)}, got {value!r}.")
+        raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, got {value!r}.")
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Raise a ValueError unless the thresholds increase strictly and lie in (0, 1)."""
+    """Raise a ValueError unless the thresholds are numbers that increase strictly and lie in (0, 1)."""
+    numbers = isinstance(thresholds, Sequence) and not isinstance(thresholds, str)
+    if not numbers or any(isinstance(t, bool) or not isinstance(t, int | float) for t in thresholds):
+        raise ValueError(f"thresholds must be a list of numbers, got {thresholds!r}.")
     pairs = itertools.pairwise(thresholds)
     if any(not 0 < t < 1 for t in thresholds) or any(b <= a for a, b in pairs):
         raise ValueError(f"thresholds must increase strictly and lie between 0 and 1, got {tuple(thresholds)}.")
 
 
-def _gsb(
+def _binarize_gsb(
     kind: type[GsbAttention] | type[GsbValue],
+    x: Tensor,
     scales: Sequence[Tensor],
     thresholds: Sequence[float],
     reduce: str,
     gradient: str,
-) -> GsbAttention | GsbValue:
+) -> Tensor:
     check_thresholds(thresholds)
     _choice("reduce", reduce, REDUCTIONS)
     _choice("gradient", gradient, ("official", "masked"))
     if len(scales) != len(thresholds) + 1:
         raise ValueError(f"{len(thresholds)} thresholds need {len(thresholds) + 1} scales, got {len(scales)}.")
-    return kind(thresholds=tuple(thresholds), reduce=reduce, gradient=gradient)
+    if x.dim() != 4 or any(scale.numel() != 1 for scale in scales):
+        shapes = [tuple(scale.shape) for scale in scales]
+        raise ValueError(
+            f"GSB takes a tensor (B, H, N, M) and scales of one number, got {tuple(x.shape)} and {shapes}."
+        )
+    rule = kind(thresholds=tuple(thresholds), reduce=reduce, gradient=gradient)
+    return binarize(x, rule, *(scale.reshape(()) for scale in scales))

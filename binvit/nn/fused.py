@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from binvit.nn import attention_kernels, kernels
 from binvit.nn.attention_rules import GsbAttention, GsbValue
+from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Elastic, Rule
 
 _INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
@@ -88,6 +89,7 @@ class _ElasticLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w, shift, levels, levels_w, gains, *parameters = ctx.saved_tensors
         g = g.reshape(-1, w.shape[0])
@@ -110,6 +112,7 @@ class _ElasticLinear(torch.autograd.Function):
         )
 
 
+@full_precision
 def elastic_linear(
     x: Tensor,
     w: Tensor,
@@ -184,6 +187,7 @@ class _AttentionCore(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         qkv, signs_q, signs_k, value, map_, probability = ctx.saved_tensors
         shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra = ctx.arrays
@@ -231,6 +235,7 @@ class _AttentionCore(torch.autograd.Function):
         return None, None, dqkv, dbias, *dshifts, dscale_q, dscale_k, *dscales_a, *dscales_v
 
 
+@full_precision
 def attention_core(
     qkv: Tensor,
     heads: int,
@@ -257,5 +262,10 @@ def attention_core(
 
     Returns:
         (B, N, H * d).
+
+    Raises:
+        ValueError: If the bias is for another number of heads or tokens: the kernels do not look.
     """
+    if bias is not None and bias.shape != (heads, qkv.shape[1], qkv.shape[1]):
+        raise ValueError(f"A bias of shape {tuple(bias.shape)} does not fit {heads} heads and {qkv.shape[1]} tokens.")
     return _AttentionCore.apply(heads, rules, qkv, bias, *shifts, scale_q, scale_k, *scales_a, *scales_v)

@@ -13,6 +13,10 @@ from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
 
 
+def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
 class BinaryLinear(nn.Module):
     """Linear layer with binarized weights and inputs: y = b_x(x + shift) b_w(W)^T + bias.
 
@@ -39,8 +43,8 @@ class BinaryLinear(nn.Module):
         super().__init__()
         matrix = linear.weight.detach().flatten(1)
         self.out_features, self.in_features = matrix.shape
-        self.weight = nn.Parameter(linear.weight.detach().clone())
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        self.weight = _copy_of(linear.weight)
+        self.bias = None if linear.bias is None else _copy_of(linear.bias)
         self.shift = nn.Parameter(torch.zeros(self.in_features)) if shift and not input.is_float else None
         self.weight_binarizer = Binarizer(weight, channels=self.out_features)
         self.input_binarizer = Binarizer(input)
@@ -172,10 +176,13 @@ class BinaryAttention(nn.Module):
         """Map tokens (B, N, D) to (B, N, D).
 
         Raises:
-            ValueError: If a mask is given: the binarized map has no meaning for masked tokens.
+            ValueError: If a mask is given, which has no meaning for a binarized map, or the learned bias is for another
+                number of tokens.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Binarized attention takes no attention mask.")
+        if self.bias is not None and x.shape[1] != self.bias.tokens:
+            raise ValueError(f"The learned attention bias is for {self.bias.tokens} tokens, got {x.shape[1]}.")
         qkv = self.qkv(x)
         y = self._fused(qkv) if self._can_fuse(qkv) else self._by_steps(qkv)
         return self.proj_drop(self.proj(self.norm(y)))

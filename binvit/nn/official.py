@@ -113,7 +113,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or no PyTorch checkpoint of plain tensors ({type(error).__name__})."
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not tensors:
         raise ValueError(
             f"{path} is no official GSB checkpoint: the key 'model' with a dictionary of tensors is missing."
         )
@@ -134,6 +135,8 @@ def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) 
     for key, value in state.items():
         if value.numel() == 0:
             raise ValueError(f"{path} is no official GSB checkpoint: the tensor {key!r} is empty.")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path} is no usable checkpoint: the tensor {key!r} holds numbers that are not finite.")
     if width % heads:
         raise ValueError(f"{path} is no official GSB checkpoint: {heads} heads do not divide the width {width}.")
     side = math.isqrt(max(patches, 0))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from binvit.nn.functional import ReplaceValue
 from binvit.nn.rules import SMALLEST_SCALE, Plane, Rule
 
 
@@ -32,10 +35,13 @@ class Binarizer(nn.Module):
         self._seen = False  # spares reading the buffer once it is known to be set
 
     def values(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the rule's parameters for binarizing x + shift; in training mode they are set or clamped before."""
+        """Return the rule's parameters for binarizing x + shift, none of the scales below the smallest.
+
+        In training mode they are set from the first batch, and clamped for good after a step has taken them too low.
+        """
+        if not (self.training and self.rule.learned and self.rule.parameters):
+            return self.limited()
         parameters = tuple(getattr(self, name) for name in self.rule.parameters)
-        if not (self.training and self.rule.learned and parameters):
-            return parameters
         if not self.is_set:
             with torch.no_grad():
                 initial = self.rule.initial(x if shift is None else x + shift)
@@ -49,11 +55,27 @@ class Binarizer(nn.Module):
             return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
         self._seen = True
         for name, parameter in zip(self.rule.parameters, parameters, strict=True):
-            # Reading one number is faster than clamping it; the offset is the one parameter that may be negative.
-            fine = parameter.numel() == 1 and parameter.device.type == "cpu" and parameter.item() >= SMALLEST_SCALE
-            if name != "offset" and not fine:
-                parameter.detach().clamp_(min=SMALLEST_SCALE)
+            if not self._is_fine(name, parameter):
+                # Behind autograd's back: a second forward pass finds nothing to clamp, so the first keeps its numbers.
+                parameter.data.clamp_(min=SMALLEST_SCALE)
         return parameters
+
+    def limited(self) -> tuple[Tensor, ...]:
+        """Return the rule's parameters with scales clamped from below; the parameters themselves stay as they are."""
+        named = [(name, getattr(self, name)) for name in self.rule.parameters]
+        if not self.rule.learned:
+            return tuple(parameter for _, parameter in named)
+        return tuple(
+            p if self._is_fine(name, p) else ReplaceValue.apply(p, p.detach().clamp(min=SMALLEST_SCALE))
+            for name, p in named
+        )
+
+    @staticmethod
+    def _is_fine(name: str, parameter: Tensor) -> bool:
+        # Reading one number is faster than clamping it; the offset is the one parameter that may be negative.
+        if name == "offset":
+            return True
+        return parameter.numel() == 1 and parameter.device.type == "cpu" and parameter.item() >= SMALLEST_SCALE
 
     @property
     def is_set(self) -> bool:
@@ -62,7 +84,11 @@ class Binarizer(nn.Module):
 
     def planes(self, x: Tensor) -> list[Plane]:
         """Return the planes of x with the current parameters."""
-        return self.rule.planes(x, *(getattr(self, name) for name in self.rule.parameters))
+        return self.rule.planes(x, *self.limited())
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._seen = False  # what is loaded may be a model that has seen no batch
+        super()._load_from_state_dict(*arguments, **options)
 
     def set_progress(self, done: float) -> None:
         """Move a schedule-driven parameter to the share `done` (0 to 1) of training."""
@@ -146,7 +172,7 @@ class AttentionBias(nn.Module):
     def __init__(self, kind: str, heads: int, grid: tuple[int, int], prefix: int) -> None:
         super().__init__()
         self.kind = kind
-        tokens = prefix + grid[0] * grid[1]
+        self.tokens = tokens = prefix + grid[0] * grid[1]
         if kind == "full":
             self.values = nn.Parameter(torch.zeros(heads, tokens, tokens))
             return

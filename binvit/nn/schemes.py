@@ -88,7 +88,7 @@ PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to binarize a vision transformer; every field can be overridden by `binvit.scheme(name, field=value)`.
+    """One way to binarize a vision transformer; fields are overridden by `binvit.scheme(name, field=value)`.
 
     Attributes:
         name: Name in the catalogue.
