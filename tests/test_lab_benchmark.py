@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import binvit
 from binvit.__main__ import cli, main
 from binvit.lab import bench, benchmark, efficiency, peers, timing
 from binvit.lab.audit import audit
@@ -119,8 +120,13 @@ def test_long_runs_are_counted_once_a_turn_and_short_ones_three_times():
 def test_claims_about_size_follow_the_audit():
     model = benchmark.calibrated_model(benchmark.random_model(**TINY), "binvit gsb")
     counted = audit(pack(model))
-    verdicts = [claim.verdict for claim in efficiency.size_claims(counted, np.array([0.0, 1e-7]))]
-    assert verdicts[:2] == ["no", "no"]  # so small a model is mostly float residue
+    rounded = audit(pack(binvit.round_vectors(model)))
+    claims = efficiency.size_claims(rounded, np.array([0.0, 1e-7]), counted)
+    assert [claim.verdict for claim in claims[:2]] == ["no", "no"]  # so small a model is mostly float residue
+    assert "With float16 vectors" in claims[0].sentence
+    assert "rounded model's logits" in claims[1].sentence
+    assert claims[0].evidence.startswith(f"{100 * rounded.share:.1f} % (at most 5 % demanded")
+    assert f"{100 * counted.share:.1f} % with float32 vectors" in claims[0].evidence
     assert efficiency.draw_bytes(counted).axes
 
 

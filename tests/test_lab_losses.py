@@ -1,12 +1,14 @@
 """Lost information over several seeds: the table is complete, its claims can fail, the pictures show single queries."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import binvit
-from binvit.lab import experiments, losses
+from binvit.lab import batch, experiments, losses
 from binvit.lab.panels import LOSSES, distributions, loss_panels
 from binvit.lab.trials import Trial
 
@@ -66,14 +68,50 @@ def test_trained_losses_are_paired_by_seed(monkeypatch):
 
 
 def test_claims_can_come_out_either_way():
-    paper = {c.sentence: c.verdict for c in losses.claims(table(worst="attention map and value", trained=True))}
-    assert set(paper.values()) == {"yes"}
+    paper = losses.claims(table(worst="attention map and value", trained=True))
     assert len(paper) == 12
+    assert {c.verdict for c in paper if not c.sentence.startswith("After")} == {"yes"}
     other = losses.claims(table(worst="query linear weights", superposed=0.1, trained=True))
     assert {c.verdict for c in other} == {"no"}
     untrained = losses.claims(table())
     assert [c.verdict for c in untrained if c.sentence.startswith("After")] == ["undecided", "undecided"]
     assert {c.verdict for c in losses.claims(table().query("seed == 0"))} == {"undecided"}
+
+
+@pytest.mark.parametrize(
+    ("worst", "verdicts"),
+    [("attention map", ["yes", "no"]), ("value", ["no", "yes"]), ("attention map and value", ["no", "no"])],
+)
+def test_trained_tensors_are_compared_with_all_others(worst, verdicts):
+    found = [c for c in losses.claims(table(worst, trained=True)) if c.sentence.startswith("After")]
+    assert [c.verdict for c in found] == verdicts
+    assert all(" of 5 fail" in c.evidence for c in found if c.verdict == "no")
+
+
+def test_rivals_are_compared_one_by_one():
+    losing = table()
+    for tensor, sign in (("query", 1), ("key", -1)):  # alike on average, and another one is worse in each seed
+        rows = losing["tensor"] == tensor
+        losing.loc[rows, "accuracy_drop"] = 0.2 + sign * losing["seed"].map({0: 0.1, 1: -0.1, 2: 0.05})[rows]
+    losing.loc[losing["tensor"] == "attention map", "accuracy_drop"] = 0.2
+    first = losses.claims(losing)[0]
+    assert first.verdict == "undecided"
+    assert "2 of 2 are undecided: attention map - query: -1.7 points" in first.evidence
+
+
+def test_claims_name_the_number_of_groups():
+    assert sum("With 3 groups" in c.sentence for c in losses.claims(table())) == 6
+    two = [c for c in losses.claims(table(), groups=2) if "With 2 groups" in c.sentence]
+    assert len(two) == 6
+    assert two[0].evidence.startswith("1 group - 2 groups: ")
+
+
+def test_the_notebook_refuses_thresholds_that_do_not_increase():
+    path = Path(__file__).parents[1] / "notebooks" / "03_information_loss.ipynb"
+    batch.check([batch.Job(path, {"thresholds": [0.5]})], files=False)
+    for wrong in ([0.9, 0.7], [0.7, 1.0]):
+        with pytest.raises(ValueError, match="thresholds must increase strictly and lie between 0 and 1"):
+            batch.check([batch.Job(path, {"thresholds": wrong})], files=False)
 
 
 def test_pictures_show_one_query():

@@ -55,6 +55,25 @@ def test_what_was_not_run_is_undecided():
     assert verdicts({"bit": 0.9, "bnn": 0.5})[3] == "yes"
 
 
+def test_one_partner_alone_does_not_decide_about_two():
+    claim = methods.check_claims(table_of({(name, "digits"): [0.8] * 3 for name in ("float", "gsb")}))[4]
+    assert (claim.verdict, claim.evidence) == ("undecided", "2 of 2 are undecided: no trial of 'bivit' was run")
+    values = {"float": 0.9, "bivit": 0.8, "bit": 0.5}
+    claim = methods.check_claims(table_of({(name, "digits"): [value] * 3 for name, value in values.items()}))[4]
+    assert (claim.verdict, claim.evidence) == ("undecided", "1 of 2 is undecided: no trial of 'bibert' was run")
+
+
+def test_sentences_say_whether_all_schemes_were_run():
+    def sentences(names):
+        table = table_of({(name, "digits"): [0.8] * 3 for name in names})
+        return [claim.sentence for claim in methods.check_claims(table)]
+
+    assert not any("run" in sentence for sentence in sentences(binvit.list_schemes()))
+    some = sentences(["float", "bit", "bnn", "gsb"])
+    assert some[0] == "GSB is more accurate than every other 1-bit scheme that was run."
+    assert [" that were run " in sentence for sentence in some] == [False, False, True, True, False]
+
+
 def test_published_numbers_carry_source_and_grade():
     table = pd.read_csv(REFERENCE, dtype=str, keep_default_na=False)
     assert tuple(table.columns) == methods.PUBLISHED

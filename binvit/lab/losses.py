@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,17 @@ import pandas as pd
 from torch import Tensor
 
 from binvit.lab.analysis import SUPERPOSED, TENSORS, one_tensor_at_a_time, single_tensor_options
-from binvit.lab.claims import Claim, check_difference
+from binvit.lab.claims import Claim, check_pair
 from binvit.lab.data import ImageData, load_data
-from binvit.lab.experiments import Condition, Run
+from binvit.lab.experiments import Condition, Run, all_of
 from binvit.lab.inspection import load_trained
-from binvit.lab.statistics import Difference, estimate
 from binvit.lab.trials import Trial
 
 CASES = [(tensor, "1-bit") for tensor in TENSORS] + [(tensor, "GSB") for tensor in SUPERPOSED]
-_PRODUCTS = ("query", "key", "linear weights", "linear inputs")
+_PRODUCTS = {
+    "a 1-bit query or key": ("query", "key"),
+    "1-bit linear weights or inputs": ("linear weights", "linear inputs"),
+}
 
 
 def conditions(train_each: bool, thresholds: Sequence[float] = (0.7, 0.9), reduce: str = "row") -> list[Condition]:
@@ -88,68 +90,48 @@ def measure(
     return losses
 
 
-def claims(losses: pd.DataFrame) -> list[Claim]:
+def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
     """Check what the paper says about lost information, on the measurements of one data set.
 
     Args:
         losses: the result of `measure`, rows of one data set.
+        groups: how many groups GSB superposed, one more than its thresholds.
 
     Returns:
-        the claims; those about trained models are undecided if none were trained.
+        the claims; a tensor that costs more than several others is compared with each of them, and claims about
+        trained models are undecided if none were trained.
     """
+    single = losses[losses["binarizer"] == "1-bit"]
+    several = f"{groups} groups"
+    named = losses.assign(groups=losses["binarizer"].map({"1-bit": "1 group", "GSB": several}))
+
+    def costs_more(sentence: str, value: str, tensor: str, others: Iterable[str]) -> Claim:
+        pairs = [check_pair(f"{tensor} exceeds {o}", single, tensor, o, on="tensor", value=value) for o in others]
+        return all_of(sentence, pairs)
+
     checked = []
-    rivals = {"a 1-bit query or key": _PRODUCTS[:2], "1-bit linear weights or inputs": _PRODUCTS[2:]}
     for tensor in SUPERPOSED:
-        for words, others in rivals.items():
+        for words, others in _PRODUCTS.items():
             sentence = f"Without further training, a 1-bit {tensor} costs more accuracy than {words}."
-            checked.append(check_difference(sentence, _over_the_worst(losses, "accuracy_drop", tensor, others)))
+            checked.append(costs_more(sentence, "accuracy_drop", tensor, others))
     for tensor in SUPERPOSED:
-        name = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
+        sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
         if "trained_drop" in losses:
-            checked.append(check_difference(name, _over_the_worst(losses, "trained_drop", tensor, _PRODUCTS)))
+            others = [other for other in TENSORS if other != tensor]
+            checked.append(costs_more(sentence, "trained_drop", tensor, others))
         else:
-            checked.append(Claim(name, "undecided", "not run"))
+            checked.append(Claim(sentence, "undecided", "not run"))
     for tensor in SUPERPOSED:
+        part = named[named["tensor"] == tensor]
+        less = f"With {several}, the {tensor} loses less accuracy than with one."
+        closer = f"With {several}, the {tensor} is closer to the float one: the cosine grows by more than 0.02."
+        richer = f"With {several}, an element of the {tensor} carries more than 0.2 bits more."
         checked += [
-            check_difference(
-                f"Three groups of the {tensor} lose less accuracy than one.",
-                _one_group_minus_three(losses, "accuracy_drop", tensor),
-            ),
-            check_difference(
-                f"Three groups bring the {tensor} closer to the float one: the cosine grows by more than 0.02.",
-                _three_groups_minus_one(losses, "cosine", tensor),
-                margin=0.02,
-                percent=False,
-            ),
-            check_difference(
-                f"An element of the {tensor} carries more than 0.2 bits more with three groups.",
-                _three_groups_minus_one(losses, "entropy", tensor),
-                margin=0.2,
-                percent=False,
-            ),
+            check_pair(less, part, "1 group", several, on="groups", value="accuracy_drop"),
+            check_pair(closer, part, several, "1 group", 0.02, on="groups", value="cosine", percent=False),
+            check_pair(richer, part, several, "1 group", 0.2, on="groups", value="entropy", percent=False),
         ]
     return checked
-
-
-def _by_seed(losses: pd.DataFrame, value: str, binarizer: str = "1-bit") -> pd.DataFrame:
-    return losses[losses["binarizer"] == binarizer].pivot_table(index="seed", columns="tensor", values=value)
-
-
-def _over_the_worst(losses: pd.DataFrame, value: str, tensor: str, others: Sequence[str]) -> Difference:
-    """How much more a tensor loses than the worst of the others, seed by seed."""
-    table = _by_seed(losses, value)
-    e = estimate(table[tensor] - table[list(others)].max(axis=1))
-    return Difference(e.mean, e.low, e.high, e.n, tensor, f"the worst of {', '.join(others)}", value)
-
-
-def _three_groups_minus_one(losses: pd.DataFrame, value: str, tensor: str) -> Difference:
-    e = estimate(_by_seed(losses, value, "GSB")[tensor] - _by_seed(losses, value)[tensor])
-    return Difference(e.mean, e.low, e.high, e.n, "three groups", "one", value)
-
-
-def _one_group_minus_three(losses: pd.DataFrame, value: str, tensor: str) -> Difference:
-    e = estimate(_by_seed(losses, value)[tensor] - _by_seed(losses, value, "GSB")[tensor])
-    return Difference(e.mean, e.low, e.high, e.n, "one group", "three", value)
 
 
 def query_rows(maps: Tensor, grid: tuple[int, int]) -> np.ndarray:
