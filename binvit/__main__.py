@@ -6,6 +6,7 @@ sentence on stderr and exit code 2, failed work with exit code 1.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,15 +210,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(error.format_message())
     except OSError as error:
         # Our own sentences come without an error number.
-        _refuse(str(error) if error.errno is None else f"{error.strerror}: {error.filename}.")
+        sentence = str(error) if error.errno is None else f"{error.strerror}: {error.filename}."
+        _refuse(sentence, 1 if error.errno in _FAILED_WORK else 2)
     except (ValueError, ModuleNotFoundError) as error:
-        _refuse(str(error))
+        _refuse(str(error), 2 if getattr(error, "wrong_input", True) else 1)  # trials can fail at their work
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _refuse(sentence: str) -> None:
+_FAILED_WORK = (errno.EDQUOT, errno.EIO, errno.ENOSPC)  # a full or broken disk; other numbers tell of a wrong path
+
+
+def _refuse(sentence: str, code: int = 2) -> None:
     click.echo(f"Error: {sentence}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -114,3 +114,6 @@ def test_the_dependence_on_the_batch_is_measured(tmp_path):
         found.loc["over a row", "largest_change"] <= ablation.ROUNDING < found.loc["over the batch", "largest_change"]
     )
     assert set(found["images"]) == {64}
+    few = ablation.measure_batches(runs, tmp_path, images=21).set_index("level")
+    assert few.loc["over a row", "largest_change"] <= ablation.ROUNDING < few.loc["over the batch", "largest_change"]
+    assert set(few["images"]) == {20}

@@ -30,6 +30,7 @@ def test_paper_recipe_is_the_papers():
 
 
 def test_values_take_their_declared_type():
+    assert recipe("smoke", optimizer="lookahead_AdamW").optimizer == "lookahead_AdamW"
     made = recipe("smoke", lr=1, epochs=3.0, stages=[{"epochs": 2, "scheme_options": {"components": ["mlp"]}}])
     assert isinstance(made.lr, float)
     assert isinstance(made.epochs, int)
@@ -55,6 +56,10 @@ def test_values_take_their_declared_type():
         ({"warmup": 5}, "warmup must be between 0 and 1"),
         ({"pretrained": True}, "Pretrained weights need a timm model name"),
         ({"distilled": True, "global_pool": "avg"}, "global_pool must be 'token'"),
+        ({"model": "no_such_model"}, "timm knows no model named 'no_such_model'"),
+        ({"optimizer": "adamq"}, "Unknown optimizer 'adamq'; valid are .*adamw.*, also after 'lookahead_'"),
+        ({"auto_augment": "foo"}, "timm does not know the augmentation 'foo'"),
+        ({"auto_augment": "rand-q9"}, "timm does not know the augmentation 'rand-q9'"),
         ({"stages": [3]}, "stages must be a list of records"),
         ({"stages": [{"epochs": 1, "lr": 2}]}, "stages must be a list of records"),
         ({"stages": [{"epochs": 0}]}, "stage's epochs must be a whole number"),
@@ -80,7 +85,7 @@ def test_unknown_recipe_lists_the_valid_ones():
             "lr_binary": st.none() | st.floats(0, 10),
             "patch_size": st.none() | st.integers(1, 32),
             "flip": st.floats(0, 1),
-            "auto_augment": st.text(),
+            "auto_augment": st.sampled_from(["", "rand-m9-mstd0.5-inc1", "original-mstd0.5", "augmix-m5"]),
             "distillation": st.sampled_from(["none", "soft", "hard"]),
             "stages": st.lists(st.builds(mlp_weights_stage, st.integers(1, 9)), max_size=3),
         },
@@ -115,7 +120,6 @@ def test_models_have_the_shape_asked_for():
         ({"patch_size": 3}, 8, "image size 8 is not divisible by the patch size 3"),
         ({}, 9, "image size 9 is not divisible by the patch size 2"),
         ({"model": "vit_tiny_patch16_224"}, 100, "image size 100 is not divisible by the patch size 16"),
-        ({"model": "no_such_model"}, 224, "timm knows no model named 'no_such_model'"),
         ({"model": "resnet10t"}, 224, "timm cannot build 'resnet10t' for images of 224 pixels"),
         ({"model": "cait_xxs24_224"}, 224, "must be a vision transformer, got 'cait_xxs24_224'"),
     ],

@@ -1,10 +1,15 @@
 """Trials with few images or wrong labels differ by nothing else, and their claims can fail."""
 
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from binvit.lab import regularization, robustness
+from binvit.lab import batch, regularization, robustness
 from binvit.lab.data import load_data
 from binvit.lab.panels import confusion_map, noise_curves, sample_curves
 
@@ -41,6 +46,65 @@ def test_counts_that_a_data_set_lacks_are_left_out():
     assert [trial.samples_per_class for trial in trials(capped)] == [5]
     with pytest.raises(ValueError, match="fewer than the 200 asked for by samples_per_class"):
         robustness.sample_runs("digits", ["float"], [200], [0])
+
+
+def write_mixed_folder(folder):
+    """Write ten images of two classes and of two sizes to each split."""
+    for split in ("train", "test"):
+        for name, shade in (("dark", 20), ("light", 200)):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(5):
+                image = Image.new("L", (12 + 4 * (index % 2), 12), shade + 5 * index)
+                image.save(folder / split / name / f"{index}.png")
+    return f"folder:{folder}"
+
+
+def test_images_of_mixed_sizes_get_the_size_of_the_recipe(tmp_path):
+    images = write_mixed_folder(tmp_path)
+    few = robustness.sample_runs(images, ["float"], [2], [0], changes="image_size 16")
+    noisy = robustness.noise_runs(images, ["float"], [0.2], [0.2], [0], changes="image_size 16")
+    assert robustness.plan_table(few)["training images"].tolist() == [4]
+    assert robustness.plan_table(noisy)["training images"].tolist() == [10, 10]
+    with pytest.raises(ValueError, match="not squares of one size; give the image_size"):
+        robustness.sample_runs(images, ["float"], [2], [0])
+    values = {"dataset": images, "schemes": ["float"], "samples_per_class": 0, "changes": "image_size 16"}
+    done = run_cells("07_label_noise", values, until="confusion_map(")
+    assert done["data"].image_size == 16
+    plt.close("all")
+
+
+def test_quickstart_looks_at_images_of_the_size_it_trains_on():
+    done = run_cells("01_quickstart", {"changes": "global_pool avg, image_size 16"}, until="check_parameters(")
+    assert done["data"].image_size == 16
+    assert run_cells("01_quickstart", {}, until="check_parameters(")["data"].image_size == 8
+
+
+def run_cells(name: str, values: dict, until: str) -> dict:
+    """Run a notebook's cells with other parameters, up to the first one that holds a text, and return its names."""
+    path = Path(__file__).parents[1] / "notebooks" / f"{name}.ipynb"
+    namespace: dict = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            exec(source, namespace)
+            if "parameters" in cell["metadata"].get("tags", []):
+                namespace.update(values)
+            if until in source:
+                break
+    return namespace
+
+
+def test_kinds_that_differ_in_their_number_of_images_stay_apart():
+    text = "digits, 5 per class; digits, 7 per class"
+    runs = robustness.noise_runs(text, ["float"], [0.2], [0.0], [0])
+    assert [run.data for run in runs] == ["digits, 5 per class", "digits, 7 per class"]
+    sentence = "Two kinds of images of the experiment are 'digits'; .*'digits, 5 per class' is no kind of its own"
+    with pytest.raises(ValueError, match=sentence):
+        robustness.sample_runs(text, ["float"], [5], [0])
+    notebooks = Path(__file__).parents[1] / "notebooks"
+    with pytest.raises(ValueError, match=f"06_limited_samples.ipynb: .*{sentence}"):
+        batch.check(batch.plan(notebooks, only=["06"], texts={"dataset": text}))
+    batch.check(batch.plan(notebooks, only=["07"], texts={"dataset": text}))
 
 
 def test_images_choose_their_recipe_and_seeds():
@@ -108,7 +172,7 @@ def test_table_of_a_run(tmp_path, monkeypatch):
     runs = robustness.noise_runs("digits, 5 per class", ["float"], [0.2], [0.2], [0])
     table = robustness.run(runs, tmp_path)
     assert table["labels"].tolist() == ["symmetric", "class-conditional"]
-    assert table["data"].tolist() == ["digits", "digits"]
+    assert table["data"].tolist() == ["digits, 5 per class"] * 2
     np.testing.assert_allclose(table["gap"], 0.3)
 
 
@@ -179,8 +243,6 @@ def test_change_is_paired_and_refuses_what_is_ambiguous():
 
 
 def test_figures_have_a_row_for_each_kind_of_images():
-    import matplotlib.pyplot as plt
-
     table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
     both = pd.concat([table, table.assign(data="cifar100")])
     assert len(sample_curves(table).axes) == 2

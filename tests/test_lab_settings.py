@@ -45,6 +45,11 @@ def test_changes_are_read_from_text():
         "width": "hold 'width', which is no name with a value",
         "weight 3": "Unknown recipe field 'weight'",
         "width wide": "recipe's width must be of type int, got 'wide'",
+        "stages [}": r"set stages to '\[}', which is no value in YAML",
+        "width 2024-99-99": "set width to '2024-99-99', which is no value",
+        "model nosuch": "timm knows no model named 'nosuch'",
+        "optimizer nosuch": "Unknown optimizer 'nosuch'; valid are .*adamw",
+        "auto_augment foo": "timm does not know the augmentation 'foo'",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             settings.parse_changes(text)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import binvit
 from binvit import lab
-from binvit.lab import runner
+from binvit.lab import inspection, runner
 from binvit.lab.recipes import Stage
 from binvit.lab.runner import TrialsFailed, load_model, model_path, run_trials
 from binvit.lab.trials import OutdatedResult, Trial, read_result, result_path, teacher_trial
@@ -169,6 +170,18 @@ def test_corrupt_results_are_kept_aside_and_run_again(tmp_path, damage):
     assert path.with_name(path.name + ".corrupt").is_file()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"recipe": None}, {"scheme": []}, {"history": [1]}, {"history": {}}, {"history": [{}]}]
+)
+def test_results_with_records_of_another_kind_are_corrupt(tmp_path, wrong):
+    trial = tiny(epochs=1)
+    run_trials([trial], tmp_path, progress=False)
+    path = result_path(trial, tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match=f"corrupt.*its {next(iter(wrong))} is no|corrupt.*an epoch of its history"):
+        read_result(trial, tmp_path)
+
+
 def test_results_of_another_recipe_are_not_taken_for_this_one(tmp_path):
     trial = tiny()
     run_trials([trial], tmp_path, progress=False)
@@ -179,9 +192,17 @@ def test_results_of_another_recipe_are_not_taken_for_this_one(tmp_path):
         read_result(trial, tmp_path)
     with pytest.warns(UserWarning, match=r"kept as .*\.outdated"):
         run_trials([trial], tmp_path, progress=False)
-    del values["recipe"]["workers"]  # a field that a later release added
+    del values["recipe"]["workers"], values["scheme"]["rprelu"]  # fields that a later release added
     path.write_text(json.dumps(values))
     assert read_result(trial, tmp_path).trial == trial
+    del values["recipe"]["eval_every"]  # a field that a later release added and set in this trial
+    path.write_text(json.dumps(values))
+    changed = tiny(eval_every=5)
+    path.rename(result_path(changed, tmp_path))
+    values |= {"id": changed.id, "trial": changed.to_dict()}
+    result_path(changed, tmp_path).write_text(json.dumps(values))
+    with pytest.raises(OutdatedResult, match="eval_every was 1, now 5"):
+        read_result(changed, tmp_path)
 
 
 def test_missing_results_and_models_say_what_to_do(tmp_path):
@@ -211,6 +232,24 @@ def test_models_are_kept_on_request(tmp_path):
         load_model(trial, tmp_path)
 
 
+def test_the_model_of_another_trial_is_none(tmp_path):
+    trial, other = tiny(epochs=1), tiny(epochs=1, seed=1)
+    run_trials([trial, other], tmp_path, keep_models=True, progress=False)
+    own = load_model(trial, tmp_path).state_dict()
+    model_path(other, tmp_path).replace(model_path(trial, tmp_path))
+    with pytest.raises(FileNotFoundError, match="no model of the trial digits, float, smoke, seed 0"):
+        load_model(trial, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model of the trial"):
+        inspection.load_trained(trial, tmp_path)
+    elsewhere = dataclasses.replace(trial, root="elsewhere")
+    run_trials([elsewhere], tmp_path, keep_models=True, progress=False)  # trained again
+    again = load_model(trial, tmp_path).state_dict()
+    assert all(torch.equal(again[name], own[name]) for name in own)
+    written = model_path(trial, tmp_path).stat().st_mtime_ns
+    run_trials([trial], tmp_path, keep_models=True, progress=False)
+    assert model_path(trial, tmp_path).stat().st_mtime_ns == written
+
+
 def load_info(trial, results_dir):
     _, info = lab.load_checkpoint(model_path(trial, results_dir))
     return info.mean, info.std
@@ -223,8 +262,9 @@ def test_several_jobs_give_the_same_numbers_and_survive_failures(tmp_path):
     torch.set_num_threads(max(1, runner.cores() // 2))
     here = run_trials(trials, tmp_path / "here", progress=False)
     torch.set_num_threads(threads)
-    with pytest.raises(TrialsFailed, match=r"1 of 3 trials failed: .*has only"):
+    with pytest.raises(TrialsFailed, match=r"1 of 3 trials failed: .*has only") as caught:
         run_trials([crowded, *trials], tmp_path / "there", jobs=2, progress=False)
+    assert caught.value.wrong_input
     there = run_trials(trials, tmp_path / "there", progress=False)
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
 
@@ -235,6 +275,10 @@ def test_one_failure_leaves_the_others_and_is_named(tmp_path):
     with pytest.raises(TrialsFailed, match=r"2 of 3 trials failed: digits, float.*class 0.*has only") as caught:
         run_trials([crowded, hopeless, tiny()], tmp_path, progress=False)
     assert "learning rate" in str(caught.value)
+    assert not caught.value.wrong_input
+    with pytest.raises(TrialsFailed, match="1 of 1 trials failed") as caught:
+        run_trials([crowded], tmp_path, progress=False)
+    assert caught.value.wrong_input
     assert read_result(tiny(), tmp_path).test_accuracy > 0
     assert len(list(tmp_path.glob("*.json"))) == 1
 

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from PIL import Image
 
 import binvit
 from binvit.__main__ import main
+from binvit.lab import predict, runner
+from binvit.lab.train import TrainingDiverged
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -75,12 +78,17 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("predict missing.safetensors missing.png", "missing.png"),
         ("predict", "Missing argument"),
         ("predit", "No such command 'predit'"),
+        ("bench --seconds nan", "must be a positive number of seconds, got nan"),
+        ("bench --seconds inf", "must be a positive number of seconds, got inf"),
+        ("bench --seconds 0", "0.0 is not in the range"),
+        ("bench --seconds -1", "-1.0 is not in the range"),
         ("reproduce --size huge", "smoke, cpu, paper"),
         ("reproduce --jobs 0", "0 is not in the range"),
         ("reproduce --notebooks missing", "There are no notebooks in missing"),
         ("reproduce -f missing.yaml", "There is no parameter file missing.yaml"),
         ("reproduce -p count", "requires 2 arguments"),
         ("reproduce --only 01 -p dataset digit", "01_quickstart.ipynb: The parameter dataset does not fit"),
+        ("reproduce --only 01 -p changes stages:[}", "is no name with a value"),
         ("reproduce --only 04 -p schemes [gbs]", "Unknown scheme 'gbs'"),
         ("reproduce --only 06 -p dataset parquet:no.parquet", "no.parquet) does not exist"),
     ],
@@ -101,6 +109,34 @@ def test_train_keeps_a_model_and_reads_it_back(capsys, model):
     assert f"The model is {model}." in shown
     assert shown.startswith("test accuracy 0.")
     assert model.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrainingDiverged("The training loss became nan."), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 1),
+        (ValueError("The images are no images."), 2),
+        (FileNotFoundError("The images are missing."), 2),
+    ],
+)
+def test_failed_training_and_wrong_input_have_codes_of_their_own(capsys, tmp_path, monkeypatch, error, code):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(runner, "train_trial", fail)
+    found, out, err = run(capsys, "train", "--out", tmp_path)
+    assert (found, out) == (code, "")
+    assert err == f"Error: 1 of 1 trials failed: digits, gsb, smoke, seed 0: {error}\n"
+
+
+def test_a_full_disk_is_no_wrong_input(capsys, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.packed.safetensors")
+
+    monkeypatch.setattr(predict, "pack_checkpoint", fail)
+    found = run(capsys, "pack", tmp_path / "model.safetensors")
+    assert found == (1, "", "Error: No space left on device: model.packed.safetensors.\n")
 
 
 def test_predict_prints_probabilities_of_a_file_and_of_a_folder(capsys, model, tmp_path):

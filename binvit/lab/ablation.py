@@ -131,7 +131,7 @@ def measure_batches(
         runs: those of conditions that `kept` names are measured; their models must have been kept.
         results_dir: where the models are.
         images: how many test images are classified twice, in differently composed batches.
-        batch_size: images of a batch.
+        batch_size: images of a batch; half of the test images if they do not fill two batches.
 
     Returns:
         One row per run: condition, data, seed, largest_change of a logit and the share of predictions flipped.
@@ -144,7 +144,8 @@ def measure_batches(
         if run.data not in seen:
             data = load_data(run.trial.dataset, root=run.trial.root, image_size=trained.info.image_size)
             seen[run.data] = sample_images(data, "test", images)
-        found = batch_dependence(trained.model, seen[run.data], batch_size, run.trial.seed)
+        together = min(batch_size, len(seen[run.data]) // 2)  # it takes two batches to change a batch's company
+        found = batch_dependence(trained.model, seen[run.data], together, run.trial.seed)
         rows.append({"condition": run.condition, "data": run.data, "seed": run.trial.seed} | found)
     return with_levels(pd.DataFrame(rows, columns=["condition", "data", "seed", "largest_change", "flipped", "images"]))
 

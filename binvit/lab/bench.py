@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -88,12 +89,14 @@ def run_benchmarks(
         The tables by part.
 
     Raises:
-        ValueError: If a part is unknown or `out` is a file.
+        ValueError: If a part is unknown, `seconds` is no positive time, or `out` is a file.
     """
     parts = list(dict.fromkeys(parts))
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"Unknown part {part!r} of the benchmark; valid are {', '.join(PARTS)}.")
+    if not 0 < seconds < math.inf:  # nor NaN
+        raise ValueError(f"The time per measurement must be a positive number of seconds, got {seconds!r}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the tables, {out}, is a file.")
     say(f"The kernels took {bits.warm_up():.1f} s to compile or to load; no measurement includes it.")

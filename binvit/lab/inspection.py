@@ -11,8 +11,8 @@ from PIL import Image
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
-from binvit.lab.checkpoint import CheckpointInfo, load_checkpoint
-from binvit.lab.runner import model_path
+from binvit.lab.checkpoint import CheckpointInfo
+from binvit.lab.runner import load_kept
 from binvit.lab.transforms import eval_transform
 from binvit.lab.trials import Trial, options_text, read_result
 from binvit.nn.modules import BinaryAttention
@@ -55,7 +55,7 @@ def load_trained(trial: Trial, results_dir: str | Path) -> Trained:
         FileNotFoundError: no model of this trial is kept there.
         ValueError: the checkpoint is damaged.
     """
-    return Trained(*load_checkpoint(model_path(trial, results_dir)))
+    return Trained(*load_kept(trial, results_dir))
 
 
 def histories(trials: Iterable[Trial], results_dir: str | Path) -> pd.DataFrame:

@@ -1,12 +1,18 @@
 """Recipes: everything that decides how a model is trained, except the data, the scheme and the seed."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import timm
+from timm.optim import list_optimizers
+
+from binvit.lab.transforms import train_transform
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -171,6 +177,12 @@ class Recipe:
             )
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"Unknown schedule {self.schedule!r}; valid are {', '.join(_SCHEDULES)}.")
+        if self.model is not None and not timm.is_model(self.model):
+            raise ValueError(f"timm knows no model named {self.model!r} (the recipe's field model).")
+        if self.optimizer.lower().removeprefix("lookahead_") not in list_optimizers():
+            valid = ", ".join(list_optimizers())
+            raise ValueError(f"Unknown optimizer {self.optimizer!r}; valid are {valid}, also after 'lookahead_'.")
+        _check_augmentation(self.auto_augment)
 
     @property
     def augments(self) -> bool:
@@ -203,6 +215,12 @@ _RANGES = (
     (("temperature",), 1e-3, math.inf),
 )
 _SCHEDULES = ("cosine", "tanh", "poly", "wsd", "constant")
+
+
+@functools.cache
+def _check_augmentation(text: str) -> None:
+    """Let timm parse an augmentation string; `train_transform` refuses one that it does not know."""
+    train_transform(8, (0.5,) * 3, (1.0,) * 3, text)
 
 
 def _coerce(owner: Recipe, name: str, kind: Any) -> Any:

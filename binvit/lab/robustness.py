@@ -57,7 +57,7 @@ def sample_runs(
     """Make the trials of accuracy against the number of training images.
 
     Args:
-        images: a text that `settings.parse_images` understands.
+        images: a text that `parse_sampled_images` understands.
         schemes: names of `binvit.list_schemes`.
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
@@ -73,9 +73,10 @@ def sample_runs(
         ValueError: a text is not understood, or a data set has fewer images per class than the smallest count.
         FileNotFoundError: the files of a data set are missing.
     """
-    runs = []
-    for part in parse_images(images):
-        data = load_data(part.dataset, part.samples_per_class, root=data_dir)
+    runs, changed = [], parse_changes(changes)
+    for part in parse_sampled_images(images):
+        given = get_recipe(part.recipe or recipe, **changed)
+        data = load_data(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
         most = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         counts = [count for count in samples_per_class if count <= most]
         if not counts:
@@ -84,9 +85,9 @@ def sample_runs(
                 f"{min(samples_per_class)} asked for by samples_per_class."
             )
         for count in counts:
-            options = _options(part.recipe or recipe, changes, updates, count * len(data.classes))
+            options = changed | equal_updates(given, updates, count * len(data.classes))
             settings = {"samples_per_class": count, "recipe_options": options, "root": data_dir}
-            runs += _runs(part, schemes, seeds, recipe, settings)
+            runs += _runs(part, _source_title(part), schemes, seeds, recipe, settings)
     return runs
 
 
@@ -124,29 +125,47 @@ def noise_runs(
         ValueError: a text is not understood, or a data set has too few images per class.
         FileNotFoundError: the files of a data set are missing.
     """
-    runs = []
+    runs, changed = [], parse_changes(changes)
     for part in parse_images(images):
+        given = get_recipe(part.recipe or recipe, **changed)
         kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
-        data = load_data(part.dataset, root=data_dir)
+        data = load_data(part.dataset, root=data_dir, image_size=given.image_size)
         each = part.samples_per_class or samples_per_class or None
         count = len(data.train) if each is None else each * len(data.classes)
         if any(confused_noises):
             matrix = pixel_confusion(data)
             kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
-        options = _options(part.recipe or recipe, changes, updates, count)
+        options = changed | equal_updates(given, updates, count)
         settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
         for kind in kinds:
-            runs += _runs(part, schemes, seeds, recipe, settings | kind)
+            runs += _runs(part, part.title, schemes, seeds, recipe, settings | kind)
     return runs
 
 
-def _options(recipe: str, changes: str, updates: int | None, images: int) -> dict[str, Any]:
-    changed = parse_changes(changes)
-    return changed | equal_updates(get_recipe(recipe, **changed), updates, images)
+def parse_sampled_images(text: str) -> list[Images]:
+    """Read several kinds of images of which different numbers are drawn, as `settings.parse_images` does.
+
+    Raises:
+        ValueError: a part is not understood, or two kinds differ in nothing but their number of images per class.
+    """
+    images = parse_images(text)
+    titles = [_source_title(part) for part in images]
+    for part, title in zip(images, titles, strict=True):
+        if titles.count(title) > 1:
+            raise ValueError(
+                f"Two kinds of images of the experiment are {title!r}; it varies the number of images per class itself "
+                f"(samples_per_class), so that {part.title!r} is no kind of its own."
+            )
+    return images
 
 
-def _runs(part: Images, schemes: Sequence[str], seeds: Sequence[int], recipe: str, settings: dict) -> list[Run]:
-    title = dataclasses.replace(part, samples_per_class=None).title
+def _source_title(part: Images) -> str:
+    return dataclasses.replace(part, samples_per_class=None).title
+
+
+def _runs(
+    part: Images, title: str, schemes: Sequence[str], seeds: Sequence[int], recipe: str, settings: dict
+) -> list[Run]:
     return [
         Run(scheme, title, Trial(part.dataset, scheme, part.recipe or recipe, seed, **settings))
         for seed in seeds[: part.seeds]
@@ -169,7 +188,7 @@ def plan_table(runs: Sequence[Run]) -> pd.DataFrame:
         trial, given = item.trial, item.trial.get_recipe()
         key = trial.dataset, trial.samples_per_class
         if key not in sizes:
-            sizes[key] = len(load_data(*key, root=trial.root).train)
+            sizes[key] = len(load_data(*key, root=trial.root, image_size=given.image_size).train)
         count = sizes[key]
         kind, wrong = _kind(trial.noise) if trial.label_noise else "", math.floor(trial.label_noise * count + 0.5)
         steps = given.epochs * (count // min(given.batch_size, count))

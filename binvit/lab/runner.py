@@ -16,21 +16,38 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from binvit.lab.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
+from binvit.lab.checkpoint import CheckpointInfo, is_checkpoint, load_checkpoint, save_checkpoint
 from binvit.lab.files import set_aside
-from binvit.lab.train import train_trial
+from binvit.lab.train import TrainingDiverged, train_trial
 from binvit.lab.trials import OutdatedResult, Trial, TrialResult, read_result, result_path, teacher_trial, write_result
 
 Report = Callable[[int, int, dict[str, Any]], None]
 
 
 class TrialsFailed(ValueError):
-    """Some trials failed while the others finished."""
+    """Some trials failed while the others finished.
+
+    Args:
+        message: which trials failed and why.
+        wrong_input: whether every failure is one of the input (a wrong value or a missing file) and none of the work.
+    """
+
+    def __init__(self, message: str, wrong_input: bool = False):
+        super().__init__(message)
+        self.wrong_input = wrong_input
 
 
+# Other errors of the operating system, such as a full disk, are no fault of the input.
+_WRONG_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 _SECONDS_PER_REPORT = 2.0
+
+
+def is_wrong_input(error: Exception) -> bool:
+    """Say whether an error of a trial comes from its input, not from its work."""
+    return isinstance(error, _WRONG_INPUT) and not isinstance(error, TrainingDiverged)
 
 
 def run_trials(
@@ -73,8 +90,11 @@ def run_trials(
         with tqdm(total=len(pending), unit="trial", disable=not progress) as bar:
             failures = _Queue(pending, Path(results_dir), keep_models, bar).run(min(jobs, len(pending)))
         if failures:
-            reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason in failures)
-            raise TrialsFailed(f"{len(failures)} of {len(results)} trials failed: {reasons}")
+            reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason, _ in failures)
+            raise TrialsFailed(
+                f"{len(failures)} of {len(results)} trials failed: {reasons}",
+                wrong_input=all(wrong_input for _, _, wrong_input in failures),
+            )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
     return pd.DataFrame([results[trial].to_row() | {"root": trial.root} for trial in trials])
 
@@ -93,12 +113,19 @@ def load_model(trial: Trial, results_dir: str | Path = "results") -> torch.nn.Mo
         FileNotFoundError: no model of this trial is kept there.
         ValueError: the checkpoint is damaged.
     """
+    return load_kept(trial, results_dir)[0]
+
+
+def load_kept(trial: Trial, results_dir: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
+    """Return the model that a trial has trained, as `load_model` does, and its description."""
     path = model_path(trial, results_dir)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no model of the trial {trial.describe()} ({path}); run it by run_trials with keep_models=True."
-        )
-    return load_checkpoint(path)[0]
+    if path.is_file():
+        model, info = load_checkpoint(path)
+        if _is_record(info.trial, trial):
+            return model, info
+    raise FileNotFoundError(
+        f"There is no model of the trial {trial.describe()} ({path}); run it by run_trials with keep_models=True."
+    )
 
 
 def model_path(trial: Trial, results_dir: str | Path = "results") -> Path:
@@ -176,7 +203,24 @@ def _finished(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialR
         model_path(trial, results_dir).unlink(missing_ok=True)
         warnings.warn(f"{error} It is kept as {kept.name}, and the trial is run again.", stacklevel=3)
         return None
-    return result if not keep_model or is_checkpoint(model_path(trial, results_dir)) else None
+    return result if not keep_model or _keeps_model(trial, results_dir) else None
+
+
+def _keeps_model(trial: Trial, results_dir: str | Path) -> bool:
+    """Say whether the trial's checkpoint is there and its own, without reading its tensors."""
+    path = model_path(trial, results_dir)
+    if not is_checkpoint(path):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _is_record(json.loads(file.metadata().get("trial", "null")), trial)
+    except ValueError:
+        return False
+
+
+def _is_record(record: Any, trial: Trial) -> bool:
+    """Say whether a file's record is of this trial; the root may differ from machine to machine."""
+    return isinstance(record, dict) and record | {"root": None} == trial.to_dict() | {"root": None}
 
 
 def cores() -> int:
@@ -190,13 +234,13 @@ class _Queue:
     def __init__(self, trials: list[Trial], results_dir: Path, keep_models: bool, bar: tqdm):
         self.waiting = deque((trial, False) for trial in trials)  # with: wait for a process that already runs it
         self.results_dir, self.keep_models, self.bar = results_dir, keep_models, bar
-        self.failures: list[tuple[Trial, str]] = []
+        self.failures: list[tuple[Trial, str, bool]] = []  # with: whether the input was wrong
         self.lock = threading.Lock()
         self.shown = 0.0
         self.children: set[subprocess.Popen] = set()
         self.stopped = False
 
-    def run(self, jobs: int) -> list[tuple[Trial, str]]:
+    def run(self, jobs: int) -> list[tuple[Trial, str, bool]]:
         if jobs == 1:
             while (item := self._next()) is not None:
                 self._train_here(*item)
@@ -228,13 +272,13 @@ class _Queue:
             self.shown = time.monotonic() if due else self.shown
             self.bar.set_postfix_str(f"{trial.scheme}, seed {trial.seed}: epoch {done}/{total}", refresh=due)
 
-    def _close(self, trial: Trial, finished: bool, failure: str | None = None) -> None:
+    def _close(self, trial: Trial, finished: bool, failure: str | None = None, wrong_input: bool = False) -> None:
         with self.lock:
             if not finished and failure is None:
                 self.waiting.append((trial, True))  # the others first, then wait for whoever runs this one
                 return
             if failure is not None:
-                self.failures.append((trial, failure))
+                self.failures.append((trial, failure, wrong_input))
             self.bar.update()
 
     def _train_here(self, trial: Trial, wait: bool) -> None:
@@ -242,7 +286,7 @@ class _Queue:
             report = lambda done, total, record: self._report(trial, done, total)  # noqa: E731
             self._close(trial, run_trial(trial, self.results_dir, self.keep_models, report, wait))
         except (ValueError, OSError) as error:
-            self._close(trial, False, str(error))
+            self._close(trial, False, str(error), is_wrong_input(error))
 
     def _serve(self, threads: int) -> None:
         """Hand trials to one child process after the other; a child that dies takes only its trial with it."""
@@ -290,7 +334,7 @@ class _Queue:
                 if "epoch" in answer:
                     self._report(trial, *answer["epoch"])
                 else:
-                    return self._close(trial, answer.get("finished", False), answer.get("failure"))
+                    return self._close(trial, **({"finished": False} | answer))
         except BrokenPipeError:
             pass
         if not self.stopped:

@@ -89,16 +89,20 @@ def parse_changes(text: str) -> dict[str, Any]:
             raise ValueError(
                 f"The changes of the recipe {text!r} hold {' '.join(part)!r}, which is no name with a value."
             )
-    found = {name: _value(value) for name, value in parts}
+    found = {name: _value(name, value) for name, value in parts}
     get_recipe("smoke", **found)  # refuses unknown names and wrong values
     return found
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     try:
         return float(text)  # YAML takes 1e-2 for a text
     except ValueError:
+        pass
+    try:
         return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # what looks like a date is read as one, even 2024-99-99
+        raise ValueError(f"The changes of the recipe set {name} to {text!r}, which is no value in YAML.") from None
 
 
 def refuse_twice(names: Sequence[str], what: str) -> None:

@@ -23,6 +23,7 @@ from binvit.lab.recipes import Options, Recipe, freeze, recipe
 from binvit.nn.schemes import Scheme
 
 _FORMAT = "binvit result"
+_EPOCH = {"stage", "epoch", "train_loss", "train_accuracy", "test_accuracy", "lr"}  # fields of a history's record
 
 
 @dataclass(frozen=True)
@@ -265,15 +266,16 @@ def read_result(trial: Trial, results_dir: str | Path = "results") -> TrialResul
         ):
             raise ValueError("it belongs to another trial")
         result = TrialResult(trial=trial, **values)
-        if not all(0 <= value <= 1 for value in (result.test_accuracy, result.train_accuracy)) or not result.history:
-            raise ValueError("its numbers are out of range")
+        _check_records(result)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The result file {path} is corrupt ({type(error).__name__}: {error}).") from None
-    for what, stored, current in (
-        ("recipe", result.recipe, trial.get_recipe().to_dict()),
-        ("scheme", result.scheme, json.loads(json.dumps(trial.get_scheme().to_dict()))),
+    for what, stored, record in (
+        ("recipe", result.recipe, trial.get_recipe()),
+        ("scheme", result.scheme, trial.get_scheme()),
     ):
-        # Fields that came later than the result are not held against it.
+        current = json.loads(json.dumps(record.to_dict()))
+        # A field that came later than the result had its default then.
+        stored = _defaults(type(record)) | stored
         for name in stored.keys() & current.keys() - {"description", "reference"}:
             if stored[name] != current[name]:
                 raise OutdatedResult(
@@ -281,6 +283,25 @@ def read_result(trial: Trial, results_dir: str | Path = "results") -> TrialResul
                     f"now {current[name]!r}."
                 )
     return result
+
+
+def _check_records(result: TrialResult) -> None:
+    """Raise a ValueError or TypeError if a result's records or numbers are not those of a training."""
+    for name in ("recipe", "scheme", "versions"):
+        if not isinstance(getattr(result, name), dict):
+            raise ValueError(f"its {name} is no record")
+    if not isinstance(result.history, list) or not result.history:
+        raise ValueError("its history is no list of epochs")
+    if not all(isinstance(epoch, dict) and epoch.keys() >= _EPOCH for epoch in result.history):
+        raise ValueError("an epoch of its history is no record")
+    if not all(0 <= value <= 1 for value in (result.test_accuracy, result.train_accuracy)):
+        raise ValueError("its numbers are out of range")
+
+
+def _defaults(record: type) -> dict[str, Any]:
+    """Return the defaults of a dataclass's fields as JSON types."""
+    given = {item.name: item.default for item in dataclasses.fields(record) if item.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(given))
 
 
 def _as_stored(trial: Trial, path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import traceback
 
 import torch
 
-from binvit.lab.runner import run_trial
+from binvit.lab.runner import is_wrong_input, run_trial
 from binvit.lab.trials import Trial
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         try:
             answer(finished=run_trial(trial, order["results_dir"], order["keep_model"], report, order["wait"]))
         except (ValueError, OSError) as error:
-            answer(failure=str(error))
+            answer(failure=str(error), wrong_input=is_wrong_input(error))
         except Exception as error:
             traceback.print_exc()
             answer(failure=f"{type(error).__name__}: {error}")
