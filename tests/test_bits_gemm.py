@@ -141,3 +141,11 @@ def test_the_limit_is_measured_with_jit_only():
     else:
         with pytest.raises(ValueError, match="only be measured with numba's JIT"):
             bits.popcount_limit()
+
+
+@pytest.mark.parametrize("length", [None, "70", 70.5, True])
+def test_binary_matmul_needs_a_whole_number_of_bits(length):
+    words = np.zeros((3, 2), np.uint64)
+    with pytest.raises(ValueError, match=rf"^The number of bits K must be an integer, got {length!r}\.$"):
+        bits.binary_matmul(words, words, length)
+    assert bits.binary_matmul(words, words, np.int64(70)).shape == (3, 3)

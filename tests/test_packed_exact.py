@@ -76,6 +76,7 @@ VARIANTS = {
     "one head of 130 channels": {"embed_dim": 130, "num_heads": 1},
     "heads of 65 channels": {"embed_dim": 195},
     "mlp ratio": {"mlp_ratio": 2.75},
+    "mlp ratio that is no float": {"embed_dim": 152, "num_heads": 8, "mlp_ratio": 8 / 3},
     "patches that are no squares": {"patch_size": (4, 8)},
     "65 tokens": {"patch_size": 2},
 }
@@ -120,3 +121,14 @@ def test_models_that_cannot_be_packed_are_refused():
     dynamic = trained("bnn", steps=1, dynamic_img_size=True)
     with pytest.raises(ValueError, match="one image size"):
         binvit.pack(dynamic)
+
+
+@pytest.mark.parametrize("name", ["gsb", "bit", "bivit-head", "bivit"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_scales_that_a_step_took_below_zero_are_clamped_as_in_evaluation(name, exact):
+    model, x = trained(name), images(5)
+    with torch.no_grad():
+        for parameter, values in model.named_parameters():
+            if parameter.rpartition(".")[2].startswith("scale"):
+                values[values == values.max()] = -0.3
+    assert torch.equal(binvit.pack(model, exact=exact)(x), logits_of(model, x))

@@ -7,6 +7,7 @@ from packed_models import images, logits_of, trained
 
 import binvit
 from binvit import bits
+from binvit.packed.fast import _ONE_TORCH_THREAD, torch_threads
 from binvit.packed.team import TEAM
 
 X = images(20)
@@ -100,6 +101,15 @@ def test_parts_that_stay_float_take_the_generic_path(components):
     check_fast(trained(binvit.scheme("gsb", components=components)), generic=True)
 
 
+@pytest.mark.parametrize("pool", [{"global_pool": "avg"}, {"global_pool": "avgmax"}])
+@pytest.mark.parametrize("tokens", [{"class_token": False}, {"class_token": False, "pos_embed": "none"}, {}])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_float_patch_embedding_keeps_the_order_of_sums(pool, tokens, depth):
+    components = ["mlp", "mhsa"]  # a float head, too, since eight bits would hide a rounding
+    model = trained(binvit.scheme("bnn", components=components), depth=depth, patch_size=2, **pool, **tokens)
+    assert not check_fast(model, images(40)).reason
+
+
 @pytest.mark.parametrize("reduce", ["row", "sample"])
 def test_logits_do_not_depend_on_batch_and_threads(reduce):
     packed = binvit.pack(trained(binvit.scheme("gsb", attention_bias="relative", reduce=reduce)))
@@ -148,6 +158,37 @@ def test_python_threads_may_share_a_model():
     for worker in workers:
         worker.join()
     assert all(torch.equal(result, expected) for result in results)
+
+
+def test_the_number_of_torch_threads_outlives_overlapping_passes():
+    before, entered, leave = torch.get_num_threads(), threading.Event(), threading.Event()
+    seen = []
+
+    def overlap():
+        with _ONE_TORCH_THREAD:
+            entered.set()
+            leave.wait(10)
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    torch.set_num_threads(3)
+    try:
+        worker = threading.Thread(target=overlap)
+        with _ONE_TORCH_THREAD:
+            worker.start()
+            entered.wait(10)
+        assert torch.get_num_threads() == 3
+        for ask in (torch_threads, torch.get_num_threads):
+            other = threading.Thread(target=lambda ask=ask: seen.append(ask()))
+            other.start()
+            other.join()
+        leave.set()
+        worker.join(10)
+        assert seen == [3, 3, 1, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        leave.set()
+        torch.set_num_threads(before)
 
 
 def test_numpy_images_stay_untouched():

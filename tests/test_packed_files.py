@@ -9,7 +9,7 @@ from packed_models import CLASSES, images, logits_of, trained
 from safetensors.torch import save_file
 
 import binvit
-from binvit.packed.files import KEY, is_packed
+from binvit.packed.files import KEY, checksum, is_packed
 
 X = images(4)
 NAMES = ("ant", "bee", "cat", "dog", "emu")
@@ -86,17 +86,67 @@ def rewrite(path, change):
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if isinstance(header, dict):
+        content = {name: value for name, value in header.items() if name not in ("version", "checksum")}
+        header["checksum"] = checksum(content, tensors)
     save_file(tensors, path, {KEY: json.dumps(header)})
 
 
+def replaced(name, function):
+    """A change of one tensor of a file."""
+    return lambda header, tensors: tensors.update({name: function(tensors[name])})
+
+
+def with_padding(words):
+    changed = words.numpy().copy()
+    changed[3, -1] |= np.uint64(1 << 63)
+    return torch.from_numpy(changed)
+
+
+def with_one(value):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+FC1 = "blocks.0.mlp.fc1.weight"
+TYPES = {torch.int32: "int32", torch.bool: "bool", torch.double: "float64", torch.bfloat16: "bfloat16"}
 CHANGES = {
-    "future version": (lambda h, t: h.update(version=7), r"format version 7, this release of binvit reads version 1"),
-    "missing tensor": (lambda h, t: t.pop("blocks.1.norm2.bias"), r"blocks.1.norm2.bias has shape None"),
-    "missing weight": (lambda h, t: t.pop("blocks.1.mlp.fc2.weight"), r"no tensor blocks.1.mlp.fc2.weight"),
-    "extra tensor": (lambda h, t: t.update(extra=torch.zeros(2)), r"the tensor extra has shape \(2,\)"),
+    "former version": (lambda h, t: h.update(version=1), r"format version 1, this release of binvit reads version 2"),
+    "future version": (lambda h, t: h.update(version=7), r"format version 7, this release of binvit reads version 2"),
+    "exact is no switch": (lambda h, t: h.update(exact="no"), r"exact must be true or false, got 'no'"),
+    "missing tensor": (lambda h, t: t.pop("blocks.1.norm2.bias"), r"blocks.1.norm2.bias is missing"),
+    "missing weight": (lambda h, t: t.pop("blocks.1.mlp.fc2.weight"), r"tensor blocks.1.mlp.fc2.weight is missing"),
+    "missing scale": (lambda h, t: t.pop(f"{FC1}_scale"), rf"{FC1}_scale is missing"),
+    "scale per channel": (
+        replaced(f"{FC1}_scale", lambda scale: scale.expand(192, 1)),
+        rf"{FC1}_scale is float32 of shape \(192, 1\), expected float32 of shape \(\)",
+    ),
+    "half of a scale": (replaced(f"{FC1}_scale", torch.Tensor.half), rf"{FC1}_scale is float16"),
+    "infinite scale": (replaced(f"{FC1}_scale", with_one(torch.inf)), rf"{FC1}_scale holds numbers that are not fin"),
+    "float levels": (replaced(FC1, lambda w: torch.ones(192, 48)), rf"{FC1} is float32 .*, expected uint64"),
+    "int8 levels": (replaced(FC1, lambda w: torch.ones(192, 48, dtype=torch.int8)), rf"{FC1} is int8"),
+    "words of the head": (
+        replaced("head.weight", lambda w: torch.zeros(CLASSES, 1, dtype=torch.uint64)),
+        r"head.weight is uint64 .*, expected int8 of shape \(5, 48\)",
+    ),
+    "padding": (replaced(FC1, with_padding), rf"{FC1} has bits past its 48 columns"),
+    "not a number": (replaced("norm.bias", with_one(torch.nan)), r"norm.bias holds numbers that are not finite"),
+    "flag": (
+        lambda h, t: t.update({"blocks.0.attn.query_binarizer.initialized": torch.tensor(False)}),
+        r"query_binarizer.initialized of shape \(\) is none of the model's",
+    ),
+    **{
+        f"{name} as {dtype}": (replaced(name, lambda tensor, dtype=dtype: tensor.to(dtype)), rf"{name} is {words}")
+        for name in ("norm.weight", "pos_embed", "blocks.1.attn.attention_binarizer.scale2")
+        for dtype, words in TYPES.items()
+    },
+    "extra tensor": (lambda h, t: t.update(extra=torch.zeros(2)), r"extra of shape \(2,\) is none of the model's"),
     "wrong shape": (
         lambda h, t: t.update({"norm.bias": torch.zeros(3)}),
-        r"norm.bias has shape \(3,\), expected \(48,\)",
+        r"norm.bias is float32 of shape \(3,\), expected float32 or float16 of shape \(48,\)",
     ),
     "wrong words": (
         lambda h, t: t.update({"blocks.0.mlp.fc1.weight": t["blocks.0.mlp.fc1.weight"][:10].clone()}),
@@ -113,6 +163,12 @@ CHANGES = {
     ),
     "unknown field": (lambda h, t: h["blueprint"].update(colour="red"), r"colour"),
     "no object": (lambda h, t: h.update(blueprint=3), r"is damaged"),
+    "one class name too few": (lambda h, t: h["blueprint"]["classes"].pop(), r"5 classes, but 4 class names came"),
+    "class names that are no strings": (lambda h, t: h["blueprint"].update(classes=[1] * 5), r"list of strings"),
+    "a string of class names": (lambda h, t: h["blueprint"].update(classes="abcde"), r"list of strings"),
+    "means without stds": (lambda h, t: h["blueprint"].update(std=[]), r"mean has 3 numbers and the std 0"),
+    "a mean that is no number": (lambda h, t: h["blueprint"].update(mean=["a", 1, 1]), r"list of finite numbers"),
+    "no std": (lambda h, t: h["blueprint"].update(std=[0.0, 1.0, 1.0]), r"std must be positive"),
     "impossible shape": (lambda h, t: h["blueprint"]["vit"].update(depth=3), r"blocks.2"),
 }
 
@@ -124,6 +180,54 @@ def test_files_that_contradict_themselves(change, path):
     with pytest.raises(ValueError, match=sentence) as caught:
         binvit.load(path)
     assert str(path) in str(caught.value)
+
+
+HEADERS = [
+    *[("num_heads", value) for value in (0, -1, 3.0, True, "3", 5, 10**9)],
+    *[("patch_size", value) for value in ([0, 0], [4], 4, [4, -4], [4.0, 4.0], None, [32, 32])],
+    *[("img_size", value) for value in ([16], 16, [10**6, 10**6], [0, 16], [1000, 1000])],
+    *[("embed_dim", value) for value in (0, -48, 10**12, "48")],
+    *[("depth", value) for value in (-1, 0, 10**9, 2.5)],
+    *[("reg_tokens", value) for value in (-1, 10**9, None)],
+    *[("in_chans", value) for value in (-1, 0, 3.0)],
+    *[("mlp_ratio", value) for value in (-1, 0, float("inf"), float("nan"), "4", 1e-9, 10**400)],
+    *[("epsilon", value) for value in ("a", None, -1e-6, float("nan"), True)],
+    *[("num_classes", value) for value in (-1, 6, "5")],
+    *[(name, value) for name in ("norm", "activation", "pos_embed", "global_pool") for value in ("a", None, 3, [])],
+    *[(name, value) for name in ("distilled", "qkv_bias", "fused", "class_token") for value in (None, 1, "true")],
+    ("init_values", "a"),
+    ("colour", "red"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HEADERS, ids=lambda value: repr(value)[:20])
+def test_headers_that_describe_no_model(name, value, path):
+    rewrite(path, lambda header, tensors: header["blueprint"]["vit"].update({name: value}))
+    with pytest.raises(ValueError, match=r"^The packed model .*\.$") as caught:
+        binvit.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blueprint", [None, [], "a", {}, {"scheme": "gsb"}, {"scheme": {"name": "gsb"}, "vit": 3}])
+def test_headers_that_hold_no_blueprint(blueprint, path):
+    rewrite(path, lambda header, tensors: header.update(blueprint=blueprint))
+    with pytest.raises(ValueError, match=r"^The packed model .* is damaged"):
+        binvit.load(path)
+
+
+def test_every_flipped_bit_is_found(path):
+    packed = binvit.pack(trained("bnn", steps=1, depth=1, embed_dim=12))
+    data = binvit.save(packed, path).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    rng = np.random.default_rng(0)
+    places = [*range(0, 8 + length, 7), *rng.integers(8 + length, len(data), 100), len(data) - 1]
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=str(path)) as caught:
+            binvit.load(path)
+        assert place < 8 + length or "is damaged: its checksum does not fit" in str(caught.value)
 
 
 def test_biases_and_positions_are_halved_only_where_no_prediction_changes(tmp_path):
@@ -197,6 +301,57 @@ def test_numpy_torch_read_only_and_wrong_images(model):
     for images_ in wrong.values():
         with pytest.raises(ValueError, match=r"Images must be"):
             packed(images_)
+
+
+def test_arrays_that_torch_cannot_map(model):
+    packed, array = binvit.pack(model), X.numpy()
+    for mirrored in (array[::-1], array[..., ::-1], np.flip(array)):
+        np.testing.assert_array_equal(packed(mirrored), packed(mirrored.copy()))
+    odd = np.zeros(X.shape, np.dtype([("pixel", np.float32), ("other", np.uint8)]))["pixel"]  # strides of 5 bytes
+    odd[...] = array
+    np.testing.assert_array_equal(packed(odd), packed(array))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_normalization_and_classes_come_in_any_list(model, kind):
+    numbers = [kind([0.5, 0.25, 0.0]), kind([0.5, 0.25, 1.0])]
+    packed = binvit.pack(model, classes=np.array(NAMES), mean=numbers[0], std=numbers[1])
+    assert (packed.classes, packed.blueprint.mean, packed.blueprint.std) == (NAMES, (0.5, 0.25, 0), (0.5, 0.25, 1))
+    assert all(type(name) is str for name in packed.classes)
+
+
+def test_numpy_images_decide_about_halves():
+    model = trained(binvit.scheme("gsb", attention_bias="relative"), depth=1)
+    halves, expected = (binvit.pack(model, images=images).tensors for images in (X.numpy()[::-1], X))
+    assert {name: tensor.dtype for name, tensor in halves.items()} == {n: t.dtype for n, t in expected.items()}
+
+
+ARGUMENTS = {
+    "mean alone": ({"mean": (0.5, 0.5, 0.5)}, r"mean has 3 numbers and the std 0"),
+    "std alone": ({"std": (0.5, 0.5, 0.5)}, r"mean has 0 numbers and the std 3"),
+    "too few": ({"mean": [0.5], "std": [0.5]}, r"expected one of each for every of the model's 3 channels"),
+    "not finite": ({"mean": [0.5, np.nan, 0.5], "std": [1, 1, 1]}, r"The mean must be a list of finite numbers"),
+    "not positive": ({"mean": [0, 0, 0], "std": np.array([1, 0, 1])}, r"The std must be positive"),
+    "a number": ({"mean": 0.5, "std": 0.5}, r"mean of pack\(\) must be a list, got 0.5"),
+    "words": ({"mean": ["a", "b", "c"], "std": [1, 1, 1]}, r"mean of pack\(\) must be a list"),
+    "a string": ({"classes": "abcde"}, r"classes of pack\(\) must be a list, got 'abcde'"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_that_do_not_fit_the_model(case, model):
+    arguments, sentence = ARGUMENTS[case]
+    with pytest.raises(ValueError, match=sentence):
+        binvit.pack(model, **arguments)
+
+
+def test_models_with_other_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"models in float32, but .* is torch.float64; use model.float\(\)"):
+        binvit.pack(trained("bnn", steps=1, depth=1).double())
+    model = trained("bnn", steps=1, depth=1)
+    model.blocks[0].mlp.fc1.weight.data[3, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.fc1.weight holds numbers that are not finite"):
+        binvit.pack(model)
 
 
 def test_repr_and_sizes(model):

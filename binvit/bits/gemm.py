@@ -112,8 +112,8 @@ def binary_matmul(
         int32 (M, N).
 
     Raises:
-        ValueError: if the operands are not uint64 matrices, their widths do not fit each other or K, a mask comes with
-            signed activations, `out` has another shape or type, or `threads` is less than 1.
+        ValueError: if the operands are not uint64 matrices, K is no integer, the widths do not fit each other or K, a
+            mask comes with signed activations, `out` has another shape or type, or `threads` is less than 1.
 
     References:
         Rastegari et al., "XNOR-Net", arXiv 1603.05279.
@@ -193,6 +193,8 @@ def _matrix(words: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, name: str) -> None:
+    if isinstance(length, bool) or not isinstance(length, int | np.integer):
+        raise ValueError(f"The number of bits K must be an integer, got {length!r}.")
     if length < 0 or not a_bits.shape[1] == weights.words == word_count(length):
         raise ValueError(
             f"Operands of shapes {a_bits.shape} and {weights.shape} ({name}) cannot be multiplied over K = {length} "

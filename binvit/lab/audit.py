@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import save as serialize
+from timm.layers import AttentionPoolLatent
 from torch import nn
 
+from binvit.nn.rules import Rule
 from binvit.packed import PARTS, PackedViT, load
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.files import is_packed, pack_header
@@ -116,6 +118,10 @@ def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> Non
         _count_attention(block.attn, tokens, binary, floats)
         floats["activation functions"] += tokens * block.mlp.fc1.out_features
         floats[STREAM] += 2 * tokens * width
+        scaled = sum(not isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2))
+        floats["norms"] += scaled * tokens * width
+    if isinstance(vit.attn_pool, AttentionPoolLatent):
+        _count_pool(vit.attn_pool, patches if not vit.pool_include_prefix else tokens, floats)
     floats["norms"] += sum(_count_norm(name, module, vit, tokens) for name, module in vit.named_modules())
     for name in ("head", "head_dist"):
         head = getattr(vit, name, None)
@@ -127,10 +133,29 @@ def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> Non
 def _count_norm(name: str, module: nn.Module, vit: nn.Module, tokens: int) -> int:
     if not hasattr(module, "normalized_shape"):
         return 0
-    rows = 1 if name == "fc_norm" else tokens
+    rows = {"fc_norm": 1, "attn_pool.norm": getattr(vit.attn_pool, "latent_len", 1)}.get(name, tokens)
     if name.endswith((".q_norm", ".k_norm")):
         rows *= vit.blocks[0].attn.num_heads
     return 4 * rows * module.normalized_shape[-1]  # mean, variance, normalization, weight and bias
+
+
+def _count_pool(pool: AttentionPoolLatent, tokens: int, floats: Counter) -> None:
+    """Count timm's attention pooling, whose latent queries read all tokens."""
+    latents, width = pool.latent_len, pool.num_heads * pool.head_dim
+    rows = (
+        (pool.q, latents),
+        (pool.kv, tokens),
+        (pool.proj, latents),
+        (pool.mlp.fc1, latents),
+        (pool.mlp.fc2, latents),
+    )
+    for linear, count in rows:
+        floats["heads"] += count * linear.in_features * linear.out_features
+        floats["biases"] += 0 if linear.bias is None else count * linear.out_features
+    floats[PRODUCTS] += 2 * latents * tokens * width
+    floats[SOFTMAX] += 3 * latents * tokens * pool.num_heads
+    floats["activation functions"] += latents * pool.mlp.fc1.out_features
+    floats[STREAM] += latents * pool.out_features
 
 
 def _count_linear(linear: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
@@ -160,7 +185,7 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
         return
     rules = {place: getattr(attention, f"{place}_binarizer").rule for place in ("query", "key", "attention", "value")}
     places = {place: rule.is_float for place, rule in rules.items()}
-    groups = {place: len(getattr(rules[place], "thresholds", ())) + 1 for place in ("attention", "value")}
+    groups = {place: _planes(rules[place]) for place in ("attention", "value")}
     scores_are_float = places["query"] or places["key"]
     (floats if scores_are_float else binary)[PRODUCTS] += entries * attention.head_dim
     sums_are_float = places["attention"] or places["value"] or rules["value"].scale_per_token
@@ -173,3 +198,10 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
     for place, factor in (("query", 1), ("key", 1), ("value", groups["value"])):
         floats["activation scales"] += 0 if places[place] else factor * elements
         floats["shifts"] += elements if getattr(attention, f"{place}_shift") is not None else 0
+    if attention.context_residual:  # query, key and value
+        floats[STREAM] += 3 * elements
+
+
+def _planes(rule: Rule) -> int:
+    """Number of binary tensors that a rule makes of one."""
+    return len(rule.planes(torch.zeros(1, 1, 1, 1), *map(torch.tensor, rule.default())))

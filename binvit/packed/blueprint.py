@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import timm.layers
+import torch
 from timm.layers import DropPath, PatchDropout
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -16,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from binvit.nn.convert import binarize
+from binvit.nn.modules import BinaryAttention
+from binvit.nn.parts import AttentionBias
 from binvit.nn.schemes import Scheme
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}
@@ -24,6 +29,59 @@ _ACTIVATIONS = {name: getattr(timm.layers, name) for name in ("GELU", "GELUTanh"
 _ACTIVATIONS |= {f"torch.{name}": getattr(nn, name) for name in ("GELU", "ReLU", "SiLU")}
 # Layers that do nothing in evaluation mode; the rebuilt model has none of them.
 _IDLE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
+_LARGEST_SIDE = _MOST_PATCHES = 2**14
+
+
+def _is_number(value: Any, smallest: float = -sys.float_info.max) -> bool:
+    return type(value) in (int, float) and smallest <= value <= sys.float_info.max
+
+
+def _integer(smallest: int, largest: int) -> tuple[Callable[[Any], bool], str]:
+    return (
+        lambda value: type(value) is int and smallest <= value <= largest,
+        f"an integer from {smallest} to {largest}",
+    )
+
+
+def _choice(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
+    names = tuple(names)
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}"
+
+
+_SIDE = _integer(1, _LARGEST_SIDE)
+_PAIR = lambda value: isinstance(value, list) and len(value) == 2 and all(map(_SIDE[0], value)), f"two of {_SIDE[1]}"
+_SWITCH = lambda value: isinstance(value, bool), "true or false"
+# What a field of `Blueprint.vit` may hold; the limits keep a damaged file from filling the memory.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "distilled": _SWITCH,
+    "img_size": _PAIR,
+    "patch_size": _PAIR,
+    "in_chans": _integer(1, 2**10),
+    "num_classes": _integer(0, 2**20),
+    "global_pool": _choice(("", "avg", "avgmax", "max", "token", "map", "prr")),
+    "embed_dim": _integer(1, 2**16),
+    "depth": _integer(1, 2**10),
+    "num_heads": _integer(1, 2**16),
+    "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 2**10, "a number above 0, up to 1024"),
+    "qkv_bias": _SWITCH,
+    "qk_norm": _SWITCH,
+    "scale_attn_norm": _SWITCH,
+    "scale_mlp_norm": _SWITCH,
+    "proj_bias": _SWITCH,
+    "init_values": (lambda value: value is None or _is_number(value), "a finite number or null"),
+    "class_token": _SWITCH,
+    "pos_embed": _choice(("none", "learn")),
+    "no_embed_class": _SWITCH,
+    "reg_tokens": _integer(0, 2**10),
+    "pre_norm": _SWITCH,
+    "final_norm": _SWITCH,
+    "fc_norm": _SWITCH,
+    "pool_include_prefix": _SWITCH,
+    "norm": _choice(_NORMS),
+    "epsilon": (lambda value: _is_number(value, 0), "a finite number from 0"),
+    "activation": _choice(_ACTIVATIONS),
+    "fused": _SWITCH,
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +95,9 @@ class Blueprint:
         classes: One name per class; empty where they are not known.
         mean: Channel means that the images were normalized with; empty where they are not known.
         std: Channel standard deviations, likewise.
+
+    Raises:
+        ValueError: If a field has another type, lies out of its range, or does not fit the others.
     """
 
     scheme: Scheme
@@ -44,6 +105,11 @@ class Blueprint:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_vit(self.vit)
+        _check_classes(self.classes, self.vit["num_classes"])
+        _check_normalization(self.mean, self.std, self.vit["in_chans"])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -63,7 +129,18 @@ class Blueprint:
         return cls(**{**fields, **lists, "scheme": Scheme.from_dict(fields["scheme"])})
 
     def build(self) -> VisionTransformer:
-        """Return the binarized model in evaluation mode, its trained tensors on the "meta" device, without values."""
+        """Return the binarized model in evaluation mode, its trained tensors on the "meta" device, without values.
+
+        Raises:
+            ValueError: If the fields do not fit each other.
+        """
+        try:
+            return self._build()
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+            reason = f"{error}".partition("\n")[0] or type(error).__name__
+            raise ValueError(f"The blueprint describes no vision transformer that can be built ({reason}).") from None
+
+    def _build(self) -> VisionTransformer:
         arguments = dict(self.vit)
         kind = VisionTransformerDistilled if arguments.pop("distilled") else VisionTransformer
         norm, epsilon, fused = _NORMS[arguments.pop("norm")], arguments.pop("epsilon"), arguments.pop("fused")
@@ -78,7 +155,49 @@ class Blueprint:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
-        return binarize(model, self.scheme).eval()
+        model = binarize(model, self.scheme).eval()
+        for module in model.modules():  # buffers that no file holds need their values
+            if isinstance(module, BinaryAttention):
+                module.factor = torch.tensor(module.head_dim**-0.5)
+                if hasattr(module.bias, "index"):
+                    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
+                    module.bias.index = AttentionBias.relative_index(grid, prefix)
+        return model
+
+
+def _check_vit(vit: Mapping[str, Any]) -> None:
+    if not isinstance(vit, Mapping) or vit.keys() != _FIELDS.keys():
+        names = set(vit) ^ _FIELDS.keys() if isinstance(vit, Mapping) else {type(vit).__name__}
+        raise ValueError(f"The blueprint's field vit has other entries than expected: {', '.join(sorted(names))}.")
+    for name, (fits, expected) in _FIELDS.items():
+        if not fits(vit[name]):
+            raise ValueError(f"The blueprint's field {name} must be {expected}, got {vit[name]!r}.")
+    patches = math.prod(size // side for size, side in zip(vit["img_size"], vit["patch_size"], strict=True))
+    if not 1 <= patches <= _MOST_PATCHES:
+        raise ValueError(
+            f"Images of size {vit['img_size']} have {patches} patches of size {vit['patch_size']}, expected 1 to "
+            f"{_MOST_PATCHES}."
+        )
+
+
+def _check_classes(classes: tuple[str, ...], count: int) -> None:
+    if not isinstance(classes, tuple) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"The class names must be a list of strings, got {classes!r}.")
+    if classes and len(classes) != count:
+        raise ValueError(f"The model has {count} classes, but {len(classes)} class names came.")
+
+
+def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, tuple) or not all(map(_is_number, values)):
+            raise ValueError(f"The {name} must be a list of finite numbers, got {values!r}.")
+    if (mean or std) and not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"The mean has {len(mean)} numbers and the std {len(std)}, expected one of each for every of the model's "
+            f"{channels} channels, or none."
+        )
+    if any(value <= 0 for value in std):
+        raise ValueError(f"The std must be positive, got {std}.")
 
 
 def describe(model: VisionTransformer) -> dict[str, Any]:
@@ -106,7 +225,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "embed_dim": width,
         "depth": len(model.blocks),
         "num_heads": attention.num_heads,
-        "mlp_ratio": mlp.fc1.out_features / width,
+        "mlp_ratio": _ratio(mlp.fc1.out_features, width),
         "qkv_bias": attention.qkv.bias is not None,
         "qk_norm": not isinstance(attention.q_norm, nn.Identity),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
@@ -126,6 +245,12 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "activation": _name(mlp.act, _ACTIVATIONS, "activation"),
         "fused": True if float_attention is None else bool(float_attention.fused_attn),
     }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The MLP ratio of which timm, which truncates, makes the hidden width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def check_same(model: nn.Module, rebuilt: nn.Module) -> None:

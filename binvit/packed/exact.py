@@ -7,7 +7,7 @@ bit. The path works for every scheme; it is also what the fast path falls back t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,16 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from binvit import bits
+from binvit.nn.convert import VECTORS
 from binvit.nn.functional import apply_scales, exact_in_float32, integer_product, superpose
-from binvit.nn.modules import Binarizer, BinaryAttention, BinaryLinear, BinaryPatchConv
+from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryPatchConv
 from binvit.nn.rules import Rule
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.int8 import few_rows_product
+
+FLOATS = (torch.float32, torch.float16)
+"""How numbers that are no weights are stored; float16 only where `pack` may round, at `binvit.nn.convert.VECTORS`."""
+_HALVED = tuple(ending for endings in VECTORS for ending in endings)
 
 
 def is_binary(rule: Rule) -> bool:
     """Tell whether all levels of a rule fit into planes of bits: -1, 0 and +1."""
     return not rule.is_float and rule.lowest >= -1 and rule.highest <= 1
+
+
+def weight_dtype(rule: Rule) -> torch.dtype:
+    """Return how a packed model stores weights of a rule: uint64 words of signs, int8 levels, or float32."""
+    if is_binary(rule):
+        return torch.uint64
+    return torch.float32 if rule.is_float else torch.int8
 
 
 class PackedLinear(nn.Module):
@@ -158,48 +170,71 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> nn.Modul
             and their scales as `weight_scale`.
 
     Raises:
-        ValueError: If tensors are missing, unexpected or of another shape than the blueprint says.
+        ValueError: If the blueprint cannot be built, or if a tensor is missing, unexpected, of another shape or type
+            than the blueprint says, not finite, or has bits set past the end of a row.
     """
-    # A clone starts at a multiple of 64 bytes, wherever the file put the tensor: vector units round alike.
-    state = {name: tensor if tensor.dtype == torch.uint64 else tensor.clone() for name, tensor in tensors.items()}
-    model = blueprint.build()
+    model, rest = blueprint.build(), dict(tensors)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, BinaryLinear):
             kind = PackedPatchConv if isinstance(module, BinaryPatchConv) else PackedLinear
-            weight = state.pop(f"{name}.weight", None)
-            if weight is None:
-                raise ValueError(f"The packed model has no tensor {name}.weight.")
-            scale = state.pop(f"{name}.weight_scale", None)
-            _check_weight(name, module, weight, scale)
-            packed = kind(module, weight, scale)
-            setattr(model.get_submodule(parent), child, packed)
+            setattr(model.get_submodule(parent), child, kind(module, *_take_weight(name, module, rest)))
         elif isinstance(module, BinaryAttention):
             module.__class__ = PackedAttention
-        elif isinstance(module, Binarizer) and hasattr(module, "initialized"):
-            state[f"{name}.initialized"] = torch.tensor(True)
-    for name in [name for name in state if name.endswith("weight_binarizer.initialized")]:
-        del state[name]
-    state = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in state.items()}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
-    for name in expected | found:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"The packed model does not fit its header: the tensor {name} has shape "
-                f"{tuple(found[name]) if name in found else None}, expected "
-                f"{tuple(expected[name]) if name in expected else None}."
-            )
-    model.load_state_dict(state, assign=True)
+    expected = model.state_dict()
+    flags = {name: torch.tensor(True) for name in expected if name.endswith(".initialized")}
+    for name in expected | rest:
+        shape = None if name in flags or name not in expected else expected[name].shape
+        _check_tensor(name, rest.get(name), FLOATS if name.endswith(_HALVED) else FLOATS[:1], shape)
+    model.load_state_dict({name: _aligned(tensor) for name, tensor in rest.items()} | flags, assign=True)
     return model.requires_grad_(False)
 
 
-def _check_weight(name: str, layer: BinaryLinear, weight: Tensor, scale: Tensor | None) -> None:
-    packed = weight.dtype == torch.uint64
-    shape = (layer.out_features, bits.word_count(layer.in_features) if packed else layer.in_features)
-    if weight.shape != shape or (scale is not None and scale.shape not in ((), (layer.out_features, 1))):
+def _aligned(tensor: Tensor) -> Tensor:
+    # A copy starts at a multiple of 64 bytes, wherever the file put the tensor: vector units round alike.
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _take_weight(name: str, layer: BinaryLinear, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Take a layer's weight and its scale, None where the rule has none, out of the tensors of a file."""
+    binarizer = layer.weight_binarizer
+    dtype, names = weight_dtype(binarizer.rule), (f"{name}.weight", f"{name}.weight_scale")
+    weight, scale = (tensors.pop(key, None) for key in names)
+    words = dtype == torch.uint64
+    columns = bits.word_count(layer.in_features) if words else layer.in_features
+    _check_tensor(names[0], weight, (dtype,), (layer.out_features, columns))
+    tail = layer.in_features % 64
+    if words and tail and (weight[:, -1].numpy() >> np.uint64(tail)).any():
         raise ValueError(
-            f"The packed model does not fit its header: {name}.weight has shape {tuple(weight.shape)}, expected "
-            f"{shape}; its scale {None if scale is None else tuple(scale.shape)}, expected () or "
-            f"({layer.out_features}, 1)."
+            f"The packed model does not fit its header: the tensor {names[0]} has bits past its {layer.in_features} "
+            "columns."
         )
+    parameters = [getattr(binarizer, parameter).to("meta") for parameter in binarizer.rule.parameters]
+    (plane,) = binarizer.rule.planes(layer.matrix.to("meta"), *parameters)
+    _check_tensor(names[1], scale, FLOATS[:1], None if plane.scale is None else plane.scale.shape)
+    return weight if words else _aligned(weight), None if scale is None else _aligned(scale)
+
+
+def _check_tensor(
+    name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: Sequence[int] | None
+) -> None:
+    """Refuse a tensor of a file that has none of the types or another shape, where None stands for no tensor."""
+    if tensor is None and shape is None:
+        return
+    sentence = f"The packed model does not fit its header: the tensor {name} "
+    if tensor is None:
+        raise ValueError(f"{sentence}is missing.")
+    if shape is None:
+        raise ValueError(f"{sentence}of shape {tuple(tensor.shape)} is none of the model's.")
+    if tensor.dtype not in dtypes or tensor.shape != tuple(shape):
+        types = " or ".join(map(_type_name, dtypes))
+        raise ValueError(
+            f"{sentence}is {_type_name(tensor.dtype)} of shape {tuple(tensor.shape)}, expected {types} of shape "
+            f"{tuple(shape)}."
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{sentence}holds numbers that are not finite.")
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

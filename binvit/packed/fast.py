@@ -2,7 +2,9 @@
 
 Folded bits are exactly the model's bits, and float sums are rounded as torch rounds them: on CPUs whose torch adds as
 `binvit.packed.layernorm`, `softmax` and `patches` do (x86 with AVX2 or AVX-512) the logits are the exact path's to the
-last bit. Elsewhere a bit may flip where a sum lies within rounding of its threshold.
+last bit. Elsewhere a bit may flip where a sum lies within rounding of its threshold. It may flip everywhere where an
+activation saturates, so that its result is within rounding of zero, and a plain sign follows it (the tanh
+approximation of GELU near -5.1): there torch's own scalar and vector code differ.
 
 Every block must have binary steps that the kernels know. Otherwise the model takes the exact path's generic steps:
 scales per token (`xnor-k`), shortcuts and residuals inside a layer (`binaryvit`, `bhvit-qd`), a norm of query, key or
@@ -12,6 +14,7 @@ several images come.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,9 +81,11 @@ class FastPath:
         if len(self.patches.weights):
             pixels = images.contiguous().numpy()
             tokens = len(self.patches.prefix) + len(self.patches.positions)
-            x = np.empty((len(pixels), tokens, model.embed_dim), np.float32)
+            stream = torch.empty(len(pixels), tokens, model.embed_dim)
+            x = stream.numpy()
         else:
-            x = model.norm_pre(model._pos_embed(model.patch_embed(images))).contiguous().numpy()
+            stream = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+            x = stream.contiguous().numpy()
             pixels = np.zeros((len(x), 0, 0, 0), np.float32)
         whole = SAMPLE in (self.layers.map_reduce, self.layers.value_reduce)
         alone = len(x) if whole else len(x) - len(x) % threads
@@ -88,7 +93,10 @@ class FastPath:
             self._run_alone(pixels, x[:alone], min(threads, alone), self.layers.heads if whole else 1)
         for image in range(alone, len(x)):
             self._run_together(pixels[image], x[image], threads)
-        return self._finish(torch.from_numpy(x))
+        if not stream.is_contiguous():
+            # A mean adds in the order of the strides, and tokens of a float convolution are strided up to the head.
+            stream.copy_(torch.from_numpy(x))
+        return self._finish(stream)
 
     def _run_alone(self, pixels: np.ndarray, x: np.ndarray, threads: int, slots: int) -> None:
         """Run every image on one thread."""
@@ -124,19 +132,46 @@ class FastPath:
         model = self._model
         if model.global_pool == "token":  # the head reads class and distillation token alone
             x = x[:, : model.num_prefix_tokens]
-        with _one_torch_thread():
+        with _ONE_TORCH_THREAD:
             return model.forward_head(model.norm(x))
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    # After a parallel region OpenMP's threads spin for milliseconds, on the cores that the next image's kernels need.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _OneTorchThread:
+    """Context in which torch computes with one thread; Python threads may be inside at the same time.
+
+    After a parallel region OpenMP's threads spin for milliseconds, on the cores that the next image's kernels need.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._threads = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            threads = torch.get_num_threads()  # also by those who come later: who has not asked cannot set it for good
+            self._threads = self._threads if self._inside else threads
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        # Everyone who leaves restores: besides the process-wide number, every Python thread has one of its own.
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._threads)
+
+    def threads(self) -> int:
+        """Return the number of threads of torch outside of the context, for a Python thread that is not inside."""
+        with self._lock:
+            if self._inside:  # a Python thread takes its number over when it first asks
+                torch.set_num_threads(self._threads)
+            return torch.get_num_threads()
+
+
+_ONE_TORCH_THREAD = _OneTorchThread()
+
+
+def torch_threads() -> int:
+    """Return how many threads torch uses, whatever other Python threads' forward passes are doing."""
+    return _ONE_TORCH_THREAD.threads()
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

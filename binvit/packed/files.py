@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.vit import PackedViT
 
 KEY = "binvit packed"
 """The one entry of the file's metadata; safetensors would write several in an order that changes from run to run."""
-VERSION = 1
+VERSION = 2
 
 
 def save(model: PackedViT, path: str | Path) -> Path:
@@ -46,7 +51,25 @@ def save(model: PackedViT, path: str | Path) -> Path:
 
 def pack_header(model: PackedViT) -> dict[str, str]:
     """Return the metadata of a packed model's file."""
-    return {KEY: json.dumps({"version": VERSION, "exact": model.exact, "blueprint": model.blueprint.to_dict()})}
+    content = {"exact": model.exact, "blueprint": model.blueprint.to_dict()}
+    return {KEY: json.dumps({"version": VERSION, "checksum": checksum(content, model.tensors)} | content)}
+
+
+def checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Compute the CRC-32 of everything that a packed file says.
+
+    Args:
+        content: The header's entries but version and checksum.
+        tensors: The file's tensors.
+
+    Returns:
+        Eight hexadecimal digits.
+    """
+    total = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
 
 
 def load(path: str | Path, exact: bool | None = None) -> PackedViT:
@@ -61,7 +84,8 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, no packed model, of a later format version, or contradicts itself.
+        ValueError: If the file is truncated or damaged, no packed model, of another format version, or contradicts
+            itself.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,17 +98,30 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
         raise ValueError(f"The file {path} is truncated or no safetensors file ({error}).") from None
     if KEY not in metadata:
         raise ValueError(f"The file {path} is a safetensors file, but no packed model of binvit.")
+    content = _read_header(path, metadata[KEY], tensors)
     try:
-        header = json.loads(metadata[KEY])
-        version = header["version"]
-        if version == VERSION:
-            blueprint = Blueprint.from_dict(header["blueprint"])
-            return PackedViT(blueprint, tensors, exact=header["exact"] if exact is None else exact)
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if not isinstance(content["exact"], bool):
+            raise ValueError(f"The header's field exact must be true or false, got {content['exact']!r}.")
+        blueprint = Blueprint.from_dict(content["blueprint"])
+        return PackedViT(blueprint, tensors, exact=content["exact"] if exact is None else exact)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The packed model {path} is damaged ({type(error).__name__}: {error}).") from None
-    raise ValueError(
-        f"The packed model {path} has format version {version}, this release of binvit reads version {VERSION}."
-    )
+
+
+def _read_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the header's entries but version and checksum, which must fit."""
+    try:
+        content = json.loads(text)
+        version, found = content.pop("version"), content.pop("checksum", None)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"The packed model {path} is damaged ({type(error).__name__}: {error}).") from None
+    if version != VERSION:
+        raise ValueError(
+            f"The packed model {path} has format version {version!r}, this release of binvit reads version {VERSION}."
+        )
+    if found != checksum(content, tensors):
+        raise ValueError(f"The file {path} is damaged: its checksum does not fit.")
+    return content
 
 
 def is_packed(path: str | Path) -> bool:

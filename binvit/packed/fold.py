@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -12,8 +14,8 @@ from binvit import bits
 from binvit.nn.convert import VECTORS
 from binvit.nn.modules import Binarizer, BinaryLinear
 from binvit.packed.blueprint import Blueprint, check_same, describe
-from binvit.packed.exact import is_binary
-from binvit.packed.vit import PackedViT
+from binvit.packed.exact import weight_dtype
+from binvit.packed.vit import PackedViT, as_tensor
 
 
 @torch.no_grad()
@@ -22,9 +24,9 @@ def pack(
     exact: bool = False,
     *,
     classes: Sequence[str] = (),
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
-    images: Tensor | None = None,
+    mean: Sequence[float] | np.ndarray = (),
+    std: Sequence[float] | np.ndarray = (),
+    images: Tensor | np.ndarray | None = None,
 ) -> PackedViT:
     """Fold a trained binarized model into bits; the model itself is left untouched.
 
@@ -37,8 +39,9 @@ def pack(
         exact: Do every float step as the evaluation-mode model does, so that logits are equal bit for bit, instead of
             the fast path's fused steps.
         classes: Class names.
-        mean: Channel means that the images were normalized with; timm's pretrained configuration by default.
-        std: Channel standard deviations, likewise.
+        mean: Channel means that the images were normalized with; by default mean and standard deviations of timm's
+            pretrained configuration, if it has them for the model's channels.
+        std: Channel standard deviations; required with the means.
         images: float32 (B, C, H, W), normalized; all must keep their prediction when one kind of vector after the other
             is rounded to float16. Without them, and for `exact`, only what are float16 numbers already become float16.
 
@@ -46,26 +49,29 @@ def pack(
         The packed model.
 
     Raises:
-        ValueError: If the model is not binarized, has never seen a batch (so that its scales have no values), or has
-            a part without a packed form.
+        ValueError: If the model is not binarized, has never seen a batch (so that its scales have no values), has a
+            part without a packed form or weights that are not finite float32 numbers, or if class names, means and
+            standard deviations do not fit it.
     """
     scheme = getattr(model, "scheme", None)
     if not isinstance(model, VisionTransformer) or scheme is None:
         raise ValueError(f"pack() takes a model made by binvit.binarize(), got {type(model).__name__}.")
-    _check_classes(model, classes)
+    _check_numbers(model)
     for name, module in model.named_modules():
         if isinstance(module, Binarizer) and not getattr(module, "initialized", torch.tensor(True)):
             raise ValueError(
                 f"The scale of {name} has no value yet: run one batch in training mode or use binvit.calibrate()."
             )
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = mean or config.get("mean", ()), std or config.get("std", ())
-    numbers = [tuple(float(value) for value in values) for values in (mean, std)]
-    blueprint = Blueprint(scheme, describe(model), tuple(map(str, classes)), *numbers)
+    vit = describe(model)
+    classes, mean, std = _tuple(classes, str, "classes"), _tuple(mean, float, "mean"), _tuple(std, float, "std")
+    if not mean and not std:
+        mean, std = _pretrained_normalization(model, vit["in_chans"])
+    blueprint = Blueprint(scheme, vit, classes, mean, std)
     check_same(model, blueprint.build())
     tensors = _fold_tensors(model)
     halves = _halves(tensors)
     if images is not None and not exact:
+        images = as_tensor(images)
         expected = PackedViT(blueprint, tensors).predict(images)
         for some in halves:
             if torch.equal(PackedViT(blueprint, tensors | some).predict(images), expected):
@@ -86,24 +92,46 @@ def _fold_tensors(model: VisionTransformer) -> dict[str, Tensor]:
     for name in [name for name in folded if name.endswith(".initialized")]:
         del folded[name]
     for name, module in model.named_modules():
+        if isinstance(module, Binarizer):  # a step may have taken a scale below what evaluation clamps it to
+            parameters = zip(module.rule.parameters, module.limited(), strict=True)
+            folded |= {f"{name}.{parameter}": value.detach().cpu().clone() for parameter, value in parameters}
+    for name, module in model.named_modules():
         if not isinstance(module, BinaryLinear):
             continue
         for parameter in module.weight_binarizer.rule.parameters:
             del folded[f"{name}.weight_binarizer.{parameter}"]
         (plane,) = module.weight_binarizer.planes(module.matrix)
         levels = plane.levels.detach().cpu()
-        rule = module.weight_binarizer.rule
-        if is_binary(rule):
-            folded[f"{name}.weight"] = torch.from_numpy(bits.pack_signs(levels.numpy()))
-        elif rule.is_float:
-            folded[f"{name}.weight"] = levels.contiguous().clone()
-        else:
-            folded[f"{name}.weight"] = levels.to(torch.int8)
+        dtype = weight_dtype(module.weight_binarizer.rule)
+        words = dtype == torch.uint64
+        folded[f"{name}.weight"] = (
+            torch.from_numpy(bits.pack_signs(levels.numpy())) if words else levels.to(dtype, copy=True).contiguous()
+        )
         if plane.scale is not None:
             folded[f"{name}.weight_scale"] = plane.scale.detach().cpu().clone()
     return folded
 
 
-def _check_classes(model: VisionTransformer, classes: Sequence[str]) -> None:
-    if isinstance(classes, str) or (classes and len(classes) != model.num_classes):
-        raise ValueError(f"The model has {model.num_classes} classes, but {len(classes)} class names came.")
+def _check_numbers(model: VisionTransformer) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"pack() takes models in float32, but {name} is {tensor.dtype}; use model.float().")
+        if not tensor.isfinite().all():
+            raise ValueError(f"The model cannot be packed: {name} holds numbers that are not finite.")
+
+
+def _tuple(values: Iterable[Any], kind: Callable[[Any], Any], name: str) -> tuple[Any, ...]:
+    """Turn a list, an array or a tensor into a tuple of strings or floats."""
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return tuple(map(kind, values))
+    except (TypeError, ValueError):
+        raise ValueError(f"The argument {name} of pack() must be a list, got {values!r}.") from None
+
+
+def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of timm's pretrained configuration, empty unless it has both for every channel."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (_tuple(config.get(name) or (), float, name) for name in ("mean", "std"))
+    return (mean, std) if len(mean) == len(std) == channels else ((), ())

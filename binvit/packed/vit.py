@@ -11,7 +11,7 @@ from torch import Tensor
 from binvit import bits
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
-from binvit.packed.fast import FastPath
+from binvit.packed.fast import FastPath, torch_threads
 from binvit.packed.folding import NotFoldable
 
 PARTS = (
@@ -84,7 +84,7 @@ class PackedViT:
             ValueError: If the images have another shape or type.
         """
         with bits.use_threads(threads):
-            return self._logits(images, torch.get_num_threads() if threads is None else threads)
+            return self._logits(images, torch_threads() if threads is None else threads)
 
     def _logits(self, images: Tensor | np.ndarray, threads: int) -> Tensor | np.ndarray:
         is_tensor = isinstance(images, Tensor)
@@ -96,9 +96,7 @@ class PackedViT:
                 f"Images must be float32 of shape (B, {', '.join(map(str, shape))}), got {images.dtype} of shape "
                 f"{tuple(images.shape)}."
             )
-        if not is_tensor:
-            # A read-only array would make torch warn; the forward pass never writes into its input.
-            images = torch.from_numpy(images if images.flags.writeable else images.copy())
+        images = as_tensor(images)
         with torch.inference_mode():
             logits = torch.empty(0, self.blueprint.vit["num_classes"])
             if len(images):
@@ -134,6 +132,13 @@ class PackedViT:
             f"{_in_words(size)}: " + ", ".join(f"{part} {_in_words(n)}" for part, n in self.nbytes.items()),
         ]
         return "PackedViT(\n" + "".join(f"    {line}\n" for line in lines) + ")"
+
+
+def as_tensor(images: Tensor | np.ndarray) -> Tensor:
+    """Return images as a torch tensor; arrays that torch cannot map, such as mirrored or read-only ones, are copied."""
+    if isinstance(images, Tensor):
+        return images
+    return torch.from_numpy(images if images.flags.carray else np.array(images, order="C"))
 
 
 def _in_words(size: int) -> str:
