@@ -391,7 +391,7 @@ def test_two_forward_passes_before_one_backward_pass_give_both_gradients(name):
 def test_checkpointing_may_be_on_from_the_first_batch(options):
     model = binvit.binarize(tiny_vit(), binvit.scheme("gsb", **options)).train()
     model.set_grad_checkpointing(True)
-    model(images(4)).sum().backward()
+    model(x=images(4)).sum().backward()
     assert model.grad_checkpointing
     assert all(module.is_set for module in model.modules() if isinstance(module, Binarizer))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -59,7 +60,7 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
             if isinstance(head, nn.Linear):
                 rules = scheme.rule("head_weight"), scheme.rule("head_input")
                 setattr(model, name, _like(BinaryLinear(head, *rules, shift=scheme.shift), head))
-    model.register_forward_pre_hook(_set_scales)
+    model.register_forward_pre_hook(_set_scales, with_kwargs=True)
     return model.train(model.training)
 
 
@@ -68,7 +69,7 @@ def _like(module: nn.Module, layer: nn.Linear | nn.Conv2d) -> nn.Module:
     return module.to(layer.weight.device, layer.weight.dtype)
 
 
-def _set_scales(model: VisionTransformer, inputs: tuple[torch.Tensor, ...]) -> None:
+def _set_scales(model: VisionTransformer, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
     # A checkpointed block is computed twice, and must not set its scales in one pass and find them set in the other.
     if not (model.training and model.grad_checkpointing):
         return
@@ -76,7 +77,8 @@ def _set_scales(model: VisionTransformer, inputs: tuple[torch.Tensor, ...]) -> N
         return
     model.grad_checkpointing = False
     try:
-        calibrate(model, *inputs)
+        with torch.no_grad():
+            model(*inputs, **options)
     finally:
         model.grad_checkpointing = True
 
