@@ -181,7 +181,7 @@ def audit(model: Path) -> None:
 
     MODEL is a file that binvit train or binvit pack has written.
     """
-    from binvit.lab.audit import audit as count
+    from binvit.packed.audit import audit as count
 
     click.echo(str(count(model)))
 

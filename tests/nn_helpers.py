@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from binvit.nn import functional as BF
+from binvit.nn import products
 
 # Multiples of 1/64 add up exactly in any order, so a mean cannot tip a comparison; the named values are zeros, edges of
 # windows (|x| = a, x = a/2 for the scales below, |x| = 1) and steps of 8 bits beyond the range.
@@ -41,7 +41,7 @@ def outcome(rule, x, g, parameters):
     """Run a rule through autograd in float64."""
     x = torch.tensor(x, requires_grad=True)
     parameters = [torch.tensor(p, requires_grad=rule.learned) for p in parameters]
-    y = BF.binarize(x, rule, *parameters)
+    y = products.binarize(x, rule, *parameters)
     y.backward(torch.tensor(g))
     return reference.Outcome(
         y.detach().numpy(), x.grad.numpy(), [None if p.grad is None else p.grad.numpy() for p in parameters]

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
-from binvit.bits import attention, bias, head, linear, value
+from binvit.bits import linear
+from binvit.bits.attention import bias, head, scores, value
 
 FLOAT = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -35,7 +36,7 @@ def test_superposed_product_equals_its_exact_integers_combined_in_order(
     workspace.attention[0][:, :tokens] = rng.random((tokens, tokens)) ** 2
     offsets = np.sort(rng.random(attention_groups)).astype(FLOAT)
     cuts = np.repeat(offsets[:, None], tokens, axis=1)
-    attention.planes_above(workspace.attention[0], cuts, workspace.planes[0], workspace.sizes[0], 0, tokens)
+    scores.planes_above(workspace.attention[0], cuts, workspace.planes[0], workspace.sizes[0], 0, tokens)
     groups = workspace.attention[0][:, :tokens] > offsets[:, None, None]
 
     packed = bits.pack_signs(x)

@@ -4,8 +4,8 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from binvit import bits
-from binvit.bits import jit, limit
+from binvit import bits, jit
+from binvit.bits import limit
 
 SIDES = st.integers(0, 21)
 LENGTHS = st.integers(1, 300)

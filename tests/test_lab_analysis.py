@@ -13,7 +13,7 @@ import binvit
 from binvit.lab import analysis, inspection
 from binvit.lab.data import load_data
 from binvit.nn.attention_rules import GsbAttention, GsbValue
-from binvit.nn.functional import superpose
+from binvit.nn.products import superpose
 from binvit.nn.rules import Elastic
 from binvit.nn.schemes import PLACES
 

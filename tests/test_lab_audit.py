@@ -2,7 +2,7 @@ import pytest
 from packed_models import trained
 
 import binvit
-from binvit.lab.audit import COLUMNS, PRODUCTS, SOFTMAX, STREAM, audit
+from binvit.packed.audit import COLUMNS, PRODUCTS, SOFTMAX, STREAM, audit
 
 
 def test_bytes_and_parameters_are_complete():

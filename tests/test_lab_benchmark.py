@@ -11,8 +11,8 @@ from click.testing import CliRunner
 import binvit
 from binvit.__main__ import cli, main
 from binvit.lab import bench, benchmark, efficiency, peers, timing
-from binvit.lab.audit import audit
 from binvit.packed import pack
+from binvit.packed.audit import audit
 
 TINY = {"width": 64, "image_size": 32, "depth": 1}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nn_helpers import agree, arrays, outcome, parameters_of, upstream, values
 
-from binvit.nn import functional as BF
+from binvit.nn import products
 from binvit.nn.attention_rules import REDUCTIONS, GsbAttention, GsbValue, HeadSign, MapThreshold, largest
 from binvit.nn.catalogue import scheme
 from binvit.nn.rules import SMALLEST_SCALE
@@ -165,7 +165,7 @@ def test_small_values_receive_the_official_gradient_once_per_group():
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_the_row_maximum_is_always_kept(share):
     a = torch.tensor(upstream((2, 3, 9, 9), 5)).softmax(-1)
-    kept = BF.binarize(a, MapThreshold(share=share))
+    kept = products.binarize(a, MapThreshold(share=share))
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     assert (kept.gather(-1, a.argmax(-1, keepdim=True)) == 1).all()
 
@@ -178,5 +178,5 @@ def test_both_levels_of_the_head_sign_occur_after_its_initialization():
     mean = a.mean((0, 2, 3)).view(3, 1, 1)
     torch.testing.assert_close(scale, 2 * (a - mean).abs().mean((0, 2, 3)).view(3, 1, 1))
     torch.testing.assert_close(offset, -mean / scale)
-    for head in BF.binarize(a, rule, scale, offset).unbind(1):
+    for head in products.binarize(a, rule, scale, offset).unbind(1):
         assert len(head.unique()) == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nn_helpers import agree, upstream
 
 from binvit.nn import functional as BF
-from binvit.nn import rules
+from binvit.nn import products, rules
 from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.catalogue import scheme
 from binvit.nn.schemes import ATTENTION_RULES, INPUT_RULES, VALUE_RULES, WEIGHT_RULES
@@ -23,7 +23,7 @@ BINARIZERS = {
     "value_gsb": lambda x, scales: BF.gsb_value(x, scales, **GSB),
     "elastic_signed1": lambda x, scales: BF.elastic_signed(x, *scales),
     "elastic_unsigned1": lambda x, scales: BF.elastic_unsigned(x, *scales),
-    "elastic_signed8": lambda x, scales: BF.binarize(x, rules.Elastic(lo=-128, hi=127), *scales),
+    "elastic_signed8": lambda x, scales: products.binarize(x, rules.Elastic(lo=-128, hi=127), *scales),
     "bwn_layer": lambda x, scales: BF.binarize_weight(x),
     "bwn_row": lambda x, scales: BF.binarize_weight(x, scale="channel"),
 }
@@ -50,17 +50,17 @@ def test_golden_values_and_gradients(name):
 def test_the_public_names_are_the_rules():
     x = torch.tensor(upstream((2, 3, 4, 4), 0))
     scale = torch.tensor(0.7, dtype=x.dtype)
-    assert torch.equal(BF.elastic_signed(x, scale), BF.binarize(x, rules.Elastic(), scale))
-    assert torch.equal(BF.elastic_unsigned(x, scale), BF.binarize(x, rules.Elastic(lo=0), scale))
+    assert torch.equal(BF.elastic_signed(x, scale), products.binarize(x, rules.Elastic(), scale))
+    assert torch.equal(BF.elastic_unsigned(x, scale), products.binarize(x, rules.Elastic(lo=0), scale))
     for reduce in ("batch", "sample", "head", "row"):
         scales = [scale, scale / 2]
         for public, rule in ((BF.gsb_attention, GsbAttention), (BF.gsb_value, GsbValue)):
-            want = BF.binarize(x, rule(thresholds=(0.4,), reduce=reduce), *scales)
+            want = products.binarize(x, rule(thresholds=(0.4,), reduce=reduce), *scales)
             assert torch.equal(public(x, scales, thresholds=(0.4,), reduce=reduce), want)
     w = x.flatten(1)
     for center, where in ((True, "tensor"), (False, "none"), ("channel", "channel")):
         for factor in ("none", "tensor", "channel"):
-            want = BF.binarize(w, rules.Bwn(scale=factor, center=where))
+            want = products.binarize(w, rules.Bwn(scale=factor, center=where))
             assert torch.equal(BF.binarize_weight(w, scale=factor, center=center), want)
 
 
@@ -119,7 +119,7 @@ def test_exact_products_have_gradients_of_the_scales_alone():
     rule_a, rule_v = GsbAttention(thresholds=(0.7,)), GsbValue(thresholds=(0.7,))
     scales = [torch.tensor(0.1, requires_grad=True) for _ in range(4)]
     a, v = torch.rand(1, 2, 3, 3), torch.randn(1, 2, 3, 4)
-    BF.attention_product(a, v, rule_a, rule_v, scales[:2], scales[2:], exact=True).sum().backward()
+    products.attention_product(a, v, rule_a, rule_v, scales[:2], scales[2:], exact=True).sum().backward()
     assert all(scale.grad is not None for scale in scales)
 
 
@@ -149,8 +149,8 @@ def test_a_linear_product_has_the_gradients_of_its_parts(input, weight):
     x, w, shift, bias = leaf((2, 3, 9), 0), leaf((5, 9), 1), leaf((9,), 2), leaf((5,), 3)
     px, pw = parameters(rule_x, 4), parameters(rule_w, 5, channels=5)
     leaves = [x, w, shift, bias, *px, *pw]
-    y = BF.binary_product(x, w, rule_x, rule_w, px, pw, shift, bias)
-    want = BF.binarize(x + shift, rule_x, *px) @ BF.binarize(w, rule_w, *pw).mT + bias
+    y = products.binary_product(x, w, rule_x, rule_w, px, pw, shift, bias)
+    want = products.binarize(x + shift, rule_x, *px) @ products.binarize(w, rule_w, *pw).mT + bias
     torch.testing.assert_close(y, want)
     for mine, theirs in zip(gradients(y, leaves), gradients(want, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -162,8 +162,8 @@ def test_query_times_key_has_the_gradients_of_its_parts(rule):
     q, k = leaf((2, 3, 5, 4), 0), leaf((2, 3, 5, 4), 1)
     pq, pk = parameters(rule, 2), parameters(rule, 3)
     leaves = [q, k, *pq, *pk]
-    y = BF.binary_product(q, k, rule, rule, pq, pk)
-    want = BF.binarize(q, rule, *pq) @ BF.binarize(k, rule, *pk).mT
+    y = products.binary_product(q, k, rule, rule, pq, pk)
+    want = products.binarize(q, rule, *pq) @ products.binarize(k, rule, *pk).mT
     torch.testing.assert_close(y, want)
     for mine, theirs in zip(gradients(y, leaves), gradients(want, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -172,7 +172,7 @@ def test_query_times_key_has_the_gradients_of_its_parts(rule):
 def test_a_product_gives_no_gradient_to_what_asks_for_none():
     rule = rules.Elastic()
     x, w, scale = leaf((3, 4), 0).detach(), leaf((5, 4), 1), torch.tensor(0.5, dtype=torch.float64)
-    BF.binary_product(x, w, rule, rules.Bwn(), [scale]).sum().backward()
+    products.binary_product(x, w, rule, rules.Bwn(), [scale]).sum().backward()
     assert x.grad is None
     assert scale.grad is None
     assert torch.isfinite(w.grad).all()
@@ -186,36 +186,36 @@ def test_the_integer_form_of_map_times_value_equals_the_float_form(attention, va
     v = leaf((2, 3, 5, 4), 1)
     pa, pv = parameters(rule_a, 2, heads=3), parameters(rule_v, 3, heads=3)
     leaves = [a, v, *pa, *pv]
-    want = BF.attention_product(a, v, rule_a, rule_v, pa, pv)
-    got = BF.attention_product(a, v, rule_a, rule_v, pa, pv, exact=True)
+    want = products.attention_product(a, v, rule_a, rule_v, pa, pv)
+    got = products.attention_product(a, v, rule_a, rule_v, pa, pv, exact=True)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(want, BF.binarize(a, rule_a, *pa) @ BF.binarize(v, rule_v, *pv))
+    torch.testing.assert_close(want, products.binarize(a, rule_a, *pa) @ products.binarize(v, rule_v, *pv))
     for mine, theirs in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
     with torch.no_grad():
-        assert torch.equal(BF.attention_product(a, v, rule_a, rule_v, pa, pv, exact=True), got)
+        assert torch.equal(products.attention_product(a, v, rule_a, rule_v, pa, pv, exact=True), got)
 
 
 @given(st.integers(1, 300), st.integers(0, 9))
 def test_products_of_signs_are_exact_integers(k, seed):
     rng = np.random.default_rng(seed)
     x, w = rng.choice([-1, 1], (3, k)), rng.choice([-1, 1], (4, k))
-    got = BF.integer_product(torch.tensor(x, dtype=torch.float32), torch.tensor(w, dtype=torch.float32))
+    got = products.integer_product(torch.tensor(x, dtype=torch.float32), torch.tensor(w, dtype=torch.float32))
     np.testing.assert_array_equal(got.numpy(), x @ w.T)
 
 
 def test_products_of_bytes_are_exact_however_long():
     int8, signs = rules.Elastic(lo=-128, hi=127), rules.Sign()
-    assert BF.exact_in_float32(1000, int8, int8)
-    assert BF.exact_in_float32(2**24 - 1, signs, signs)
-    assert not BF.exact_in_float32(2**24, signs, signs)
+    assert products.exact_in_float32(1000, int8, int8)
+    assert products.exact_in_float32(2**24 - 1, signs, signs)
+    assert not products.exact_in_float32(2**24, signs, signs)
     k = 4001
-    assert not BF.exact_in_float32(k, int8, int8)
+    assert not products.exact_in_float32(k, int8, int8)
     rng = np.random.default_rng(0)
     x, w = rng.integers(100, 128, (3, k)), rng.integers(100, 128, (4, k))
     floats = [torch.tensor(t, dtype=torch.float32) for t in (x, w)]
     scale = torch.tensor(1.0)
-    y = BF.scaled_product(rules.Plane(floats[0], scale), rules.Plane(floats[1], scale), int8, int8)
+    y = products.scaled_product(rules.Plane(floats[0], scale), rules.Plane(floats[1], scale), int8, int8)
     np.testing.assert_array_equal(y.numpy(), (x @ w.T).astype(np.float32))
 
 
@@ -229,9 +229,9 @@ def test_scales_multiply_rows_and_columns(sx, sw):
         want = want * sx
     if sw is not None:
         want = want * (sw.mT if sw.dim() else sw)
-    torch.testing.assert_close(BF.apply_scales(product.clone(), sx, sw), want)
+    torch.testing.assert_close(products.apply_scales(product.clone(), sx, sw), want)
 
 
 def test_a_float_rule_leaves_the_tensor_alone():
     x = torch.randn(3, 4)
-    assert BF.binarize(x, rules.Float()) is x
+    assert products.binarize(x, rules.Float()) is x

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import binvit
-from binvit.nn import fused, kernels
+from binvit.nn.fused import autograd, elementwise
 from binvit.nn.rules import Elastic
 
 
@@ -57,11 +57,11 @@ def test_fused_step_equals_the_rules(scheme, monkeypatch):
     model = trained(scheme)
     x = torch.randn(6, 3, 15, 15)
     used = []
-    attention = fused.attention_core
-    monkeypatch.setattr(fused, "attention_core", lambda *a: used.append(1) or attention(*a))
+    attention = autograd.attention_core
+    monkeypatch.setattr(autograd, "attention_core", lambda *a: used.append(1) or attention(*a))
     y, grads = gradients(model, x)
     assert bool(used) == (scheme.name != "bivit")  # BiViT's map has no fused form, its linear layers have
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    monkeypatch.setattr(elementwise, "usable", lambda *tensors: False)
     expected, expected_grads = gradients(model, x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert grads.keys() == expected_grads.keys()
@@ -80,9 +80,9 @@ def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatc
     arguments = (rule_x, rule_w, torch.tensor(0.7), (), torch.randn(shape[-1]), torch.randn(7))
     results = []
     for threshold in (0, 2**60):
-        monkeypatch.setattr(fused, "_INT8_WORTHWHILE", threshold)
+        monkeypatch.setattr(autograd, "_INT8_WORTHWHILE", threshold)
         x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = fused.elastic_linear(x_, w_, *arguments)
+        y = autograd.elastic_linear(x_, w_, *arguments)
         y.square().sum().backward()
         results.append((y.detach(), x_.grad, w_.grad))
     for int8, float32 in zip(*results, strict=True):
@@ -93,27 +93,29 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     run_with_two_threads("""
 import numba
 import numpy as np
-from binvit.nn import kernels
+from binvit.nn.fused import elementwise
 draw = np.random.default_rng(0).standard_normal
 x, g, shift = (draw(shape).astype(np.float32) for shape in ((633, 70), (633, 70), 70))
 results = []
 for threads in (1, 2):
     numba.set_num_threads(threads)
     dx, dshift, signs = g.copy(), np.empty(70, np.float32), np.empty_like(x)
-    dscale = kernels.elastic_backward(x, shift, dx, np.float32(1), np.float32(0.5), False, dshift)
-    results.append((dx, dshift, dscale, kernels.centred_signs(x, signs), signs))
+    dscale = elementwise.elastic_backward(x, shift, dx, np.float32(1), np.float32(0.5), False, dshift)
+    results.append((dx, dshift, dscale, elementwise.centred_signs(x, signs), signs))
 assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 """)
 
 
 def test_double_precision_and_exotic_rules_take_the_formulas():
     signed = binvit.scheme("bit").rule("input")
-    assert not fused.takes_linear(signed, binvit.scheme("bit").rule("weight"), torch.zeros(2, 2, dtype=torch.float64))
-    assert not fused.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("bit").rule("weight"))
+    assert not autograd.takes_linear(
+        signed, binvit.scheme("bit").rule("weight"), torch.zeros(2, 2, dtype=torch.float64)
+    )
+    assert not autograd.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("bit").rule("weight"))
     gsb = binvit.scheme("gsb", reduce="batch")
-    assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+    assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
     gsb = binvit.scheme("gsb", gradient="masked")
-    assert not fused.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+    assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
 
 
 STARTS = {
@@ -149,4 +151,4 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 def test_a_bias_of_another_shape_is_refused(shape):
     qkv, bias, one = torch.randn(2, 5, 36), torch.zeros(shape), torch.tensor(1.0)
     with pytest.raises(ValueError, match="does not fit 3 heads and 5 tokens"):
-        fused.attention_core(qkv, 3, bias, (None, None, None), (Elastic(lo=0), Elastic()), one, one, [one], [one])
+        autograd.attention_core(qkv, 3, bias, (None, None, None), (Elastic(lo=0), Elastic()), one, one, [one], [one])

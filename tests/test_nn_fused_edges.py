@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from nn_helpers import arrays, values
 
 import binvit
-from binvit.nn import functional as BF
-from binvit.nn import fused, rules
+from binvit.nn import products, rules
 from binvit.nn.attention_rules import GsbAttention, GsbValue
+from binvit.nn.fused import autograd
 from binvit.nn.schemes import WEIGHT_RULES
 
 scale = st.sampled_from([0.25, 0.5, 1.0, 2.0])
@@ -54,9 +54,9 @@ def test_linear_layers(weight, unsigned, data):
     def run(dtype, tensors):
         x, w, shift, bias, a, *pw = tensors
         if dtype == torch.float32:
-            assert fused.takes_linear(rule_x, rule_w, x, w, shift, bias)
-            return fused.elastic_linear(x, w, rule_x, rule_w, a, pw, shift, bias)
-        return BF.binary_product(x, w, rule_x, rule_w, [a], pw, shift, bias)
+            assert autograd.takes_linear(rule_x, rule_w, x, w, shift, bias)
+            return autograd.elastic_linear(x, w, rule_x, rule_w, a, pw, shift, bias)
+        return products.binary_product(x, w, rule_x, rule_w, [a], pw, shift, bias)
 
     compare(run, [x, w, shift, bias, np.array(data.draw(scale)), *pw])
 
@@ -83,13 +83,13 @@ def test_attention(groups, data):
         shifts, scale_q, scale_k, scales = rest[:3], rest[3], rest[4], rest[5:]
         scales_v, scales_a = scales[:groups], scales[groups:]
         if dtype == torch.float32:
-            assert fused.takes_attention(elastic, elastic, rule_a, rule_v, qkv, bias)
-            return fused.attention_core(
+            assert autograd.takes_attention(elastic, elastic, rule_a, rule_v, qkv, bias)
+            return autograd.attention_core(
                 qkv, heads, bias, tuple(shifts), (rule_a, rule_v), scale_q, scale_k, scales_a, scales_v
             )
         q, k, v = qkv.view(b, n, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
         q, k, v = (x if shift is None else x + shift for x, shift in zip((q, k, v), shifts, strict=True))
-        product = BF.binary_product(q, k, elastic, elastic, [scale_q], [scale_k])
+        product = products.binary_product(q, k, elastic, elastic, [scale_q], [scale_k])
         a = (product * d**-0.5).softmax(-1) + bias
         top = a.amax(-1, keepdim=True)
         edges = [t * top for t in thresholds] + [0 * top, scales_a[0] / 2, scales_a[0]]
@@ -97,7 +97,7 @@ def test_attention(groups, data):
         for extreme in (v.amax((-1, -2), keepdim=True), v.amin((-1, -2), keepdim=True)):
             edges = [t * extreme for t in thresholds]
             assume(not any((((v - edge).abs() < 1e-6) & (edge != 0)).any() for edge in edges))
-        y = BF.binarize(a, rule_a, *scales_a) @ BF.binarize(v, rule_v, *scales_v)
+        y = products.binarize(a, rule_a, *scales_a) @ products.binarize(v, rule_v, *scales_v)
         return y.transpose(1, 2).reshape(b, n, heads * d)
 
     compare(run, [qkv, bias, *given_shifts, *(np.array(s) for s in scales)])
@@ -115,8 +115,8 @@ def test_thresholds_are_compared_alike():
     for a1, a2, a3 in itertools.product((0.3, 0.7), repeat=3):
         scales_v = [torch.tensor(s) for s in (a1, a2, a3)]
         # With equal scores and a scale far below 1/n the map is a constant: every row sums the binarized value.
-        y = fused.attention_core(
+        y = autograd.attention_core(
             qkv.view(1, n, 24), 1, None, (None,) * 3, (rule_a, rule_v), one, one, [torch.tensor(1e-3)], scales_v
         )
-        want = 1e-3 * BF.binarize(v.transpose(1, 2), rule_v, *scales_v).sum(2)
+        want = 1e-3 * products.binarize(v.transpose(1, 2), rule_v, *scales_v).sum(2)
         torch.testing.assert_close(y[0, 0], want[0, 0], rtol=1e-5, atol=1e-6)

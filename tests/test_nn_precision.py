@@ -5,7 +5,7 @@ import torch
 from nn_helpers import images, tiny_vit
 
 import binvit
-from binvit.nn import functional as BF
+from binvit.nn import products
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Sign
 
@@ -30,9 +30,9 @@ def test_every_scheme_trains_under_autocast(name, kind):
 def test_products_of_signs_stay_exact_integers_under_autocast():
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(shape, generator=generator) for shape in ((7, 999), (5, 999)))
-    expected = BF.binary_product(x, w, Sign(), Sign())
+    expected = products.binary_product(x, w, Sign(), Sign())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        product = BF.binary_product(x, w, Sign(), Sign())
+        product = products.binary_product(x, w, Sign(), Sign())
         assert (x @ w.mT).dtype == torch.bfloat16
     assert torch.equal(product, expected)
 

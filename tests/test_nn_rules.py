@@ -10,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nn_helpers import agree, arrays, outcome, parameters_of, upstream
 
-from binvit.nn import functional as BF
-from binvit.nn import rules
+from binvit.nn import products, rules
 from binvit.nn.catalogue import scheme
 from binvit.nn.rules import SMALLEST_SCALE
 from binvit.nn.schemes import INPUT_RULES, PLACES, WEIGHT_RULES
@@ -89,7 +88,7 @@ def test_planes_are_small_integers_and_their_sum_is_the_value(table, shape):
             assert levels.max() <= rule.highest, name
             if scale is not None:
                 assert torch.broadcast_shapes(scale.shape, x.shape) == x.shape, name
-        torch.testing.assert_close(BF.superpose(planes), BF.binarize(x, rule, *parameters), msg=name)
+        torch.testing.assert_close(products.superpose(planes), products.binarize(x, rule, *parameters), msg=name)
 
 
 def test_the_sign_of_zero_is_plus_one():

@@ -7,8 +7,8 @@ from packed_models import images, logits_of, trained
 
 import binvit
 from binvit import bits
-from binvit.packed.fast import _ONE_TORCH_THREAD, torch_threads
-from binvit.packed.team import TEAM
+from binvit.packed.fast.path import _ONE_TORCH_THREAD, torch_threads
+from binvit.packed.fast.threads import TEAM
 
 X = images(20)
 GENERIC = {"float", "xnor-k", "binaryvit", "bhvit-qd"}

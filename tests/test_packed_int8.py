@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from binvit.bits.jit import JIT
-from binvit.packed.int8 import MOST_ROWS, few_rows_product
+from binvit.jit import JIT
+from binvit.packed.exact import MOST_ROWS, few_rows_product
 
 
 @pytest.mark.skipif(not JIT, reason="without a compiler the product is torch's")

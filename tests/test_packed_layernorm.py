@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
-from binvit.packed import layernorm
+from binvit.packed.fast import layernorm
 
 FLOAT = np.float32
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from binvit import bits
-from binvit.bits import attention, bias
-from binvit.packed import softmax
-from binvit.packed.kernels import _set_cuts
+from binvit.bits.attention import bias
+from binvit.bits.attention import scores as kernels
+from binvit.packed.fast import softmax
+from binvit.packed.fast.forward import _set_cuts
 
 FLOAT = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -47,8 +48,8 @@ def count(q, k):
     panels = bits.word_count(tokens)
     keys = np.zeros((panels, -(-width // 8), 64), np.uint8)
     counts, smallest = np.zeros((tokens, 64 * panels), np.uint8), np.zeros(tokens, np.uint8)
-    attention.prepare_keys(bits.pack_signs(k), 0, width, keys)
-    attention.score_counts(bits.pack_signs(q), 0, width, keys, counts, smallest, 0, tokens)
+    kernels.prepare_keys(bits.pack_signs(k), 0, width, keys)
+    kernels.score_counts(bits.pack_signs(q), 0, width, keys, counts, smallest, 0, tokens)
     return counts, smallest
 
 
@@ -79,10 +80,10 @@ def pack_groups(counts, smallest, table, map_, reciprocals, cuts):
     planes = np.zeros((groups * panels, 2 * panels, 64), np.uint32)
     sizes, bounds = np.zeros((groups, 64 * panels), np.int32), np.zeros((groups, tokens), np.uint8)
     if len(map_):
-        attention.planes_above(map_, cuts, planes, sizes, 0, tokens)
+        kernels.planes_above(map_, cuts, planes, sizes, 0, tokens)
     else:
         softmax.group_bounds(table, smallest, reciprocals, cuts, bounds, 0, tokens)
-        attention.planes_below(counts, bounds, planes, sizes, 0, tokens)
+        kernels.planes_below(counts, bounds, planes, sizes, 0, tokens)
     return unpack_planes(planes, groups, tokens), sizes[:, :tokens]
 
 

@@ -19,9 +19,9 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
 from binvit.bits.packing import word_count
 from binvit.bits.tile import PANEL, TILE, clamped_rows, emit_tile, steps_of, tile_of_signs
+from binvit.jit import kernel, vector_code
 
 
 class Intervals(NamedTuple):

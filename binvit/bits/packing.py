@@ -6,7 +6,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from binvit.bits.jit import aligned_empty, kernel, vector_code
+from binvit.jit import aligned_empty, kernel, vector_code
 
 WORD = 64
 

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
+from binvit.jit import kernel, vector_code
 
 PANEL = 64
 """Columns of a panel of prepared weights; also the bits of one word, so that a panel's signs are one output word."""

@@ -19,9 +19,9 @@ from binvit.lab.data import ImageData
 from binvit.lab.evaluation import classify
 from binvit.lab.transforms import eval_transform
 from binvit.nn.attention_rules import GsbAttention, GsbValue, largest
-from binvit.nn.functional import superpose
-from binvit.nn.modules import BinaryAttention, BinaryLinear
-from binvit.nn.parts import Binarizer
+from binvit.nn.layer_parts import Binarizer
+from binvit.nn.layers import BinaryAttention, BinaryLinear
+from binvit.nn.products import superpose
 from binvit.nn.rules import SMALLEST_SCALE, Elastic, Rule
 from binvit.nn.schemes import Scheme
 

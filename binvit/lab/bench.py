@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from binvit import bits
-from binvit.bits.jit import JIT
+from binvit.files import atomic_write
+from binvit.jit import JIT
 from binvit.lab import figures
 from binvit.lab.benchmark import (
     benchmark_growth,
@@ -21,7 +22,6 @@ from binvit.lab.benchmark import (
     benchmark_models,
     benchmark_training,
 )
-from binvit.lab.files import atomic_write
 from binvit.lab.style import scheme_color
 from binvit.lab.timing import interleave
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binvit import bits
-from binvit.bits.jit import JIT
 from binvit.bits.limit import run_in_registers
+from binvit.jit import JIT
 from binvit.lab.peers import PEERS, NotAvailable
 from binvit.lab.timing import interleave, use_threads
 from binvit.nn import binarize, calibrate, scheme

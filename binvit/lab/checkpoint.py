@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import binvit
-from binvit.lab.files import atomic_write
+from binvit.files import atomic_write
 from binvit.lab.models import build_model
 from binvit.lab.recipes import Recipe
 from binvit.nn.schemes import Scheme

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from binvit.lab.audit import Audit
 from binvit.lab.claims import Claim, check_value
 from binvit.lab.style import GREY, INK, caption, label_ends, require_columns, scheme_color, styled
+from binvit.packed.audit import Audit
 
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 

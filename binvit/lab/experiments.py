@@ -11,9 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from binvit.files import atomic_write
 from binvit.lab.claims import Claim
 from binvit.lab.figures import dots
-from binvit.lab.files import atomic_write
 from binvit.lab.notebook import folder
 from binvit.lab.recipes import Recipe, freeze
 from binvit.lab.recipes import recipe as get_recipe

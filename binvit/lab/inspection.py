@@ -15,7 +15,7 @@ from binvit.lab.checkpoint import CheckpointInfo
 from binvit.lab.runner import load_kept
 from binvit.lab.transforms import eval_transform
 from binvit.lab.trials import Trial, options_text, read_result
-from binvit.nn.modules import BinaryAttention
+from binvit.nn.layers import BinaryAttention
 
 
 @dataclass(frozen=True)

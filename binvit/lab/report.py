@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from binvit.files import atomic_write
 from binvit.lab.batch import Outcome
-from binvit.lab.files import atomic_write
 
 __all__ = ["Summary", "summarize", "write_report"]
 

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from binvit.files import set_aside
 from binvit.lab.checkpoint import CheckpointInfo, is_checkpoint, load_checkpoint, save_checkpoint
-from binvit.lab.files import set_aside
 from binvit.lab.train import TrainingDiverged, train_trial
 from binvit.lab.trials import OutdatedResult, Trial, TrialResult, read_result, result_path, teacher_trial, write_result
 

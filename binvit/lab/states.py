@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from binvit.lab.files import atomic_write
+from binvit.files import atomic_write
 
 
 def seed_all(*parts: int) -> None:

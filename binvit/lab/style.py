@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-from binvit.lab.files import atomic_write
+from binvit.files import atomic_write
 
 STYLE = Path(__file__).with_name("binvit.mplstyle")
 INK, GREY = "#222222", "#7a7a7a"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from binvit.lab.files import atomic_write
+from binvit.files import atomic_write
 from binvit.lab.notebook import convert, declared_types
 
 __all__ = ["TAGS", "clean", "problems", "write"]

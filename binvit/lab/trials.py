@@ -16,9 +16,9 @@ import timm
 import torch
 
 import binvit
+from binvit.files import atomic_write
 from binvit.lab.checkpoint import CheckpointInfo
 from binvit.lab.data import list_datasets
-from binvit.lab.files import atomic_write
 from binvit.lab.recipes import Options, Recipe, freeze, recipe
 from binvit.nn.schemes import Scheme
 

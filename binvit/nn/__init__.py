@@ -3,9 +3,9 @@
 from binvit.nn import functional
 from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
 from binvit.nn.convert import binarize, calibrate, round_vectors, set_progress
-from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
-from binvit.nn.official import load_official_gsb
-from binvit.nn.parts import AttentionBias, Binarizer, RPReLU, Shortcut
+from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU, Shortcut
+from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.official_gsb import load_official_gsb
 from binvit.nn.schemes import COMPONENTS, PLACES, Scheme
 
 __all__ = [

@@ -6,6 +6,7 @@ The attention map A has shape (B, H, N, N), the value v (B, H, N, d). Notation a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -317,3 +318,13 @@ class GsbValue(Gsb):
             total = window_.to(x.dtype) if total is None else total + window_
             dscales.append((ones - ramp / scale) / count**0.5)
         return total * g, *dscales
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Raise a ValueError unless the thresholds are numbers that increase strictly and lie in (0, 1)."""
+    numbers = isinstance(thresholds, Sequence) and not isinstance(thresholds, str)
+    if not numbers or any(isinstance(t, bool) or not isinstance(t, int | float) for t in thresholds):
+        raise ValueError(f"thresholds must be a list of numbers, got {thresholds!r}.")
+    pairs = itertools.pairwise(thresholds)
+    if any(not 0 < t < 1 for t in thresholds) or any(b <= a for a, b in pairs):
+        raise ValueError(f"thresholds must increase strictly and lie between 0 and 1, got {tuple(thresholds)}.")

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from binvit.nn.catalogue import scheme as scheme_of
-from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
-from binvit.nn.parts import Binarizer
+from binvit.nn.layer_parts import Binarizer
+from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.schemes import Scheme
 
 # Vectors that take much of a packed file while they stay float32, by the ends of their names; the largest kinds first.

@@ -2,7 +2,7 @@
 
 A rule is a small frozen record without tensors. It turns a tensor `x` into *planes*, pairs of small integer levels
 and a scale, whose sum `scale * levels` is what the network computes with, and it knows the gradient that flows back
-to `x` and to the rule's parameters. `binvit.nn.functional` makes autograd functions of rules, `binvit.nn.modules`
+to `x` and to the rule's parameters. `binvit.nn.products` makes autograd functions of rules, `binvit.nn.layers`
 makes layers of them, `binvit.packed` reads the same levels and scales to fold a trained layer into bits.
 
 Notation in the docstrings: g is the gradient with respect to the binarized tensor, 1[.] an indicator, n the number of

@@ -18,8 +18,8 @@ from binvit.nn.attention_rules import (
     MapThreshold,
     ScoreSign,
     ThreeMaps,
+    check_thresholds,
 )
-from binvit.nn.functional import check_thresholds
 from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, Rule, Sign
 
 COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")

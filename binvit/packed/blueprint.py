@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from binvit.nn.convert import binarize
-from binvit.nn.modules import BinaryAttention
-from binvit.nn.parts import AttentionBias
+from binvit.nn.layer_parts import AttentionBias
+from binvit.nn.layers import BinaryAttention
 from binvit.nn.schemes import Scheme
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}

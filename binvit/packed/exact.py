@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from binvit import bits
+from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
-from binvit.nn.functional import apply_scales, exact_in_float32, integer_product, superpose
-from binvit.nn.modules import BinaryAttention, BinaryLinear, BinaryPatchConv
+from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryPatchConv
+from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
 from binvit.nn.rules import Rule
 from binvit.packed.blueprint import Blueprint
-from binvit.packed.int8 import few_rows_product
 
 FLOATS = (torch.float32, torch.float16)
 """How numbers that are no weights are stored; float16 only where `pack` may round, at `binvit.nn.convert.VECTORS`."""
@@ -238,3 +238,35 @@ def _check_tensor(
 
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+MOST_ROWS = 4
+"""With more, converting the weights to float32 once and calling BLAS is faster."""
+
+
+def few_rows_product(x: Tensor, w: Tensor) -> Tensor | None:
+    """Multiply integer levels without a float32 copy of the weights.
+
+    Args:
+        x: float32 (..., K), whole numbers.
+        w: int8 (N, K); the sums are below 2**24, so that any order of adding them is exact.
+
+    Returns:
+        float32 (..., N), or None where this form does not pay: many rows, or no compiler.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not JIT or len(rows) > MOST_ROWS or w.dtype != torch.int8:
+        return None
+    out = torch.empty(len(rows), len(w))
+    _multiply(rows.contiguous().numpy(), w.numpy(), out.numpy())
+    return out.view(*x.shape[:-1], len(w))
+
+
+@kernel(reorder=True)
+def _multiply(x, w, out):
+    for n in range(w.shape[0]):
+        for m in range(x.shape[0]):
+            total = np.float32(0)
+            for k in range(x.shape[1]):
+                total += x[m, k] * np.float32(w[n, k])
+            out[m, n] = total

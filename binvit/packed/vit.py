@@ -11,8 +11,8 @@ from torch import Tensor
 from binvit import bits
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
-from binvit.packed.fast import FastPath, torch_threads
-from binvit.packed.folding import NotFoldable
+from binvit.packed.fast.fold import NotFoldable
+from binvit.packed.fast.path import FastPath, torch_threads
 
 PARTS = (
     "1-bit weights",

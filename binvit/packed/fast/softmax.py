@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import FLOAT_PERMUTE, kernel, vector_code
+from binvit.jit import FLOAT_PERMUTE, kernel, vector_code
 
 WIDTHS = (16, 8, 4)
 """Lanes of torch's vectors: AVX-512, AVX2, NEON."""

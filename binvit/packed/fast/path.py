@@ -1,4 +1,4 @@
-"""The fast path: a folded model, run by the kernels of `binvit.packed.kernels`.
+"""The fast path: a folded model, run by the kernels of `binvit.packed.fast.forward`.
 
 Folded bits are exactly the model's bits, and float sums are rounded as torch rounds them: on CPUs whose torch adds as
 `binvit.packed.layernorm`, `softmax` and `patches` do (x86 with AVX2 or AVX-512) the logits are the exact path's to the
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from binvit import bits
-from binvit.bits.bias import Bias
-from binvit.bits.head import Workspace
-from binvit.packed.folding import NotFoldable, fold_block, over_batch
-from binvit.packed.kernels import run_images, share_image
-from binvit.packed.layers import SAMPLE, Layers, Scratch, make_scratch
-from binvit.packed.patches import fold_patches
-from binvit.packed.softmax import torch_lanes
-from binvit.packed.team import TEAM
+from binvit.bits.attention.bias import Bias
+from binvit.bits.attention.head import Workspace
+from binvit.packed.fast.fold import NotFoldable, fold_block, over_batch
+from binvit.packed.fast.forward import run_images, share_image
+from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
+from binvit.packed.fast.patches import fold_patches
+from binvit.packed.fast.softmax import torch_lanes
+from binvit.packed.fast.threads import TEAM
 
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 

@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
+from binvit.jit import kernel, vector_code
 
 _INDEX = ir.IntType(64)
 

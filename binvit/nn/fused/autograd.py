@@ -1,7 +1,7 @@
 """Fused forms of the two hot places of a training step, for the rules that GSB and its one-group baseline train with.
 
-They give what `binvit.nn.functional` gives, up to float rounding, in fewer passes over memory: products of levels in
-int8, and compiled kernels around them (`binvit.nn.kernels`).
+They give what `binvit.nn.products` gives, up to float rounding, in fewer passes over memory: products of levels in
+int8, and compiled kernels around them (`binvit.nn.fused.elementwise` and `binvit.nn.fused.attention`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from binvit.nn import attention_kernels, kernels
 from binvit.nn.attention_rules import GsbAttention, GsbValue
+from binvit.nn.fused import attention, elementwise
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Elastic, Rule
 
@@ -33,7 +33,7 @@ def elastic_kind(rule: Rule) -> str | None:
 def takes_linear(rule_x: Rule, rule_w: Rule, *tensors: Tensor | None) -> bool:
     """Tell whether `elastic_linear` covers a linear layer with these rules and tensors."""
     binary = (rule_w.lowest, rule_w.highest) == (-1, 1) and not rule_w.is_float
-    return elastic_kind(rule_x) is not None and binary and kernels.usable(*tensors)
+    return elastic_kind(rule_x) is not None and binary and elementwise.usable(*tensors)
 
 
 def takes_attention(rule_q: Rule, rule_k: Rule, rule_a: Rule, rule_v: Rule, *tensors: Tensor | None) -> bool:
@@ -43,7 +43,7 @@ def takes_attention(rule_q: Rule, rule_k: Rule, rule_a: Rule, rule_v: Rule, *ten
     by_head = isinstance(rule_v, GsbValue) and rule_v.gradient == "official"
     by_head = by_head and (rule_v.reduce in ("row", "head") or not rule_v.thresholds)
     maps, values = by_row or elastic_kind(rule_a) == "unsigned", by_head or elastic_kind(rule_v) == "signed"
-    return signs and maps and values and kernels.usable(*tensors)
+    return signs and maps and values and elementwise.usable(*tensors)
 
 
 class _ElasticLinear(torch.autograd.Function):
@@ -67,7 +67,7 @@ class _ElasticLinear(torch.autograd.Function):
         gain, gains = 1.0, None  # scales of the weights: one number, or (N, 1)
         if rule_w == _BWN:
             levels_w = torch.empty(n, k, dtype=dtype)
-            gain = float(kernels.centred_signs(kernels.rows_of(w), levels_w.numpy()))
+            gain = float(elementwise.centred_signs(elementwise.rows_of(w), levels_w.numpy()))
         else:
             ((levels_w, scale_w),) = rule_w.planes(w, *parameters)
             levels_w = levels_w.to(dtype)
@@ -75,13 +75,13 @@ class _ElasticLinear(torch.autograd.Function):
                 gain = scale_w.item()
             else:
                 gains = scale_w
-        rows, size = kernels.rows_of(x), scale.item()
+        rows, size = elementwise.rows_of(x), scale.item()
         levels = torch.empty(rows.shape, dtype=dtype)
-        kernels.elastic_levels(rows, kernels.vector(shift, k), np.float32(0.5 * size), unsigned, levels.numpy())
+        elementwise.elastic_levels(rows, elementwise.vector(shift, k), np.float32(0.5 * size), unsigned, levels.numpy())
         product = torch._int_mm(levels, levels_w.t()) if large else levels @ levels_w.t()
         y = torch.empty(product.shape, dtype=torch.float32) if large else product
-        factor = np.full(n, size * gain, np.float32) if gains is None else kernels.vector(size * gains, n)
-        kernels.scale_product(product.numpy(), factor, kernels.vector(bias, n), y.numpy())
+        factor = np.full(n, size * gain, np.float32) if gains is None else elementwise.vector(size * gains, n)
+        elementwise.scale_product(product.numpy(), factor, elementwise.vector(bias, n), y.numpy())
         ctx.unsigned, ctx.rule_w, ctx.size, ctx.gain = unsigned, rule_w, np.float32(size), np.float32(gain)
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, w, shift, levels, levels_w, gains, *parameters)
@@ -96,8 +96,8 @@ class _ElasticLinear(torch.autograd.Function):
         weights = levels_w.float() if gains is None else levels_w * gains
         dx, dshift = g @ weights, np.empty(w.shape[1], np.float32)
         constants = ctx.gain, ctx.size, ctx.unsigned
-        rows, shifts = kernels.rows_of(x), kernels.vector(shift, w.shape[1])
-        dscale = kernels.elastic_backward(rows, shifts, dx.numpy(), *constants, dshift)
+        rows, shifts = elementwise.rows_of(x), elementwise.vector(shift, w.shape[1])
+        dscale = elementwise.elastic_backward(rows, shifts, dx.numpy(), *constants, dshift)
         dw = (g.mT @ levels.float()).mul_(float(ctx.size))
         dw, *dparameters = ctx.rule_w.backward(w, dw, *parameters)
         return (
@@ -123,7 +123,7 @@ def elastic_linear(
     shift: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Compute `binvit.nn.functional.binary_product` for a linear layer with elastic inputs.
+    """Compute `binvit.nn.products.binary_product` for a linear layer with elastic inputs.
 
     Args:
         x: (..., K), float32 on the CPU.
@@ -162,23 +162,23 @@ class _AttentionCore(torch.autograd.Function):
     ) -> Tensor:
         b, n, width = qkv.shape
         d = width // (3 * heads)
-        joint = kernels.rows_of(qkv).reshape(b, n, 3, heads, d)
-        shifts = [kernels.vector(shift, heads * d).reshape(heads, d) for shift in (shift_q, shift_k, shift_v)]
+        joint = elementwise.rows_of(qkv).reshape(b, n, 3, heads, d)
+        shifts = [elementwise.vector(shift, heads * d).reshape(heads, d) for shift in (shift_q, shift_k, shift_v)]
         thresholds_a, thresholds_v = (np.array(getattr(r, "thresholds", ()), np.float32) for r in rules)
         groups = len(thresholds_a) + 1
         scales_a, scales_v = _numbers(scales[:groups]), _numbers(scales[groups:])
         signs_q, signs_k, value = torch.empty(3, b * heads, n, d).unbind()
         extremes = np.empty((b, heads, 2), np.float32)
         query, key, values = (x.numpy().reshape(b, heads, n, d) for x in (signs_q, signs_k, value))
-        attention_kernels.split_signs(joint, *shifts[:2], query, key)
-        attention_kernels.superpose_value(joint, shifts[2], scales_v, thresholds_v, extremes, values)
+        attention.split_signs(joint, *shifts[:2], query, key)
+        attention.superpose_value(joint, shifts[2], scales_v, thresholds_v, extremes, values)
         size_q, size_k = scale_q.item(), scale_k.item()
         table = np.exp(np.arange(d + 1) * (-2.0 * size_q * size_k * d**-0.5)).astype(np.float32)
         map_ = torch.bmm(signs_q, signs_k.mT)  # first the products of the signs, which the map overwrites
         probability = torch.empty(b, heads, n, n)
         extra = np.empty((0, 0, 0), np.float32) if bias is None else bias.detach().contiguous().numpy()
         maps = map_.numpy().reshape(b, heads, n, n)
-        attention_kernels.superpose_map(maps, extra, table, scales_a, thresholds_a, probability.numpy(), maps)
+        attention.superpose_map(maps, extra, table, scales_a, thresholds_a, probability.numpy(), maps)
         ctx.arrays = (shifts, thresholds_a, thresholds_v, scales_a, scales_v, extremes, extra)
         ctx.sizes = np.float32(size_q), np.float32(size_k)
         ctx.has_shift = [shift is not None for shift in (shift_q, shift_k, shift_v)]
@@ -195,7 +195,7 @@ class _AttentionCore(torch.autograd.Function):
         probability = probability.numpy()
         b, heads, n, _ = probability.shape
         d = value.shape[2]
-        joint = kernels.rows_of(qkv).reshape(b, n, 3, heads, d)
+        joint = elementwise.rows_of(qkv).reshape(b, n, 3, heads, d)
         g = g.view(b, n, heads, d).transpose(1, 2).reshape(value.shape)
         up_v = torch.bmm(map_.mT, g)
         ds = torch.bmm(g, value.mT)
@@ -204,13 +204,13 @@ class _AttentionCore(torch.autograd.Function):
         counts_a = np.zeros((heads * n, len(thresholds_a)))
         up = ds.numpy().reshape(probability.shape)
         factor = np.float32(d**-0.5)
-        attention_kernels.map_backward(probability, extra, up, scales_a, thresholds_a, factor, dbias, sums_a, counts_a)
+        attention.map_backward(probability, extra, up, scales_a, thresholds_a, factor, dbias, sums_a, counts_a)
         ups = [u.numpy().reshape(b, heads, n, d) for u in (torch.bmm(ds, signs_k), torch.bmm(ds.mT, signs_q), up_v)]
         dqkv = torch.empty(qkv.shape)
         sums = np.zeros((b * heads, 2 + len(scales_v)))
         counts = np.zeros((b * heads, len(thresholds_v)))
         dshift = np.zeros((b, 3, heads, d), np.float32)
-        attention_kernels.merge_gradients(
+        attention.merge_gradients(
             joint,
             *shifts,
             *ups,

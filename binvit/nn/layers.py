@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from binvit.nn import fused
-from binvit.nn.functional import attention_product, binary_product, superpose
-from binvit.nn.parts import AttentionBias, Binarizer, RPReLU, Shortcut
+from binvit.nn.fused import autograd
+from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU, Shortcut
+from binvit.nn.products import attention_product, binary_product, superpose
 from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
 
@@ -62,8 +62,8 @@ class BinaryLinear(nn.Module):
         w = self.matrix
         rules = self.input_binarizer.rule, self.weight_binarizer.rule
         px, pw = self.input_binarizer.values(x, self.shift), self.weight_binarizer.values(w)
-        if self.training and fused.takes_linear(*rules, x, w, self.shift, self.bias):
-            y = fused.elastic_linear(x, w, *rules, *px, pw, self.shift, self.bias)
+        if self.training and autograd.takes_linear(*rules, x, w, self.shift, self.bias):
+            y = autograd.elastic_linear(x, w, *rules, *px, pw, self.shift, self.bias)
         else:
             y = binary_product(x, w, *rules, px, pw, self.shift, self.bias)
         return y if self.post is None else self.post(y, x)
@@ -203,7 +203,7 @@ class BinaryAttention(nn.Module):
         binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
         plain = self.training and self.softmax and not (self.record or self.context_residual or self.attn_drop.p)
         plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        return plain and binarizers[2].is_set and fused.takes_attention(*(b.rule for b in binarizers), qkv)
+        return plain and binarizers[2].is_set and autograd.takes_attention(*(b.rule for b in binarizers), qkv)
 
     def _fused(self, qkv: Tensor) -> Tensor:
         query, key, map_, value = (
@@ -215,7 +215,7 @@ class BinaryAttention(nn.Module):
         bias = None if self.bias is None else self.bias()
         shifts = self.query_shift, self.key_shift, self.value_shift
         scales = *query.values(qkv), *key.values(qkv), map_.values(qkv), value.values(qkv)
-        return fused.attention_core(qkv, self.num_heads, bias, shifts, (map_.rule, value.rule), *scales)
+        return autograd.attention_core(qkv, self.num_heads, bias, shifts, (map_.rule, value.rule), *scales)
 
     @torch.no_grad()
     def _keep(self, scores: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -85,7 +85,8 @@ def vector_code(twin: Callable) -> Callable:
 
 def _package_stamp() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([here / "jit.py", *(here / "bits").rglob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -14,16 +14,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 import binvit
-from binvit.nn import (
-    AttentionBias,
-    Binarizer,
-    BinaryAttention,
-    BinaryLinear,
-    BinaryMlp,
-    BinaryPatchConv,
-    RPReLU,
-    rules,
-)
+from binvit.nn import AttentionBias, Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv, RPReLU, rules
 from binvit.nn.attention_rules import GsbAttention, HeadSign
 from binvit.nn.schemes import PLACES
 

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
+from binvit.jit import kernel, vector_code
 
 ROWS = 8
 """Rows whose moments are updated side by side, which hides the latency of the updates."""

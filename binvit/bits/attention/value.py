@@ -17,16 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from binvit.bits.combine import add_counts, combine_row, count_entries
-from binvit.bits.extrema import largest_of_rows, least_of_rows
-from binvit.bits.jit import kernel
-from binvit.bits.lanes import (
-    affine,
-    floats_not_below,
-    floats_outside,
-    lowest_bit,
-    popcount,
-)
+from binvit.bits.attention.combine import add_counts, combine_row, count_entries
+from binvit.bits.attention.extrema import largest_of_rows, least_of_rows
+from binvit.bits.attention.lanes import affine, floats_not_below, floats_outside, lowest_bit, popcount
 from binvit.bits.tile import (
     PANEL,
     TILE,
@@ -36,6 +29,7 @@ from binvit.bits.tile import (
     tile_of_common_bits,
     tile_of_signs,
 )
+from binvit.jit import kernel
 
 EVERYTHING, MASKED, LISTED = 0, 1, 2
 _NARROW = 16

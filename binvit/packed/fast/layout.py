@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from binvit.bits.head import Workspace, make_workspace
-from binvit.bits.jit import aligned_empty
+from binvit.bits.attention.head import Workspace, make_workspace
+from binvit.jit import aligned_empty
 
 ROW, HEAD, SAMPLE = 0, 1, 2
 """Over what the maxima of map and value run: a query row (the map's only), a head, all heads of an image."""

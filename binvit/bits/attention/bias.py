@@ -13,8 +13,8 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import aligned_empty, kernel, vector_code
 from binvit.bits.packing import word_count
+from binvit.jit import aligned_empty, kernel, vector_code
 
 _RUN = 16
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from binvit.bits.attention import MAX_HEAD_WIDTH
-from binvit.bits.jit import aligned_empty, kernel
+from binvit.bits.attention.scores import MAX_HEAD_WIDTH
+from binvit.bits.attention.value import attend, entry_capacity, extrema, linear_transposed, signs_to_words, value_planes
 from binvit.bits.packing import word_count
-from binvit.bits.value import attend, entry_capacity, extrema, linear_transposed, signs_to_words, value_planes
+from binvit.jit import aligned_empty, kernel
 
 _BIAS_ROWS = 16
 

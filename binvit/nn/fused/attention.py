@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from binvit.nn.kernels import OPTIONS
+from binvit.nn.fused.elementwise import OPTIONS
 
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 

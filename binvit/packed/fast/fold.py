@@ -1,4 +1,4 @@
-"""One block of a packed model -> thresholds, tables and planes for `binvit.packed.kernels`.
+"""One block of a packed model -> thresholds, tables and planes for `binvit.packed.fast.forward`.
 
 A threshold on a float becomes one on the integer before it: the model's own torch operations are evaluated once for
 every integer that a product of signs can take, so that a folded bit is exactly the model's bit.
@@ -15,16 +15,16 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from binvit import bits
-from binvit.bits.attention import MAX_HEAD_WIDTH
-from binvit.bits.bias import Bias, full_bias, no_bias, relative_bias
+from binvit.bits.attention.bias import Bias, full_bias, no_bias, relative_bias
+from binvit.bits.attention.scores import MAX_HEAD_WIDTH
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
 from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, HeadSign, MapThreshold, ScoreSign, ThreeMaps
-from binvit.nn.modules import BinaryMlp
-from binvit.nn.parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.layers import BinaryMlp
 from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
 from binvit.packed.exact import PackedAttention, PackedLinear
-from binvit.packed.layers import HEAD, ROW, SAMPLE
-from binvit.packed.softmax import score_table
+from binvit.packed.fast.layout import HEAD, ROW, SAMPLE
+from binvit.packed.fast.softmax import score_table
 
 _LOWEST = np.finfo(np.float32).min
 
@@ -34,7 +34,7 @@ class NotFoldable(Exception):
 
 
 def fold_block(block: nn.Module, grid: tuple[int, int], prefix: int) -> dict[str, Any]:
-    """Return the entries of `binvit.packed.kernels.Layers` for one block, without the leading axis.
+    """Return the entries of `binvit.packed.fast.forward.Layers` for one block, without the leading axis.
 
     Args:
         block: A block of what `binvit.packed.exact.build_exact` returned.

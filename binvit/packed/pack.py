@@ -12,7 +12,7 @@ from torch import Tensor
 
 from binvit import bits
 from binvit.nn.convert import VECTORS
-from binvit.nn.modules import Binarizer, BinaryLinear
+from binvit.nn.layers import Binarizer, BinaryLinear
 from binvit.packed.blueprint import Blueprint, check_same, describe
 from binvit.packed.exact import weight_dtype
 from binvit.packed.vit import PackedViT, as_tensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from binvit.nn.functional import ReplaceValue
+from binvit.nn.products import ReplaceValue
 from binvit.nn.rules import SMALLEST_SCALE, Plane, Rule
 
 

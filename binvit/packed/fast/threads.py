@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import JIT, kernel, vector_code
+from binvit.jit import JIT, kernel, vector_code
 
 _PATIENCE = 2000  # looks at a gate before the processor is offered to others
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import LANES, Emitter, check_arrays
-from binvit.bits.jit import vector_code
+from binvit.jit import vector_code
 
 _INDEX, _LANE = ir.IntType(64), ir.IntType(32)
 _INTEGERS, _FLOATS = ir.VectorType(_LANE, LANES), ir.VectorType(ir.FloatType(), LANES)

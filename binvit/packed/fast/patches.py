@@ -16,7 +16,7 @@ from torch import nn
 
 from binvit import bits
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
+from binvit.jit import kernel, vector_code
 from binvit.packed.exact import PackedPatchConv
 
 TILE = 6

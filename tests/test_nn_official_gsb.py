@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import binvit
-from binvit.nn.official import official_names
+from binvit.nn.official_gsb import official_names
 
 FOLDER = Path(__file__).parent / "golden"
 CHECKPOINT = FOLDER / "imrl_tiny.pth"

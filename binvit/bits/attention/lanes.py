@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 from binvit.bits.emitter import LANES, Emitter, check_arrays
-from binvit.bits.jit import vector_code
+from binvit.jit import vector_code
 
 _INDEX = ir.IntType(64)
 

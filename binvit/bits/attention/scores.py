@@ -17,10 +17,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from binvit.bits.attention.lanes import column_sizes, write_bytes_below, write_floats_above
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.bits.jit import kernel, vector_code
-from binvit.bits.lanes import column_sizes, write_bytes_below, write_floats_above
 from binvit.bits.tile import PANEL, steps_of
+from binvit.jit import kernel, vector_code
 
 MAX_HEAD_WIDTH = 254
 """Channels of a head at most: popcounts are bytes, and 255 marks padding."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from binvit.bits.attention import planes_above, planes_below, prepare_keys, score_counts
-from binvit.bits.bias import relative_rows
+from binvit.bits.attention.bias import relative_rows
+from binvit.bits.attention.head import compute_values, multiply, pack_values
+from binvit.bits.attention.scores import planes_above, planes_below, prepare_keys, score_counts
 from binvit.bits.gemm import TILE
-from binvit.bits.head import compute_values, multiply, pack_values
-from binvit.bits.jit import kernel
 from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
-from binvit.packed.layernorm import normalize_and_pack
-from binvit.packed.layers import ROW, SAMPLE
-from binvit.packed.patches import embed_patches
-from binvit.packed.softmax import add_bias, exponentiate, group_bounds
-from binvit.packed.team import meet, take_next
+from binvit.jit import kernel
+from binvit.packed.fast.layernorm import normalize_and_pack
+from binvit.packed.fast.layout import ROW, SAMPLE
+from binvit.packed.fast.patches import embed_patches
+from binvit.packed.fast.softmax import add_bias, exponentiate, group_bounds
+from binvit.packed.fast.threads import meet, take_next
 
 
 @kernel
@@ -250,7 +250,7 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
 
     Args:
         s: The folded blocks.
-        biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
         patches: `binvit.packed.patches.Patches`; without weights, x holds the tokens already.
         images: float32 (B, C, H, W).
         x: float32 (B, T, D), the residual stream, overwritten.
@@ -273,7 +273,7 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
 
     Args:
         s: The folded blocks; no maximum may run over all heads.
-        biases: `binvit.bits.bias.Bias` with a leading axis for the blocks.
+        biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
         patches: As for `run_images`.
         image: float32 (C, H, W).
         x: float32 (T, D), the residual stream, overwritten.

@@ -1,0 +1,244 @@
+"""Products of binarized tensors as autograd functions: exact integers first, scales once afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from binvit.nn.precision import full_precision
+from binvit.nn.rules import Plane, Rule
+
+LARGEST_EXACT = 2**24  # integers below are exact in float32
+
+
+def superpose(planes: Sequence[Plane]) -> Tensor:
+    """Return the sum of scale * levels over the planes."""
+    total = None
+    for levels, scale in planes:
+        term = levels if scale is None else levels * scale
+        total = term if total is None else total + term
+    return total
+
+
+class _Binarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(x, *parameters)
+        return superpose(rule.planes(x, *parameters))
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, *parameters = ctx.saved_tensors
+        return None, *ctx.rule.backward(x, g, *parameters)
+
+
+@full_precision
+def binarize(x: Tensor, rule: Rule, *parameters: Tensor) -> Tensor:
+    """Binarize x by a rule.
+
+    Args:
+        x: Any tensor the rule accepts.
+        rule: A `binvit.nn.rules.Rule`.
+        parameters: The rule's parameters, in the order of `rule.parameters`.
+
+    Returns:
+        The sum of the rule's planes, of the shape of x.
+    """
+    return x if rule.is_float else _Binarize.apply(rule, x, *parameters)
+
+
+def exact_in_float32(terms: int, a: Rule, b: Rule) -> bool:
+    """Tell whether a sum of that many products of two rules' levels is an exact float32 integer."""
+    size = max(abs(a.lowest), a.highest) * max(abs(b.lowest), b.highest)
+    return terms * size < LARGEST_EXACT
+
+
+def integer_product(x: Tensor, w: Tensor, exact: bool = True) -> Tensor:
+    """Multiply two tensors of integer levels, x (..., M, K) and w (..., N, K) or (N, K), into (..., M, N), exactly.
+
+    Args:
+        x: Levels stored as floats.
+        w: Levels stored as floats.
+        exact: The sums fit into float32; otherwise they are formed in float64.
+    """
+    if not exact:
+        return integer_product(x.double(), w.double()).to(x.dtype)
+    return F.linear(x, w) if w.dim() == 2 else x @ w.mT
+
+
+def apply_scales(product: Tensor, sx: Tensor | None, sw: Tensor | None) -> Tensor:
+    """Multiply a product (..., M, N) in place by the scales of its rows' tensor and of its columns' tensor.
+
+    The order of the operations is part of the contract: the packed model repeats it to the last bit.
+
+    Args:
+        product: The integer product, overwritten.
+        sx: None, one value, or (..., M, 1).
+        sw: None, one value, or (..., N, 1).
+    """
+    if sw is not None and sw.dim():
+        sw = sw.mT
+    if sx is not None and sw is not None and (sx.dim() == 0 or sw.dim() == 0 or sx.shape[-2] == 1):
+        return product.mul_(sx * sw)
+    for scale in (sw, sx):
+        if scale is not None:
+            product.mul_(scale)
+    return product
+
+
+def scaled_product(x: Plane, w: Plane, rule_x: Rule, rule_w: Rule) -> Tensor:
+    """Return (x.levels @ w.levels^T) * scales, integers first."""
+    if rule_x.is_float or rule_w.is_float:
+        exact = True
+    else:
+        exact = exact_in_float32(x.levels.shape[-1], rule_x, rule_w)
+    return apply_scales(integer_product(x.levels, w.levels, exact), x.scale, w.scale)
+
+
+class _BinaryProduct(torch.autograd.Function):
+    """y = b(x + shift) b(w)^T + bias: integer product first, scales once afterwards, closed-form gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rules: tuple[Rule, Rule],
+        n_x: int,
+        x: Tensor,
+        w: Tensor,
+        shift: Tensor | None,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        rule_x, rule_w = rules
+        if shift is not None:
+            x = x + shift
+        px, pw = parameters[:n_x], parameters[n_x:]
+        (plane_x,) = rule_x.planes(x, *px)
+        (plane_w,) = rule_w.planes(w, *pw)
+        y = scaled_product(plane_x, plane_w, rule_x, rule_w)
+        if bias is not None:
+            y.add_(bias)
+        ctx.rules, ctx.n_x = rules, n_x
+        ctx.shift_shape = None if shift is None else shift.shape
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, w, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        rule_x, rule_w = ctx.rules
+        x, w, *parameters = ctx.saved_tensors
+        px, pw = parameters[: ctx.n_x], parameters[ctx.n_x :]
+        need_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[4] or any(ctx.needs_input_grad[6 : 6 + ctx.n_x])
+        dx, dpx = None, [None] * len(px)
+        if need_x:
+            dx, *dpx = rule_x.backward(x, g @ superpose(rule_w.planes(w, *pw)), *px)
+        xb = superpose(rule_x.planes(x, *px))
+        gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
+        dw, *dpw = rule_w.backward(w, gw, *pw)
+        dshift = dx.sum_to_size(ctx.shift_shape) if ctx.shift_shape is not None and need_x else None
+        dbias = g.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return None, None, dx, dw, dshift, dbias, *dpx, *dpw
+
+
+@full_precision
+def binary_product(
+    x: Tensor,
+    w: Tensor,
+    rule_x: Rule,
+    rule_w: Rule,
+    parameters_x: Sequence[Tensor] = (),
+    parameters_w: Sequence[Tensor] = (),
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply two binarized tensors: y = b_x(x + shift) b_w(w)^T + bias.
+
+    Args:
+        x: (..., M, K).
+        w: (N, K), or (..., N, K) with the leading dimensions of x.
+        rule_x: A rule with one plane.
+        rule_w: A rule with one plane.
+        parameters_x: Parameters of rule_x.
+        parameters_w: Parameters of rule_w.
+        shift: Added to x before it is binarized; broadcasts against x.
+        bias: (N,), added to the product.
+
+    Returns:
+        (..., M, N); the integer product is formed first and scaled once, so that bits give the same numbers.
+    """
+    return _BinaryProduct.apply((rule_x, rule_w), len(parameters_x), x, w, shift, bias, *parameters_x, *parameters_w)
+
+
+class ReplaceValue(torch.autograd.Function):
+    """Another value for a tensor, whose gradient passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return g, None
+
+
+def superposed_product(attention: Sequence[Plane], value: Sequence[Plane]) -> Tensor:
+    """Multiply two superpositions, attention (B, H, N, N) and value (B, H, N, d), plane by plane in integers.
+
+    The sum runs over the attention planes and, inside, over the value planes; the order is part of the contract.
+    """
+    total = None
+    for levels_a, scale_a in attention:
+        for levels_v, scale_v in value:
+            product = levels_a @ levels_v
+            scales = [s for s in (scale_a, scale_v) if s is not None]
+            if scales:
+                product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
+            total = product if total is None else total.add_(product)
+    return total
+
+
+@full_precision
+def attention_product(
+    attention: Tensor,
+    value: Tensor,
+    rule_a: Rule,
+    rule_v: Rule,
+    parameters_a: Sequence[Tensor] = (),
+    parameters_v: Sequence[Tensor] = (),
+    exact: bool = False,
+) -> Tensor:
+    """Multiply the binarized attention map with the binarized value.
+
+    Args:
+        attention: (B, H, N, N).
+        value: (B, H, N, d).
+        rule_a: Rule of the map.
+        rule_v: Rule of the value.
+        parameters_a: Parameters of rule_a.
+        parameters_v: Parameters of rule_v.
+        exact: Form the products plane by plane in integers, as bits do; otherwise in one float product, which is faster
+            to train with and differs by rounding.
+
+    Returns:
+        (B, H, N, d).
+    """
+    binary = not (rule_a.is_float or rule_v.is_float or rule_v.scale_per_token)
+    if exact and binary:
+        with torch.no_grad():
+            value_ = superposed_product(rule_a.planes(attention, *parameters_a), rule_v.planes(value, *parameters_v))
+        tensors = attention, value, *parameters_a, *parameters_v
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return value_
+    product = binarize(attention, rule_a, *parameters_a) @ binarize(value, rule_v, *parameters_v)
+    return ReplaceValue.apply(product, value_) if exact and binary else product
