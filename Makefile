@@ -38,7 +38,7 @@ reproduce: $(READY)
 	$(BIN)/python -m binvit reproduce --size $(SIZE) --out $(OUT)
 
 notebooks: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m binvit.lab.tidy notebooks/*.ipynb
+	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks.refresh notebooks/*.ipynb
 
 clean:
 	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .hypothesis

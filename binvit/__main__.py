@@ -47,19 +47,24 @@ def reproduce(
     All parameters are checked, and files of images looked for, before anything runs. If a notebook fails, the others
     still run, and the exit code is 1.
     """
-    from binvit.lab import batch, notebook, report
+    from binvit.lab import project
+    from binvit.lab.notebooks import plan as plan_
+    from binvit.lab.notebooks import report, run
+    from binvit.lab.notebooks.plan import check, read_values
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the report, {out}, is a file.")
     values = {}
     for file in files:
-        values |= batch.read_values(file)
-    plan = batch.plan(notebooks or notebook.folder("notebooks"), size, only, values, dict(texts))
-    batch.check(plan)
-    from binvit.lab.runner import compile_kernels  # loads torch, which the refusal of a name need not wait for
+        values |= read_values(file)
+    plan = plan_.plan(notebooks or project.folder("notebooks"), size, only, values, dict(texts))
+    check(plan)
+    from binvit.lab.trials.train_trial import (
+        compile_kernels,  # loads torch, which the refusal of a name need not wait for
+    )
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
-    outcomes = batch.run(plan, out / "notebooks", jobs)
+    outcomes = run.run(plan, out / "notebooks", jobs)
     index = report.write_report(outcomes, out)
     click.echo(f"The report is {index}.")
     failed = [outcome for outcome in outcomes if outcome.error]
@@ -92,8 +97,9 @@ def train(
     out: Path,
 ) -> None:
     """Train a model and keep it; a finished trial is read instead of trained again."""
-    from binvit.lab.runner import model_path, run_trials
-    from binvit.lab.trials import Trial
+    from binvit.lab.trials.pool import run_trials
+    from binvit.lab.trials.store import model_path
+    from binvit.lab.trials.trial import Trial
 
     trial = Trial(
         dataset=dataset,
@@ -150,7 +156,7 @@ def bench(
 
     Prints tables with medians and ratios, and writes them as CSV, with a roofline of the kernels.
     """
-    from binvit.lab.bench import run_benchmarks
+    from binvit.lab.benchmark.run import run_benchmarks
 
     if training and parts:
         raise ValueError("--training is a measurement of its own; leave --part out.")
@@ -181,9 +187,10 @@ def audit(model: Path) -> None:
 
     MODEL is a file that binvit train or binvit pack has written.
     """
+    from binvit.lab.predict import open_packed
     from binvit.packed.audit import audit as count
 
-    click.echo(str(count(model)))
+    click.echo(str(count(open_packed(model))))
 
 
 @cli.command()

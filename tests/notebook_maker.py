@@ -3,10 +3,10 @@
 import copy
 from pathlib import Path
 
-from binvit.lab import tidy
+from binvit.lab.notebooks import clean
 
 PARAMETERS = "count: int = 2  # how many\nnames: list[str] = ['a']  # of what\nrate: float = 0.1  # how fast"
-CHECK = "from binvit.lab import notebook\n\np = notebook.check_parameters(globals())"
+CHECK = "from binvit.lab.notebooks import parameters\n\np = parameters.check_parameters(globals())"
 FIGURE = (
     "import base64\n\nfrom IPython.display import Image, display\n\n"
     "PIXEL = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=='\n"
@@ -36,11 +36,11 @@ def notebook(claims: str = CLAIMS) -> dict:
         cell("code", FIGURE, 3, ("figure",)),
         cell("code", claims, 4, ("claims", "nbval-check-output")),
     ]
-    return {"cells": cells, "metadata": copy.deepcopy(tidy._METADATA), "nbformat": 4, "nbformat_minor": 5}
+    return {"cells": cells, "metadata": copy.deepcopy(clean.METADATA), "nbformat": 4, "nbformat_minor": 5}
 
 
 def write(path: Path, **options: str) -> Path:
     """Write such a notebook."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tidy.write(notebook(**options), path)
+    clean.write(notebook(**options), path)
     return path

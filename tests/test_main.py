@@ -9,8 +9,9 @@ from PIL import Image
 
 import binvit
 from binvit.__main__ import main
-from binvit.lab import predict, runner
-from binvit.lab.train import TrainingDiverged
+from binvit.lab import predict
+from binvit.lab.training.loop import TrainingDiverged
+from binvit.lab.trials import train_trial
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -124,7 +125,7 @@ def test_failed_training_and_wrong_input_have_codes_of_their_own(capsys, tmp_pat
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(runner, "train_trial", fail)
+    monkeypatch.setattr(train_trial, "train_trial", fail)
     found, out, err = run(capsys, "train", "--out", tmp_path)
     assert (found, out) == (code, "")
     assert err == f"Error: 1 of 1 trials failed: digits, gsb, smoke, seed 0: {error}\n"
@@ -221,7 +222,7 @@ def test_reproduce_checks_parameters_of_all_notebooks_before_it_runs_one(capsys,
     notebook_maker.write(folder / "01_good.ipynb")
     odd = notebook_maker.notebook()
     odd["cells"][1]["source"] = "other: int = 1"
-    notebook_maker.tidy.write(odd, folder / "02_odd.ipynb")
+    notebook_maker.clean.write(odd, folder / "02_odd.ipynb")
     sentence = refused(capsys, "reproduce", "--notebooks", folder, "--out", out, "-p", "count", "4")
     assert "02_odd.ipynb has no parameter 'count'; its parameters are other." in sentence
     assert "--only" in sentence

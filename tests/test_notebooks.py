@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from binvit.lab import batch, tidy
+from binvit.lab.notebooks import check, plan
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def test_structure():
-    problems = [problem for notebook in NOTEBOOKS for problem in tidy.problems(notebook)]
+    problems = [problem for notebook in NOTEBOOKS for problem in check.problems(notebook)]
     assert not problems, "\n".join(problems)
 
 
@@ -23,18 +23,18 @@ def test_names_carry_one_number_each():
 
 
 def test_papermill_sees_every_parameter_of_every_size():
-    for size in batch.SIZES:
-        jobs = batch.plan(FOLDER, size) if NOTEBOOKS else []
+    for size in plan.SIZES:
+        jobs = plan.plan(FOLDER, size) if NOTEBOOKS else []
         assert [job.notebook for job in jobs] == NOTEBOOKS
 
 
-@pytest.mark.parametrize("size", batch.SIZES)
+@pytest.mark.parametrize("size", plan.SIZES)
 def test_second_cells_accept_the_values_of_every_size(size):
-    batch.check(batch.plan(FOLDER, size), files=False)
+    plan.check(plan.plan(FOLDER, size), files=False)
 
 
 def test_no_parameter_file_without_notebook():
-    known = {f"{notebook.name[:2]}.{size}.yaml" for notebook in NOTEBOOKS for size in batch.SIZES if size != "smoke"}
+    known = {f"{notebook.name[:2]}.{size}.yaml" for notebook in NOTEBOOKS for size in plan.SIZES if size != "smoke"}
     assert {path.name for path in (FOLDER / "params").glob("*")} <= known
 
 

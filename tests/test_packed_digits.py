@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import binvit
-from binvit.lab.batches import Batches
-from binvit.lab.data import load_data
-from binvit.lab.train import train_trial
-from binvit.lab.transforms import eval_transform
-from binvit.lab.trials import Trial
+from binvit.lab.data.datasets import load_data
+from binvit.lab.data.loader import Batches
+from binvit.lab.data.transforms import eval_transform
+from binvit.lab.trials.train_trial import train_trial
+from binvit.lab.trials.trial import Trial
 from binvit.packed import load, save
 
 SCHEMES = ("gsb", "bivit", "reactnet")

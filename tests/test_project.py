@@ -43,7 +43,7 @@ def test_one_version():
 
 
 def test_style_file_comes_with_the_package():
-    assert "font" in (files("binvit.lab") / "binvit.mplstyle").read_text()
+    assert "font" in (files("binvit.lab.figures") / "binvit.mplstyle").read_text()
 
 
 def test_readme_names_the_commands():

@@ -10,14 +10,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from binvit.lab.checkpoint import load_checkpoint
-from binvit.lab.images import open_image
-from binvit.lab.transforms import eval_transform
+from binvit.lab.data.images import open_image
+from binvit.lab.data.transforms import eval_transform
+from binvit.lab.training.checkpoint import load_checkpoint
 from binvit.nn import round_vectors
 from binvit.packed import PackedViT, load, pack, save
 from binvit.packed.files import is_packed
-
-__all__ = ["Classifier", "image_files", "open_model", "pack_checkpoint", "predict_files"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -73,6 +71,21 @@ def open_model(path: Path) -> Classifier:
         )
     classes = packed.classes or [f"class {number}" for number in range(packed.blueprint.vit["num_classes"])]
     return Classifier(packed, eval_transform(height, mean, std), classes)
+
+
+def open_packed(path: Path) -> PackedViT:
+    """Open a packed model, or pack a model that `binvit train` has kept.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither, or is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model {path}.")
+    if is_packed(path):
+        return load(path)
+    network, info = load_checkpoint(path)
+    return pack(network, classes=info.classes, mean=info.mean, std=info.std)
 
 
 def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool = False) -> PackedViT:

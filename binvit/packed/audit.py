@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -13,10 +12,9 @@ from timm.layers import AttentionPoolLatent
 from torch import nn
 
 from binvit.nn.rules import Rule
-from binvit.packed import PARTS, PackedViT, load
 from binvit.packed.exact import PackedAttention, PackedLinear
-from binvit.packed.files import is_packed, pack_header
-from binvit.packed.vit import part_of
+from binvit.packed.files import pack_header
+from binvit.packed.vit import PARTS, PackedViT, part_of
 
 PRODUCTS, SOFTMAX, STREAM = "query x key, map x value", "softmax and groups", "residual stream"
 COLUMNS = ("parameters", "float32_bytes", "bytes", "binary_ops", "float_ops")
@@ -57,21 +55,15 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(model: PackedViT | str | Path) -> Audit:
+def audit(model: PackedViT) -> Audit:
     """Count a model's bytes and operations by part.
 
     Args:
-        model: A packed model, its file, or a checkpoint that `binvit train` has kept.
+        model: A packed model.
 
     Returns:
         The audit; patch embedding and heads count as float operations even where their weights have eight bits.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is neither a packed model nor a checkpoint.
     """
-    if not isinstance(model, PackedViT):
-        model = _open(Path(model))
     trained = {name: t for name, t in model.blueprint.build().state_dict().items() if not name.endswith("initialized")}
     counts = {column: Counter() for column in COLUMNS}
     for name, tensor in trained.items():
@@ -88,18 +80,6 @@ def audit(model: PackedViT | str | Path) -> Audit:
     floats = {name: torch.zeros(tensor.shape) for name, tensor in trained.items()}
     file_bytes = len(serialize(model.tensors, pack_header(model)))
     return Audit(table, file_bytes, len(serialize(floats)))
-
-
-def _open(path: Path) -> PackedViT:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model {path}.")
-    if is_packed(path):
-        return load(path)
-    from binvit.lab.checkpoint import load_checkpoint
-    from binvit.packed import pack
-
-    network, info = load_checkpoint(path)
-    return pack(network, classes=info.classes, mean=info.mean, std=info.std)
 
 
 def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> None:

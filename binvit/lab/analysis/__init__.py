@@ -1,0 +1,1 @@
+"""What results say: intervals, claims with verdicts, and what single tensors lose."""

@@ -1,0 +1,290 @@
+"""Sentences about results, each with a checked verdict and the evidence for it."""
+
+import dataclasses
+import html
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from binvit.lab.analysis.statistics import Difference, Estimate, paired_difference, summarize
+
+Verdict = Literal["yes", "no", "undecided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, whether the evidence bears it out, and that evidence in words."""
+
+    sentence: str
+    verdict: Verdict
+    evidence: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("yes", "no", "undecided"):
+            raise ValueError(f"A verdict is 'yes', 'no' or 'undecided', and {self.verdict!r} came.")
+        if not self.sentence.strip() or "\n" in self.sentence:
+            raise ValueError(f"A claim is one sentence on one line, and {self.sentence!r} came.")
+
+
+def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, percent: bool = True) -> Claim:
+    """Check the claim that a difference, or a mean, is larger than a margin.
+
+    Yes if the whole 95 % interval lies above the margin, no if none of it does, and undecided if the interval crosses
+    the margin or is unknown because there is a single seed. "Not worse than by 2 points" is the margin -0.02.
+
+    Args:
+        sentence: what is claimed.
+        difference: the paired difference (`statistics.paired_difference`) or the mean (`statistics.estimate`).
+        margin: what it must exceed, in the units of the difference.
+        percent: tell the evidence in percent (a mean) and percentage points (a difference).
+
+    Returns:
+        the claim with its verdict.
+
+    Raises:
+        ValueError: if the margin is not finite, since such a claim could not fail (or not hold).
+    """
+    _require_finite("margin", margin)
+    if math.isnan(difference.low) or math.isnan(difference.high):
+        verdict: Verdict = "undecided"
+    elif difference.low > margin:
+        verdict = "yes"
+    elif difference.high <= margin:
+        verdict = "no"
+    else:
+        verdict = "undecided"
+    return Claim(sentence, verdict, _interval_evidence(difference, margin, percent))
+
+
+def check_pair(
+    sentence: str,
+    df: pd.DataFrame,
+    a: str,
+    b: str,
+    margin: float = 0.0,
+    on: str = "scheme",
+    pair: str | Sequence[str] = "seed",
+    value: str = "test_accuracy",
+    percent: bool = True,
+) -> Claim:
+    """Check the claim that ``a`` exceeds ``b`` by more than a margin, on trials paired by seed.
+
+    Args:
+        sentence: what is claimed.
+        df: one row per trial.
+        a: the value of column ``on`` that is claimed to be larger.
+        b: the value of column ``on`` that it is compared with.
+        margin: what the difference must exceed; negative for "not worse than by".
+        on: the column that tells the two sides apart.
+        pair: the column, or columns, whose values make a pair.
+        value: the column to compare.
+        percent: tell the evidence in percentage points.
+
+    Returns:
+        the claim; undecided if one side was not run, as when a notebook is given fewer schemes.
+
+    Raises:
+        ValueError: as `statistics.paired_difference` and `check_difference` do.
+    """
+    _require_finite("margin", margin)
+    absent = [name for name in (a, b) if name not in set(df[on])]
+    if absent:
+        return Claim(sentence, "undecided", f"no trial of {absent[0]!r} was run")
+    return check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
+
+
+def check_mean(
+    sentence: str,
+    df: pd.DataFrame,
+    a: str,
+    margin: float,
+    on: str = "scheme",
+    value: str = "test_accuracy",
+    percent: bool = True,
+) -> Claim:
+    """Check the claim that the mean of ``a`` is larger than a margin.
+
+    Args:
+        sentence: what is claimed.
+        df: one row per trial.
+        a: the value of column ``on`` that the claim is about.
+        margin: what the mean must exceed.
+        on: the column that names the trials.
+        value: the column to average.
+        percent: tell the evidence in percent.
+
+    Returns:
+        the claim; undecided if no trial of ``a`` was run.
+
+    Raises:
+        ValueError: as `statistics.summarize` and `check_difference` do.
+    """
+    _require_finite("margin", margin)
+    chosen = df[df[on] == a]
+    if chosen.empty:
+        return Claim(sentence, "undecided", f"no trial of {a!r} was run")
+    row = summarize(chosen, on, value).iloc[0]
+    mean = Estimate(row["mean"], row["low"], row["high"], int(row["n"]))
+    return check_difference(sentence, mean, margin, percent)
+
+
+def check_value(
+    sentence: str,
+    value: bool | float | None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    evidence: str | None = None,
+) -> Claim:
+    """Check a claim about one exact thing: a condition, or a number against a bound.
+
+    Args:
+        sentence: what is claimed.
+        value: a bool, which takes no bound, or a number, which takes one or two. NaN is undecided, and so is None,
+            which stands for what was not run.
+        at_least: the smallest number for which the claim holds.
+        at_most: the largest number for which the claim holds.
+        evidence: what to show as evidence instead of the value and its bounds.
+
+    Returns:
+        the claim with its verdict.
+
+    Raises:
+        ValueError: if a number comes without a finite bound or a bool with one.
+    """
+    bounds = {"at least": at_least, "at most": at_most}
+    bounds = {k: v for k, v in bounds.items() if v is not None}
+    if value is None:
+        return Claim(sentence, "undecided", "not run")
+    if isinstance(value, (bool, np.bool_)):
+        if bounds:
+            raise ValueError(f"The claim {sentence!r} is checked by a condition, which takes no bound.")
+        return Claim(sentence, "yes" if value else "no", evidence or ("holds" if value else "does not hold"))
+    if not bounds:
+        raise ValueError(f"The claim {sentence!r} is checked by a number, which needs at_least or at_most.")
+    for name, bound in bounds.items():
+        _require_finite(name, bound)
+    value = float(value)
+    if math.isnan(value):
+        verdict: Verdict = "undecided"
+    else:
+        holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        verdict = "yes" if holds else "no"
+    demanded = " and ".join(f"{name} {_number(bound)}" for name, bound in bounds.items())
+    return Claim(sentence, verdict, evidence or f"{_number(value)} ({demanded} demanded)")
+
+
+def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
+    """The claims as a table.
+
+    Args:
+        claims: what was checked, in the order to show.
+        evidence: add the evidence, whose numbers differ from machine to machine.
+
+    Returns:
+        one row per claim with the columns ``claim``, ``verdict`` and, if asked for, ``evidence``; counted from 1.
+    """
+    rows = [(c.sentence, c.verdict, c.evidence) for c in claims]
+    df = pd.DataFrame(rows, columns=["claim", "verdict", "evidence"], index=range(1, len(rows) + 1))
+    return df if evidence else df[["claim", "verdict"]]
+
+
+def verdicts(claims: Sequence[Claim], width: int = 110) -> str:
+    """The claims as plain text that is the same on every machine which reaches the same verdicts.
+
+    Args:
+        claims: what was checked, in the order to show.
+        width: the length at which lines are broken.
+
+    Returns:
+        one paragraph per claim, such as ``yes        Superposition beats a single group.``
+    """
+    indent = " " * 11
+    return "\n".join(
+        textwrap.fill(c.sentence, width, initial_indent=f"{c.verdict:<11}", subsequent_indent=indent) for c in claims
+    )
+
+
+def show(claims: Sequence[Claim]) -> None:
+    """Display the claims with their evidence in a notebook.
+
+    Args:
+        claims: what was checked, in the order to show.
+    """
+    from IPython.display import display
+
+    colors = {"yes": "#0a7d55", "no": "#b3402a", "undecided": "#667"}
+    style = ' style="text-align:left; white-space:normal"'
+    rows = [
+        f'<tr><td{style}>{html.escape(c.sentence)}</td><td style="color:{colors[c.verdict]}"><b>{c.verdict}</b></td>'
+        f"<td{style}>{html.escape(c.evidence)}</td></tr>"
+        for c in claims
+    ]
+    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "verdict", "evidence"))
+    page = "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table>"])
+    plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}" for c in claims)
+    display({"text/html": page, "text/plain": plain}, raw=True)
+
+
+def _interval_evidence(e: Estimate, margin: float, percent: bool) -> str:
+    is_difference = isinstance(e, Difference)
+    factor, unit = (100, " points" if is_difference else " %") if percent else (1, "")
+    sign = "+" if is_difference else ""
+    spec = f"{sign}.1f" if percent else f"{sign}.3g"
+    name = f"{e.a} - {e.b}: " if is_difference else ""
+    seeds = f"{e.n} seed{'' if e.n == 1 else 's'}"
+    if math.isnan(e.low):
+        spread = "interval unknown"
+    else:
+        spread = f"95 % interval {factor * e.low:{spec}} to {factor * e.high:{spec}}"
+    return f"{name}{factor * e.mean:{spec}}{unit} ({spread}, {seeds}; more than {factor * margin:{spec}} demanded)"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if float(x).is_integer() and abs(x) < 1e15 else f"{x:.3g}"
+
+
+def _require_finite(name: str, x: float) -> None:
+    if not math.isfinite(x):
+        raise ValueError(f"The {name} of a claim must be a finite number, since {x} lets it come out one way only.")
+
+
+def for_each_data(table: pd.DataFrame, check: Callable[[pd.DataFrame], Sequence[Claim]]) -> list[Claim]:
+    """Check the same claims on all images one after the other; with several, each sentence names its own.
+
+    Args:
+        table: the result of `train`.
+        check: rows of one kind of images -> claims.
+
+    Returns:
+        All claims, those of the first images first.
+    """
+    parts = list(table.groupby("data", sort=False))
+    if len(parts) == 1:
+        return list(check(table))
+    named = lambda claim, data: dataclasses.replace(claim, sentence=f"On {data}: {claim.sentence}")  # noqa: E731
+    return [named(claim, data) for data, part in parts for claim in check(part)]
+
+
+def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
+    """Check the claim that several claims hold at once.
+
+    Args:
+        sentence: what is claimed.
+        parts: the single claims.
+
+    Returns:
+        "no" if one of them fails, else "undecided" if one of them is, else "yes"; the evidence names those that decide.
+    """
+    for verdict, words in (("no", ("fails", "fail")), ("undecided", ("is undecided", "are undecided"))):
+        found = [part for part in parts if part.verdict == verdict]
+        if found:
+            word = words[len(found) > 1]
+            return Claim(sentence, verdict, f"{len(found)} of {len(parts)} {word}: {found[0].evidence}")
+    if not parts:
+        return Claim(sentence, "undecided", "nothing to compare was run")
+    return Claim(sentence, "yes", "; ".join(part.evidence for part in parts))

@@ -1,0 +1,289 @@
+"""Means and differences over seeds with 95 % intervals from Student's t distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+MEASURED = ("test_accuracy", "train_accuracy", "seconds")  # what differs between trials without being a setting
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval; the interval of a single number is unknown (NaN)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def text(self, percent: bool = False) -> str:
+        """The estimate as text that always tells the number of seeds, such as ``97.3 ± 0.6 (n = 3)``.
+
+        Args:
+            percent: multiply by 100 and show one digit, as for accuracies.
+
+        Returns:
+            the mean, half the interval's width (absent for a single number), and n.
+        """
+        factor = 100 if percent else 1
+        spec = ".1f" if percent else ".3g"
+        half = factor * (self.high - self.low) / 2
+        spread = "" if math.isnan(half) else f" ± {half:{spec}}"
+        return f"{factor * self.mean:{spec}}{spread} (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """The mean of ``a - b`` over pairs with its 95 % interval."""
+
+    a: str
+    b: str
+    value: str
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Mean and 95 % t interval of independent numbers.
+
+    Args:
+        values: one number per seed.
+
+    Returns:
+        the estimate; low and high are NaN for a single number, from which no spread can be told.
+
+    Raises:
+        ValueError: if there is no number, or one that is not finite.
+
+    References:
+        Student. The probable error of a mean. Biometrika 6, 1908.
+    """
+    x = np.asarray(list(values), dtype=np.float64)
+    if x.size == 0:
+        raise ValueError("An interval needs at least one number, and none came.")
+    if not np.isfinite(x).all():
+        raise ValueError(f"An interval needs finite numbers, and {(~np.isfinite(x)).sum()} of {x.size} are not.")
+    mean = float(x.mean())
+    if x.size == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    return Estimate(mean, mean - half, mean + half, int(x.size))
+
+
+def summarize(
+    df: pd.DataFrame, by: str | Sequence[str] = "scheme", value: str = "test_accuracy", seed: str = "seed"
+) -> pd.DataFrame:
+    """Mean, 95 % interval and number of seeds of each group of trials.
+
+    Args:
+        df: one row per trial.
+        by: the columns that name a group; groups keep the order of their first trial.
+        value: the column to average.
+        seed: the column that tells the trials of one group apart.
+
+    Returns:
+        the columns of ``by``, then ``mean``, ``low``, ``high`` (NaN for one seed) and ``n``.
+
+    Raises:
+        ValueError: if a column is missing, a value is not finite, or a seed occurs twice within a group, which would
+            count differently configured trials as repetitions of one.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _require(df, [*by, value, seed])
+    rows = []
+    for key, group in df.groupby(by, sort=False, dropna=False):
+        _refuse_duplicates(group, seed, ", ".join(f"{c} = {k!r}" for c, k in zip(by, key, strict=True)), by)
+        e = estimate(group[value])
+        rows.append((*key, e.mean, e.low, e.high, e.n))
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+
+
+def paired_difference(
+    df: pd.DataFrame,
+    a: str,
+    b: str,
+    on: str = "scheme",
+    pair: str | Sequence[str] = "seed",
+    value: str = "test_accuracy",
+) -> Difference:
+    """Mean and 95 % interval of ``a - b``, each trial of ``a`` paired with the trial of ``b`` that shares its seed.
+
+    Args:
+        df: one row per trial.
+        a: the value of column ``on`` to subtract from.
+        b: the value of column ``on`` to subtract.
+        on: the column that tells the two sides apart.
+        pair: the column, or columns, whose values make a pair.
+        value: the column to compare.
+
+    Returns:
+        the difference; its interval is NaN for a single pair.
+
+    Raises:
+        ValueError: if a column or a side is missing, a pair is ambiguous, or a trial has no partner.
+    """
+    pair = [pair] if isinstance(pair, str) else list(pair)
+    _require(df, [on, value, *pair])
+    sides = []
+    for name in (a, b):
+        side = df[df[on] == name]
+        if side.empty:
+            raise ValueError(f"No trial has {on} = {name!r}; there are {_listed(df[on].unique())}.")
+        _refuse_duplicates(side, pair, f"{on} = {name!r}", [on])
+        sides.append(side.set_index(pair)[value])
+    lone = sides[0].index.symmetric_difference(sides[1].index)
+    if len(lone):
+        first = lone[0]
+        has, lacks = (a, b) if first in sides[0].index else (b, a)
+        raise ValueError(
+            f"Trials of {a!r} and {b!r} cannot be paired by {', '.join(pair)}: {first} has {has!r} but not {lacks!r}."
+        )
+    e = estimate(sides[0] - sides[1].reindex(sides[0].index))
+    return Difference(e.mean, e.low, e.high, e.n, str(a), str(b), value)
+
+
+def compare(
+    df: pd.DataFrame,
+    reference: str,
+    on: str = "scheme",
+    pair: str | Sequence[str] = "seed",
+    value: str = "test_accuracy",
+) -> pd.DataFrame:
+    """Difference of every other side to one reference, paired by seed.
+
+    Args:
+        df: one row per trial.
+        reference: the value of column ``on`` that all others are compared with.
+        on: the column that tells the sides apart.
+        pair: the column, or columns, whose values make a pair.
+        value: the column to compare.
+
+    Returns:
+        the columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference.
+
+    Raises:
+        ValueError: as `paired_difference` does.
+    """
+    _require(df, [on])
+    rows = []
+    for name in [x for x in df[on].unique() if x != reference]:
+        d = paired_difference(df, name, reference, on, pair, value)
+        rows.append((name, d.mean, d.low, d.high, d.n))
+    return pd.DataFrame(rows, columns=[on, "mean", "low", "high", "n"])
+
+
+def readable(summary: pd.DataFrame, percent: bool = True, name: str = "mean") -> pd.DataFrame:
+    """A summary for reading: mean and interval as text in one column, the number of seeds beside it.
+
+    Args:
+        summary: the result of `summarize` or `compare`.
+        percent: show the numbers in percent, as for accuracies.
+        name: the heading of the column.
+
+    Returns:
+        the group columns, ``name``, ``95 % interval`` and ``seeds``.
+    """
+    factor, digits = (100, 1) if percent else (1, 3)
+
+    def interval(low: float, high: float) -> str:
+        return "unknown" if math.isnan(low) else f"{factor * low:.{digits}f} to {factor * high:.{digits}f}"
+
+    out = summary.drop(columns=["mean", "low", "high", "n"])
+    out[f"{name} (%)" if percent else name] = [f"{factor * m:.{digits}f}" for m in summary["mean"]]
+    out["95 % interval"] = [interval(lo, hi) for lo, hi in zip(summary["low"], summary["high"], strict=True)]
+    out["seeds"] = summary["n"].to_numpy()
+    return out
+
+
+def _require(df: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [c for c in columns if c not in df.columns]
+    if missing:
+        raise ValueError(f"The table has no column {missing[0]!r}; its columns are {_listed(df.columns)}.")
+
+
+def _refuse_duplicates(group: pd.DataFrame, key: str | Sequence[str], name: str, known: Sequence[str]) -> None:
+    key = [key] if isinstance(key, str) else list(key)
+    twice = group[group.duplicated(key, keep=False)]
+    if twice.empty:
+        return
+    same = twice[(twice[key] == twice[key].iloc[0]).all(axis=1)]
+    varies = [c for c in same.columns if c not in {*key, *known, *MEASURED} and len({repr(x) for x in same[c]}) > 1]
+    hint = f"; they differ in {_listed(varies)}, so group or select by it" if varies else ""
+    at = ", ".join(f"{k} = {same[k].iloc[0]}" for k in key)
+    raise ValueError(f"{len(same)} trials have {name} and {at}, but one was expected{hint}.")
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(x) if isinstance(x, str) else str(x) for x in names) or "none"
+
+
+def change(
+    df: pd.DataFrame, column: str, start: float, end: float, value: str = "test_accuracy", name: str = "change"
+) -> pd.DataFrame:
+    """Return how a measured value changes between two settings, trial by trial of the same scheme and seed.
+
+    Args:
+        df: the table of one data set, one row per trial.
+        column: the setting, such as "label_noise".
+        start: its first value.
+        end: its second value.
+        value: what is measured.
+        name: the new column.
+
+    Returns:
+        scheme, seed and the new column: the value at `end` minus the value at `start`.
+
+    Raises:
+        ValueError: a setting has no trials, or several of one scheme and seed.
+    """
+    sides = []
+    for at in (start, end):
+        side = df[df[column] == at]
+        if side.empty:
+            raise ValueError(f"No trial has {column} = {at:g}; there are {sorted(df[column].unique())}.")
+        if side.duplicated(["scheme", "seed"]).any():
+            raise ValueError(f"Several trials of one scheme and seed have {column} = {at:g}; select one data set.")
+        sides.append(side.set_index(["scheme", "seed"])[value])
+    return (sides[1] - sides[0]).dropna().rename(name).reset_index()
+
+
+def differences(table: pd.DataFrame, column: str, reference: str = "float") -> pd.DataFrame:
+    """Return how much more accurate each scheme is than a reference, setting by setting, paired by seed.
+
+    Args:
+        table: the result of `run`.
+        column: the setting, such as "samples_per_class".
+        reference: a scheme.
+
+    Returns:
+        data, the setting, scheme, mean, low, high and n; no rows if the reference was not run.
+    """
+    columns = ["data", column, "scheme", "mean", "low", "high", "n"]
+    parts = [
+        compare(part, reference).assign(data=data, **{column: at})
+        for (data, at), part in table.groupby(["data", column], sort=False)
+        if reference in set(part["scheme"])
+    ]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def averaged(table: pd.DataFrame, keep: str | Sequence[str], value: str = "test_accuracy") -> pd.DataFrame:
+    """Average a table over everything but some columns, within each data set and seed.
+
+    What remains has one number per seed, so that intervals and pairs count seeds and nothing else.
+
+    Args:
+        table: the result of `train`.
+        keep: the columns to compare by.
+        value: the column to average.
+
+    Returns:
+        The columns kept, data, seed and value.
+    """
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    return table.groupby([*keep, "data", "seed"], sort=False, as_index=False, dropna=False)[value].mean()

@@ -1,0 +1,71 @@
+"""What `binvit bench` prints and writes: the tables of `binvit.lab.benchmark` and a roofline of the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from binvit import bits
+from binvit.files import atomic_write
+from binvit.lab.benchmark.kernels import benchmark_kernels
+from binvit.lab.benchmark.memory import benchmark_memory
+from binvit.lab.benchmark.models import benchmark_growth, benchmark_models, benchmark_training
+from binvit.lab.benchmark.roofline import draw_roofline
+from binvit.lab.figures.style import save_figure
+
+PARTS = ("kernels", "models", "growth", "memory", "training")
+
+
+def run_benchmarks(
+    parts: Iterable[str],
+    out: Path,
+    batches: Sequence[int] = (),
+    threads: int | None = None,
+    seconds: float = 2.0,
+    say: Callable[[str], None] = print,
+) -> dict[str, pd.DataFrame]:
+    """Run parts of the benchmark, print their tables, and write them as CSV.
+
+    Args:
+        parts: Elements of `PARTS`.
+        out: Folder of the tables and of the roofline figure; made if it is missing.
+        batches: Images per run; by default 1, 8 and 32, and 8 for a training step.
+        threads: Threads of every contender.
+        seconds: Time per measurement, roughly.
+        say: Takes every line of text.
+
+    Returns:
+        The tables by part.
+
+    Raises:
+        ValueError: If a part is unknown, `seconds` is no positive time, or `out` is a file.
+    """
+    parts = list(dict.fromkeys(parts))
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"Unknown part {part!r} of the benchmark; valid are {', '.join(PARTS)}.")
+    if not 0 < seconds < math.inf:  # nor NaN
+        raise ValueError(f"The time per measurement must be a positive number of seconds, got {seconds!r}.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"The folder of the tables, {out}, is a file.")
+    say(f"The kernels took {bits.warm_up():.1f} s to compile or to load; no measurement includes it.")
+    options = {"threads": threads, "seconds": seconds}
+    runs: dict[str, Callable[[], pd.DataFrame]] = {
+        "kernels": lambda: benchmark_kernels(**options),
+        "models": lambda: benchmark_models(batches or (1, 8, 32), say=say, **options),
+        "growth": lambda: benchmark_growth(**options),
+        "memory": lambda: pd.concat([benchmark_memory(batch) for batch in batches or (1, 8)], ignore_index=True),
+        "training": lambda: pd.concat([benchmark_training(b, threads=threads) for b in batches or (8,)]),
+    }
+    tables = {}
+    for part in parts:
+        tables[part] = runs[part]()
+        say(f"\n{part}\n" + tables[part].to_string(index=False, float_format="{:.4g}".format))
+        atomic_write(out / f"{part}.csv", tables[part].to_csv(index=False))
+        if part == "kernels":
+            save_figure(draw_roofline(tables[part]), "roofline", out)
+    say(f"\nThe tables are in {out}.")
+    return tables

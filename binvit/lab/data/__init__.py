@@ -1,0 +1,1 @@
+"""Images: data sets, their files, wrong labels, transforms and minibatches."""

@@ -1,0 +1,1 @@
+"""The experiments: a file per notebook, with what is trained, what is claimed and what is drawn."""

@@ -1,0 +1,236 @@
+"""What makes GSB work: its parts changed one at a time, and the claims of that experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from binvit.lab.analysis.claims import Claim, check_pair, check_value
+from binvit.lab.analysis.statistics import averaged
+from binvit.lab.analysis.tensor_losses import sample_images
+from binvit.lab.data.datasets import load_data
+from binvit.lab.experiments.plan import Condition, Run
+from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.recipes import mlp_weights_stage
+from binvit.lab.trials.trained import load_trained
+
+GSB = "GSB"
+ROUNDING = 1e-5  # of logits: what float sums in another order may change
+
+
+def _all_epochs(recipe: Recipe) -> int:
+    return recipe.epochs + sum(stage.epochs for stage in recipe.stages)
+
+
+def _one_stage(recipe: Recipe) -> dict[str, Any]:
+    return {"stages": (), "epochs": _all_epochs(recipe)}
+
+
+def _two_stages(recipe: Recipe) -> dict[str, Any]:
+    first = max(1, round(_all_epochs(recipe) * 2 / 3))  # as published: 600 of 900 epochs
+    return {"stages": (mlp_weights_stage(first),), "epochs": max(1, _all_epochs(recipe) - first)}
+
+
+def _gsb(name: str, **scheme_options: Any) -> Condition:
+    return Condition(name, "gsb", scheme_options)
+
+
+# What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once.
+FACTORS: dict[str, tuple[Condition, ...]] = {
+    "groups": (
+        Condition("1", "bit"),
+        _gsb("2, from 0.7", thresholds=(0.7,)),
+        _gsb("3, from 0.7 and 0.9", thresholds=(0.7, 0.9)),
+        _gsb("4, from 0.5, 0.7 and 0.9", thresholds=(0.5, 0.7, 0.9)),
+    ),
+    "superposition": (
+        Condition("of neither", "bit"),
+        _gsb("of the map", value="elastic"),
+        _gsb("of the value", attention="elastic"),
+        _gsb("of both"),
+    ),
+    "reduction": (
+        _gsb("over a row", reduce="row"),
+        _gsb("over a head", reduce="head"),
+        _gsb("over an image", reduce="sample"),
+        _gsb("over the batch", reduce="batch"),
+    ),
+    "gradient": (_gsb("as released", gradient="official"), _gsb("masked", gradient="masked")),
+    "scales": (_gsb("stacked", init="stacked"), _gsb("as released", init="official")),
+    "bias": (
+        _gsb("full", attention_bias="full"),
+        _gsb("relative", attention_bias="relative"),
+        _gsb("none", attention_bias="none"),
+    ),
+    "distillation": tuple(
+        Condition(kind, "gsb", recipe_options={"distillation": kind}) for kind in ("none", "soft", "hard")
+    ),
+    "training": (
+        Condition("one stage", "gsb", recipe_options=_one_stage),
+        Condition("two stages", "gsb", recipe_options=_two_stages),
+    ),
+}
+
+
+def design(factors: Sequence[str] = tuple(FACTORS)) -> list[Condition]:
+    """Return GSB as it is, and with each factor at each of its levels while the others stay.
+
+    Args:
+        factors: keys of `FACTORS`.
+    """
+    levels = [(factor, level) for factor in factors for level in FACTORS[factor]]
+    named = [
+        Condition(f"{factor}: {level.name}", level.scheme, level.scheme_options, level.recipe_options)
+        for factor, level in levels
+    ]
+    return [Condition(GSB, "gsb"), *named]
+
+
+def kept(conditions: Sequence[Condition]) -> set[str]:
+    """Return the names of the conditions whose models `measure_batches` needs."""
+    return {condition.name for condition in conditions if condition.name.startswith("reduction: ")}
+
+
+def with_levels(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns factor and level, and drop the rows of GSB itself, which is a level of every factor.
+
+    Args:
+        table: the result of `experiments.train` or `experiments.differences` for conditions of `design`.
+    """
+    table = table[table["condition"] != GSB]
+    names = table["condition"].str.split(": ", n=1, expand=True).reindex(columns=[0, 1])
+    return table.assign(factor=names[0], level=names[1])
+
+
+def changes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what every change of GSB costs or gains, seed by seed, for a figure.
+
+    Args:
+        table: the result of `experiments.train` for conditions of `design`.
+
+    Returns:
+        One row per data set, level and seed with the column difference. The level that is GSB itself has no row; the
+        factor's name tells it instead.
+    """
+    base = table[table["condition"] == GSB].set_index(["data", "seed"])
+    levels = with_levels(table)
+    at = pd.MultiIndex.from_frame(levels[["data", "seed"]])
+    levels = levels.assign(difference=levels["test_accuracy"].to_numpy() - base["test_accuracy"].reindex(at).to_numpy())
+    same = levels["id"].to_numpy() == base["id"].reindex(at).to_numpy()
+    own = levels[same].drop_duplicates(["data", "factor"]).set_index(["data", "factor"])["level"]
+    keys = zip(levels["data"], levels["factor"], strict=True)
+    names = [f"{factor} (GSB: {own[data, factor]})" if (data, factor) in own else factor for data, factor in keys]
+    return levels.assign(factor=names)[~same]
+
+
+def measure_batches(
+    runs: Sequence[Run], results_dir: str | Path, images: int = 256, batch_size: int = 32
+) -> pd.DataFrame:
+    """Measure how far the logits of trained models depend on which images share a batch.
+
+    Args:
+        runs: those of conditions that `kept` names are measured; their models must have been kept.
+        results_dir: where the models are.
+        images: how many test images are classified twice, in differently composed batches.
+        batch_size: images of a batch; half of the test images if they do not fill two batches.
+
+    Returns:
+        One row per run: condition, data, seed, largest_change of a logit and the share of predictions flipped.
+    """
+    rows, seen = [], {}
+    for run in runs:
+        if not run.condition.startswith("reduction: "):
+            continue
+        trained = load_trained(run.trial, results_dir)
+        if run.data not in seen:
+            data = load_data(run.trial.dataset, root=run.trial.root, image_size=trained.info.image_size)
+            seen[run.data] = sample_images(data, "test", images)
+        together = min(batch_size, len(seen[run.data]) // 2)  # it takes two batches to change a batch's company
+        found = batch_dependence(trained.model, seen[run.data], together, run.trial.seed)
+        rows.append({"condition": run.condition, "data": run.data, "seed": run.trial.seed} | found)
+    return with_levels(pd.DataFrame(rows, columns=["condition", "data", "seed", "largest_change", "flipped", "images"]))
+
+
+def check_claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> list[Claim]:
+    """Check what the GSB paper claims about its parts, and what this project changed in them.
+
+    Args:
+        table: the result of `experiments.train` for one kind of images.
+        batches: the result of `measure_batches`.
+        margin: what "close" means, as a share of the test images.
+    """
+    levels = with_levels(table)
+    points = f"{100 * margin:g} points"
+
+    def better(sentence: str, factor: str, a: str, b: str, least: float = 0.0) -> Claim:
+        return check_pair(sentence, levels[levels["factor"] == factor], a, b, least, on="level")
+
+    def effect(sentence: str, part: str) -> Claim:
+        """Compare with and without the superposition of one tensor, averaged over the other tensor's."""
+        crossed = levels[levels["factor"] == "superposition"]
+        used = crossed["level"].isin([f"of the {part}", "of both"]).map({True: "superposed", False: "one group"})
+        return check_pair(sentence, averaged(crossed.assign(used=used), "used"), "superposed", "one group", on="used")
+
+    change = batches[batches["data"].isin(table["data"])].groupby("level")["largest_change"].max()
+    own = [change[name] for name in ("over a row", "over a head", "over an image") if name in change]
+    three, four = "3, from 0.7 and 0.9", "4, from 0.5, 0.7 and 0.9"
+    return [
+        better("Three groups are more accurate than one.", "groups", three, "1"),
+        better(f"A fourth group gains less than {points}.", "groups", three, four, -margin),
+        effect("Superposition of the attention map helps.", "map"),
+        effect("Superposition of the value helps.", "value"),
+        better(
+            f"Maxima over a row are within {points} of maxima over the batch, or better.",
+            *("reduction", "over a row", "over the batch", -margin),
+        ),
+        check_value(
+            "With maxima over the batch, as released, an image's logits depend on the other images.",
+            change.get("over the batch"),
+            at_least=ROUNDING,
+        ),
+        check_value("With maxima within an image they do not.", max(own) if own else None, at_most=ROUNDING),
+        better("The released gradient is more accurate than the masked one.", "gradient", "as released", "masked"),
+        better("Scales that stack up from the start are better than as released.", "scales", "stacked", "as released"),
+        better(f"A full bias of the map gains more than {points} over none.", "bias", "full", "none", margin),
+        better("Hard distillation, as published, helps.", "distillation", "hard", "none"),
+        better("Two stages are better than one of as many epochs.", "training", "two stages", "one stage"),
+    ]
+
+
+@torch.inference_mode()
+def batch_dependence(model: nn.Module, images: Tensor, batch_size: int = 32, seed: int = 0) -> dict[str, float]:
+    """Measure how much an image's logits depend on which other images share its batch.
+
+    Args:
+        model: images (B, 3, H, W) -> logits; evaluated in evaluation mode and left in the mode it came in.
+        images: the model's input, (N, 3, H, W).
+        batch_size: images of a batch; the same in both compositions, so that nothing but the company changes.
+        seed: decides the second composition; the first is the given order.
+
+    Returns:
+        "largest_change" of a logit, "flipped", the share of predictions that change, and "images", their number.
+
+    Raises:
+        ValueError: there are not enough images for two batches, so that no composition could change.
+    """
+    count = len(images) // batch_size * batch_size if batch_size > 0 else 0
+    if count < 2 * batch_size or batch_size < 1:
+        raise ValueError(
+            f"Two batches of at least one image are needed to change a batch's composition, and {len(images)} images "
+            f"in batches of {batch_size} came."
+        )
+    images, training = images[:count], model.training
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).to(images.device)
+    model.eval()
+    first = torch.cat([model(batch) for batch in images.split(batch_size)])
+    second = torch.empty_like(first)
+    second[order] = torch.cat([model(batch) for batch in images[order].split(batch_size)])
+    model.train(training)
+    flipped = (first.argmax(1) != second.argmax(1)).double().mean()
+    return {"largest_change": float((first - second).abs().max()), "flipped": float(flipped), "images": count}

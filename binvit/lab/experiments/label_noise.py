@@ -1,0 +1,185 @@
+"""Wrong labels: trainings with confused labels, and how many of them a model memorizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from binvit.lab.analysis.claims import Claim, check_pair
+from binvit.lab.analysis.statistics import change, summarize
+from binvit.lab.data.datasets import load_data
+from binvit.lab.data.label_noise import pixel_confusion
+from binvit.lab.experiments.parse import parse_changes, parse_images
+from binvit.lab.experiments.plan import Run
+from binvit.lab.experiments.training_budget import equal_updates, run_levels
+from binvit.lab.figures.charts import BLUES, lines
+from binvit.lab.figures.panels import limit_to_shares, subplot_grid
+from binvit.lab.figures.style import caption, colors_of, styled
+from binvit.lab.training.recipes import recipe as get_recipe
+
+
+def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", full: str = "float") -> list[Claim]:
+    """Check whether binarization resists wrong labels, on the trials of one data set.
+
+    Args:
+        table: the result of `run` with the trials of `noise_runs`.
+        binary: the scheme that is said to resist.
+        single: the scheme with one group.
+        full: the float scheme.
+
+    Returns:
+        the claims; undecided where a scheme was not run.
+    """
+    found = []
+    for kind in ("symmetric", "class-conditional"):
+        part = table[(table["labels"] == kind) & (table["label_noise"] > 0)]
+        if part.empty:
+            continue
+        part = part[part["label_noise"] == part["label_noise"].max()]
+        where = f"With {part['label_noise'].iloc[0]:.0%} {kind} noise"
+        found += [
+            check_pair(f"{where}, {binary} is more accurate than {full}.", part, binary, full),
+            check_pair(f"{where}, {binary} is more accurate than {single}.", part, binary, single),
+            check_pair(
+                f"{where}, {binary} memorizes a smaller share of the wrong labels than {full}.",
+                part,
+                full,
+                binary,
+                value="memorized",
+            ),
+        ]
+    symmetric = table[table["labels"] == "symmetric"]
+    most = symmetric["label_noise"].max() if len(symmetric) else 0
+    if most > 0 and (symmetric["label_noise"] == 0).any():
+        lost = change(symmetric, "label_noise", 0, most)
+        sentence = f"From right labels to {most:.0%} symmetric noise, {binary} loses less accuracy than {full}."
+        found.append(check_pair(sentence, lost, binary, full, value="change"))
+    return found
+
+
+def noise_runs(
+    images: str,
+    schemes: Sequence[str],
+    label_noises: Sequence[float],
+    confused_noises: Sequence[float],
+    seeds: Sequence[int],
+    recipe: str = "smoke",
+    changes: str = "",
+    updates: int | None = None,
+    samples_per_class: int = 0,
+    data_dir: str | Path | None = None,
+) -> list[Run]:
+    """Make the trials of accuracy against the share of wrong training labels.
+
+    Args:
+        images: a text that `settings.parse_images` understands.
+        schemes: names of `binvit.list_schemes`.
+        label_noises: shares of labels that become any other class.
+        confused_noises: shares of labels that become a class that looks alike, as `pixel_confusion` says; 0 is the
+            same as no noise and left out.
+        seeds: of every combination.
+        recipe: of images that name none.
+        changes: of the recipe; a text that `settings.parse_changes` understands.
+        updates: optimizer steps of every trial, as in `equal_updates`.
+        samples_per_class: training images of each class, of images that name no number; 0 takes all.
+        data_dir: folder of data sets that are files.
+
+    Returns:
+        the trials, images by images.
+
+    Raises:
+        ValueError: a text is not understood, or a data set has too few images per class.
+        FileNotFoundError: the files of a data set are missing.
+    """
+    runs, changed = [], parse_changes(changes)
+    for part in parse_images(images):
+        given = get_recipe(part.recipe or recipe, **changed)
+        kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
+        data = load_data(part.dataset, root=data_dir, image_size=given.image_size)
+        each = part.samples_per_class or samples_per_class or None
+        count = len(data.train) if each is None else each * len(data.classes)
+        if any(confused_noises):
+            matrix = pixel_confusion(data.train, len(data.classes))
+            kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
+        options = changed | equal_updates(given, updates, count)
+        settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
+        for kind in kinds:
+            runs += run_levels(part, part.title, schemes, seeds, recipe, settings | kind)
+    return runs
+
+
+@styled
+def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
+    """Draw test accuracy and memorized wrong labels against the share of wrong labels, a row per kind of images.
+
+    Lines are symmetric noise; hollow diamonds are class-conditional noise.
+
+    Args:
+        table: the result of `robustness.run` with the trials of `noise_runs`.
+        title: what the figure says.
+
+    Returns:
+        the figure.
+    """
+    panels = {"test_accuracy": "test accuracy (%)", "memorized": "wrong labels memorized (%)"}
+
+    colors = colors_of(table["scheme"])
+
+    def draw(part: pd.DataFrame, value: str, ax: Axes) -> None:
+        part = part.dropna(subset=[value])
+        if part.empty:
+            ax.set_axis_off()
+            return
+        alike = part["labels"] == "class-conditional"
+        limit_to_shares(ax, summarize(part, ["scheme", "label_noise", "labels"], value))
+        if not part[~alike].empty:
+            lines(summarize(part[~alike], ["scheme", "label_noise"], value), "label_noise", ylabel=panels[value], ax=ax)
+        if not part[alike].empty:
+            shift = 0.022 * (part["label_noise"].max() - part["label_noise"].min() or 1)
+            for i, row in enumerate(summarize(part[alike], ["scheme", "label_noise"], value).to_dict("records")):
+                x = row["label_noise"] + shift * (i % part["scheme"].nunique() + 1)
+                color = colors[row["scheme"]]
+                ax.plot([x, x], [100 * row["low"], 100 * row["high"]], color=color, lw=0.9)
+                ax.plot(x, 100 * row["mean"], "D", color="white", mec=color, mew=1.3, ms=5, zorder=3)
+
+    fig = subplot_grid(table, list(panels), draw, title)
+    if (table["labels"] == "class-conditional").any():
+        caption(fig, fig._supxlabel.get_text() + "; line: symmetric noise, ◇: class-conditional noise")
+    return fig
+
+
+@styled
+def confusion_map(matrix: Sequence[Sequence[float]], classes: Sequence[str], title: str | None = None) -> Figure:
+    """Draw where wrong labels go: the shares of a confusion matrix off its diagonal.
+
+    Args:
+        matrix: (C, C), row by true class.
+        classes: names; written where there are few.
+        title: what the figure says.
+
+    Returns:
+        the figure.
+    """
+    shown = np.array(matrix, dtype=np.float64)
+    np.fill_diagonal(shown, 0)
+    shown /= np.maximum(shown.sum(1, keepdims=True), 1e-300)
+    fig, ax = plt.subplots(figsize=(3.6, 3.2))
+    few = len(classes) <= 12
+    texts = np.where(shown > 0, np.char.mod("%.0f", 100 * shown), "") if few else None
+    names = list(classes) if few else False
+    options = {"annot_kws": {"fontsize": 6}, "xticklabels": names, "yticklabels": names, "cbar": False, "square": True}
+    sns.heatmap(100 * shown, cmap=BLUES, vmin=0, annot=texts, fmt="", ax=ax, **options)
+    ax.tick_params(length=0, rotation=0)
+    ax.set(xlabel="wrong label", ylabel="true class")
+    caption(fig, "where the wrong labels of a class go (%)")
+    if title:
+        ax.set_title(title)
+    return fig

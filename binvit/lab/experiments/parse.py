@@ -1,0 +1,112 @@
+"""Texts that say what an experiment is trained on and how: parameters that papermill can pass."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from binvit.lab.training.recipes import list_recipes
+from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.trials.trial import Trial
+
+_PART = re.compile(r"(?P<samples>[1-9]\d*) per class|(?P<seeds>[1-9]\d*) seeds?|recipe (?P<recipe>\w+)")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an experiment is trained on.
+
+    Args:
+        dataset: a name that `load_data` knows.
+        samples_per_class: training images drawn per class; None takes all.
+        recipe: a recipe for these images; None takes the experiment's.
+        seeds: how many of the experiment's seeds are used, the first ones; None uses all.
+    """
+
+    dataset: str
+    samples_per_class: int | None = None
+    recipe: str | None = None
+    seeds: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Images":
+        """Read one kind of images from a text such as "parquet:cifar100.parquet, 20 per class, recipe cpu, 3 seeds".
+
+        Raises:
+            ValueError: a part of the text is not understood, given twice, or names an unknown data set or recipe.
+        """
+        dataset, *parts = (part.strip() for part in text.split(","))
+        found: dict[str, str] = {}
+        for part in parts:
+            match = _PART.fullmatch(part)
+            given = {name: value for name, value in match.groupdict().items() if value} if match else {}
+            if not given or given.keys() & found.keys():
+                raise ValueError(
+                    f"The images {text.strip()!r} are not understood at {part!r}; a data set may be followed by "
+                    "', N per class', ', recipe NAME' and ', N seeds', once each."
+                )
+            found |= given
+        if found.get("recipe", "smoke") not in list_recipes():
+            raise ValueError(f"Unknown recipe {found['recipe']!r}; valid recipes are {', '.join(list_recipes())}.")
+        Trial(dataset)  # refuses unknown data sets
+        samples, seeds = (int(found[name]) if name in found else None for name in ("samples", "seeds"))
+        return cls(dataset, samples, found.get("recipe"), seeds)
+
+    @property
+    def title(self) -> str:
+        """A short name for figures and tables."""
+        kind, colon, path = self.dataset.partition(":")
+        name = re.sub(r"_\d+px$", "", Path(path).stem) if colon else kind
+        return name + (f", {self.samples_per_class} per class" if self.samples_per_class else "")
+
+
+def parse_images(text: str) -> list[Images]:
+    """Read several kinds of images, separated by semicolons.
+
+    Args:
+        text: such as "digits; parquet:cifar100.parquet, 20 per class, recipe cpu".
+
+    Raises:
+        ValueError: a part is not understood, or two kinds of images would have the same name.
+    """
+    images = [Images.parse(part) for part in text.split(";")]
+    refuse_twice([part.title for part in images], "kinds of images")
+    return images
+
+
+def parse_changes(text: str) -> dict[str, Any]:
+    """Read fields of a recipe from a text such as "width 32, depth 2, global_pool avg"; an empty text changes none.
+
+    Raises:
+        ValueError: a part is no name with a value, or the recipe has no such field or value.
+    """
+    parts = [part.split() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if len(part) != 2:
+            raise ValueError(
+                f"The changes of the recipe {text!r} hold {' '.join(part)!r}, which is no name with a value."
+            )
+    found = {name: _value(name, value) for name, value in parts}
+    get_recipe("smoke", **found)  # refuses unknown names and wrong values
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return float(text)  # YAML takes 1e-2 for a text
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # what looks like a date is read as one, even 2024-99-99
+        raise ValueError(f"The changes of the recipe set {name} to {text!r}, which is no value in YAML.") from None
+
+
+def refuse_twice(names: Sequence[str], what: str) -> None:
+    """Raise a ValueError if a name occurs twice in an experiment."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"Two {what} of the experiment are called {twice[0]!r}; each needs a name of its own.")

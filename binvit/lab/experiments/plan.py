@@ -1,0 +1,134 @@
+"""Experiments: conditions that are trained on the same images with the same seeds, their table and their claims."""
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
+from binvit.lab.training.recipe import Recipe, freeze
+from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.trial import Trial
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that an experiment compares.
+
+    Args:
+        name: what tables and figures call it.
+        scheme: a name of `binvit.list_schemes`.
+        scheme_options: fields of the scheme that differ.
+        recipe_options: fields of the recipe that differ, or a function of the recipe that returns them.
+    """
+
+    name: str
+    scheme: str
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    recipe_options: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trial with the names it has in the experiment's table."""
+
+    condition: str
+    data: str
+    trial: Trial
+
+
+def plan(
+    conditions: Iterable[Condition],
+    images: str,
+    seeds: Sequence[int],
+    recipe: str = "smoke",
+    epochs: int = 0,
+    samples_per_class: int = 0,
+    changes: str = "",
+    data_dir: str | Path | None = None,
+) -> list[Run]:
+    """Make the trials of an experiment: every condition on all images with every seed.
+
+    Options that say what the scheme or the recipe says anyway are left out, so that the same training has the same
+    trial in every experiment, and is read back instead of run again.
+
+    Args:
+        conditions: what is compared.
+        images: a text that `parse_images` understands.
+        seeds: one training per seed; differences are paired by them.
+        recipe: of images that name none.
+        epochs: passes over the training images; 0 as the recipe says.
+        samples_per_class: training images of each class, of images that name no number; 0 takes all.
+        changes: of the recipe, for all conditions; a text that `parse_changes` understands.
+        data_dir: folder of data sets that are files.
+
+    Returns:
+        The trials in the order of images, conditions and seeds.
+
+    Raises:
+        ValueError: a name is unknown, an option is wrong, or two conditions or images have the same name.
+    """
+    conditions, chosen = list(conditions), parse_images(images)
+    refuse_twice([condition.name for condition in conditions], "conditions")
+    runs = []
+    for part in chosen:
+        base = get_recipe(part.recipe or recipe)
+        shared = parse_changes(changes) | ({"epochs": epochs} if epochs else {})
+        given = dataclasses.replace(base, **shared)
+        for condition in conditions:
+            own = condition.recipe_options
+            own = own(given) if callable(own) else own
+            plain = Trial(part.dataset, condition.scheme, base.name)
+            options = {
+                "scheme_options": _changed(condition.scheme_options, plain.get_scheme()),
+                "recipe_options": _changed({**shared, **own}, base),
+            }
+            for seed in seeds[: part.seeds]:
+                trial = dataclasses.replace(
+                    plain,
+                    seed=seed,
+                    samples_per_class=part.samples_per_class or samples_per_class or None,
+                    root=str(data_dir) if data_dir else None,
+                    **options,
+                )
+                runs.append(Run(condition.name, part.title, trial))
+    return runs
+
+
+def _changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
+    """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse."""
+    return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
+
+
+def train(
+    runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, keep_models: Container[str] = (), progress: bool = True
+) -> pd.DataFrame:
+    """Train what has not been trained yet and return the experiment's table.
+
+    Args:
+        runs: the result of `plan`.
+        results_dir: folder of the results.
+        jobs: trainings side by side.
+        keep_models: names of the conditions whose trained models are kept.
+        progress: show a progress bar.
+
+    Returns:
+        One row per run: condition and data, then the columns of `run_trials`.
+    """
+    kept = [run for run in runs if run.condition in keep_models]
+    others = [run for run in runs if run.condition not in keep_models]
+    parts = []
+    for part, keep in ((kept, True), (others, False)):  # in this order: a trial of both kinds is trained once
+        if part:
+            table = run_trials([run.trial for run in part], results_dir, jobs, keep, progress)
+            table.insert(0, "data", [run.data for run in part])
+            table.insert(0, "condition", [run.condition for run in part])
+            parts.append(table)
+    table = pd.concat(parts, ignore_index=True)
+    order = {(run.condition, run.data, run.trial.seed): row for row, run in enumerate(runs)}
+    rows = [order[row] for row in zip(table["condition"], table["data"], table["seed"], strict=True)]
+    return table.iloc[pd.Series(rows).argsort()].reset_index(drop=True)

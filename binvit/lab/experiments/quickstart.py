@@ -1,0 +1,101 @@
+"""The quickstart: predictions of trained models, and what packing does to files, answers and time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import save as serialize
+
+from binvit.lab.benchmark.timing import interleave
+from binvit.lab.trials.trained import Trained
+from binvit.packed import load, pack, save
+
+
+def deploy(
+    models: Mapping[str, Trained], pictures: Sequence[Image.Image], folder: Path, seconds: float = 0.3
+) -> pd.DataFrame:
+    """Pack trained models, save and load them, and compare them with what was trained.
+
+    Args:
+        models: Trained models by name; those of the scheme "float" have nothing to pack and are left out.
+        pictures: Images to compare on.
+        folder: Where the packed files go, as NAME.packed.safetensors.
+        seconds: Time per measurement.
+
+    Returns:
+        One row per model: model, float32_kb and packed_kb (files), equal_logits (exact path, bit for bit), same_classes
+        (share of images with the same class on the fast path), ms_trained and ms_packed (one image, median).
+    """
+    rows = []
+    for name, trained in models.items():
+        if not trained.model.scheme.components:
+            continue
+        images = trained.tensor(list(pictures))
+        path = folder / f"{name}.packed.safetensors"
+        save(pack(trained.model, classes=trained.info.classes, mean=trained.info.mean, std=trained.info.std), path)
+        fast, exact = load(path), load(path, exact=True)
+        with torch.inference_mode():
+            expected = trained.model(images)
+            contenders = {
+                "trained": functools.partial(_forward, trained.model, images[:1]),
+                "packed": functools.partial(fast, images[:1]),
+            }
+            times = interleave(contenders, seconds)
+        floats = {k: v.float().contiguous() for k, v in trained.model.state_dict().items() if v.is_floating_point()}
+        rows.append(
+            {
+                "model": name,
+                "float32_kb": len(serialize(floats)) / 1000,
+                "packed_kb": path.stat().st_size / 1000,
+                "equal_logits": torch.equal(exact(images), expected),
+                "same_classes": float((fast.predict(images) == expected.argmax(1)).float().mean()),
+                "ms_trained": 1000 * float(np.median(times["trained"])),
+                "ms_packed": 1000 * float(np.median(times["packed"])),
+            }
+        )
+    columns = ["model", "float32_kb", "packed_kb", "equal_logits", "same_classes", "ms_trained", "ms_packed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+@torch.inference_mode()
+def predictions(models: Mapping[str, Trained], picture: Image.Image) -> pd.DataFrame:
+    """Classify one picture with several models.
+
+    Args:
+        models: name -> trained model.
+        picture: an RGB picture of any size.
+
+    Returns:
+        One row per model: its name as ``model``, the likeliest class as ``class`` and its ``probability``.
+    """
+    rows = []
+    for name, trained in models.items():
+        probabilities = trained.model(trained.tensor([picture])).softmax(dim=1)[0]
+        best = int(probabilities.argmax())
+        rows.append((name, trained.info.classes[best], float(probabilities[best])))
+    return pd.DataFrame(rows, columns=["model", "class", "probability"])
+
+
+def one_per_class(labels: np.ndarray, count: int) -> list[int]:
+    """Return the index of the first image of each of the first classes that occur.
+
+    Args:
+        labels: labels of a set of images, (N,).
+        count: how many images to choose, at most one per class.
+
+    Returns:
+        Indices in the order of the classes.
+    """
+    _, first = np.unique(labels, return_index=True)
+    return first[:count].tolist()

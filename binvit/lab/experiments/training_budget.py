@@ -1,0 +1,97 @@
+"""What few images and wrong labels have in common: conditions with equally many updates, and their table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from binvit.lab.data.datasets import load_data
+from binvit.lab.data.label_noise import Matrix
+from binvit.lab.experiments.parse import Images
+from binvit.lab.experiments.plan import Run
+from binvit.lab.training.recipe import Recipe
+from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.trial import Trial
+
+
+def equal_updates(recipe: Recipe, updates: int | None, images: int) -> dict[str, Any]:
+    """Return the options that make a recipe take a number of optimizer steps, whatever the number of images.
+
+    A recipe counts epochs, and an epoch over a tenth of the images is a tenth of the steps: without this, few images
+    would also mean little training. Only the last epoch is evaluated.
+
+    Args:
+        recipe: how models are trained.
+        updates: optimizer steps of the last stage; None keeps the recipe's epochs.
+        images: training images.
+
+    Returns:
+        fields for a trial's `recipe_options`.
+    """
+    if updates is None:
+        return {}
+    steps = images // min(recipe.batch_size, images)  # a last batch that is not full is left out
+    epochs = max(1, round(updates / steps))
+    return {"epochs": epochs, "eval_every": epochs}
+
+
+def run_levels(
+    part: Images, title: str, schemes: Sequence[str], seeds: Sequence[int], recipe: str, settings: dict
+) -> list[Run]:
+    """Return one run per seed and scheme with the same settings."""
+    return [
+        Run(scheme, title, Trial(part.dataset, scheme, part.recipe or recipe, seed, **settings))
+        for seed in seeds[: part.seeds]
+        for scheme in schemes
+    ]
+
+
+def plan_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return how much each training will see, a row for all trainings that see equally much.
+
+    Args:
+        runs: the result of `sample_runs` or `noise_runs`.
+
+    Returns:
+        data, training images, how labels go wrong and how many do, epochs and optimizer steps of the last stage, and
+        the number of trainings.
+    """
+    sizes, rows = {}, []
+    for item in runs:
+        trial, given = item.trial, item.trial.get_recipe()
+        key = trial.dataset, trial.samples_per_class
+        if key not in sizes:
+            sizes[key] = len(load_data(*key, root=trial.root, image_size=given.image_size).train)
+        count = sizes[key]
+        kind, wrong = _kind(trial.noise) if trial.label_noise else "", math.floor(trial.label_noise * count + 0.5)
+        steps = given.epochs * (count // min(given.batch_size, count))
+        rows.append((item.data, count, kind, wrong, given.epochs, steps))
+    columns = ["data", "training images", "noise", "wrong labels", "epochs", "steps"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.groupby(columns, sort=False).size().rename("trainings").reset_index().set_index("data")
+
+
+def _kind(noise: str | Matrix) -> str:
+    return noise if isinstance(noise, str) else "class-conditional"
+
+
+def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1) -> pd.DataFrame:
+    """Train what has not been trained yet and return the experiment's table.
+
+    Args:
+        runs: the result of `sample_runs` or `noise_runs`.
+        results_dir: folder of the results.
+        jobs: trainings side by side.
+
+    Returns:
+        the columns of `run_trials`, with "data", the images' name, "labels", how they go wrong ("symmetric" or
+        "class-conditional"), and "gap", training minus test accuracy.
+    """
+    table = run_trials([item.trial for item in runs], results_dir, jobs)
+    kinds = [_kind(noise) for noise in table["noise"]]
+    gap = table["train_accuracy"] - table["test_accuracy"]
+    return table.assign(data=[item.data for item in runs], labels=kinds, gap=gap)

@@ -1,0 +1,1 @@
+"""Figures: one style, and the charts that the notebooks draw."""

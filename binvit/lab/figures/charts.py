@@ -1,0 +1,278 @@
+"""The charts of the notebooks: curves, lines, dots and heat maps, with intervals drawn and lines labelled directly."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from binvit.lab.figures.style import (
+    GREY,
+    INK,
+    SCHEME_COLORS,
+    axis_name,
+    caption,
+    colors_of,
+    count_seeds,
+    figure_with,
+    interval_caption,
+    label_ends,
+    require_columns,
+    scheme_color,
+    styled,
+)
+
+BLUES = LinearSegmentedColormap.from_list("blues", ["#f3f6f9", "#b5d0e6", "#5f9fcb", "#0072b2", "#013a5c"])
+
+
+@styled
+def learning_curves(
+    history: pd.DataFrame,
+    value: str | Sequence[str] = "test_accuracy",
+    by: str = "scheme",
+    title: str | None = None,
+) -> Figure:
+    """Draw a quantity against the epoch: one thin line per seed, their mean in bold, named where it ends.
+
+    Args:
+        history: one row per epoch of each trial, with the columns ``epoch``, ``seed``, ``by`` and ``value``; rows
+            without a value (epochs that were not evaluated) are left out.
+        value: the quantity, or several for panels side by side. Accuracies (0 to 1) are drawn in percent.
+        by: the column that is told apart by colour.
+        title: what the figure says.
+
+    Returns:
+        the figure.
+    """
+    values = [value] if isinstance(value, str) else list(value)
+    require_columns(history, ["epoch", "seed", by, *values])
+    fig, axes = plt.subplots(1, len(values), figsize=(5.6 if len(values) == 1 else 7.4, 3.0), squeeze=False)
+    colors = colors_of(history[by])
+    for ax, name in zip(axes[0], values, strict=True):
+        table = history.dropna(subset=[name])
+        factor = 100 if name.endswith("accuracy") else 1
+        ends, texts = {}, {}
+        for series, part in table.groupby(by, sort=False):
+            for _, run in part.groupby("seed"):
+                ax.plot(run["epoch"], factor * run[name], color=colors[series], lw=0.7, alpha=0.35)
+            mean = factor * part.groupby("epoch")[name].mean()
+            ax.plot(mean.index, mean, color=colors[series], marker="o" if len(mean) == 1 else None, clip_on=False)
+            ends[series] = (mean.index[-1], mean.iloc[-1])
+            texts[series] = f"{series} {mean.iloc[-1]:{'.1f' if factor == 100 else '.2f'}}"
+        ax.set_xlim(min(history["epoch"].min(), history["epoch"].max() - 1), history["epoch"].max())
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel="epoch", ylabel=axis_name(name))
+        label_ends(ax, ends, colors, texts)
+    caption(fig, f"thin: single seeds, bold: mean over {count_seeds(history.groupby(by)['seed'].nunique())}")
+    if title:
+        axes[0, 0].set_title(title)
+    return fig
+
+
+@styled
+def lines(
+    summary: pd.DataFrame,
+    x: str,
+    by: str = "scheme",
+    ylabel: str = "test accuracy (%)",
+    xlabel: str | None = None,
+    percent: bool = True,
+    log_x: bool = False,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw means against a number, one line per series with its 95 % interval as a band, named where it ends.
+
+    A single number on the horizontal axis has no lines: then the intervals are bars side by side.
+
+    Args:
+        summary: the columns ``by``, ``x``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
+        x: the numeric column on the horizontal axis; its values become the ticks.
+        by: the column that is told apart by colour.
+        ylabel: what the mean is.
+        xlabel: what ``x`` is; by default its name in words.
+        percent: draw the mean in percent.
+        log_x: space the horizontal axis logarithmically.
+        title: what the figure says.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        the figure.
+    """
+    require_columns(summary, [by, x, "mean", "low", "high", "n"])
+    fig, ax = figure_with(ax, 5.6, 3.2)
+    colors, factor = colors_of(summary[by]), 100 if percent else 1
+    ends, texts = {}, {}
+    ticks, count = sorted(summary[x].unique()), summary[by].nunique()
+    single = len(ticks) == 1
+    for number, (series, part) in enumerate(summary.groupby(by, sort=False)):
+        part = part.sort_values(x)
+        low, high, at = factor * part["low"], factor * part["high"], part[x]
+        if single:
+            at = at + 0.03 * (number - (count - 1) / 2)  # of an axis that is 1 wide
+            ax.vlines(at, low, high, color=colors[series], alpha=0.5, lw=1.6, zorder=1)
+        else:
+            ax.fill_between(at, low, high, color=colors[series], alpha=0.13, lw=0, zorder=1)
+        ax.plot(at, factor * part["mean"], color=colors[series], marker="o", mec="white", mew=0.8, ms=6)
+        last = part[x].iloc[-1] + 0.03 * (count - 1) / 2 if single else part[x].iloc[-1]
+        ends[series] = (last, factor * part["mean"].iloc[-1])
+        texts[series] = str(series)
+    if single:
+        ax.set_xlim(ticks[0] - 0.5, ticks[0] + 0.5)
+    elif log_x:
+        ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel=xlabel or axis_name(x), ylabel=ylabel)
+    label_ends(ax, ends, colors, texts)
+    caption(fig, interval_caption(summary["n"]))
+    if title:
+        ax.set_title(title)
+    return fig
+
+
+@styled
+def dots(
+    summary: pd.DataFrame,
+    label: str = "scheme",
+    group: str | None = None,
+    xlabel: str = "test accuracy (%)",
+    percent: bool = True,
+    reference: str | None = None,
+    trials: pd.DataFrame | None = None,
+    value: str = "test_accuracy",
+    sort: bool = True,
+    scheme: str | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw means as dots with 95 % intervals, one row each, the numbers written at the right.
+
+    Args:
+        summary: the columns ``label``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
+        label: the column that names the rows.
+        group: a column that puts rows under headings; groups keep their order.
+        xlabel: what the mean is.
+        percent: draw the mean in percent.
+        reference: the row whose mean is drawn as a line through all rows; "0" draws the line at zero.
+        trials: single trials, drawn as faint dots, with the columns of the summary and ``value``.
+        value: the column of the single trials to draw.
+        sort: put the largest mean on top (within its group); otherwise keep the order.
+        scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
+        title: what the figure says.
+        ax: where to draw; by default a new figure, as high as its rows need.
+
+    Returns:
+        the figure.
+
+    Raises:
+        ValueError: if a column is missing or the reference is no row.
+    """
+    require_columns(summary, [label, "mean", "low", "high", "n", *filter(None, (group, scheme))])
+    if reference not in (None, "0") and reference not in set(summary[label]):
+        raise ValueError(f"The reference {reference!r} is no row; the rows are {', '.join(map(str, summary[label]))}.")
+    factor = 100 if percent else 1
+    rows: list[tuple[str, pd.Series | None]] = []
+    for heading, part in summary.groupby(group, sort=False) if group else [(None, summary)]:
+        if heading is not None:
+            rows.append((str(heading), None))
+        part = part.sort_values("mean", ascending=False, kind="stable") if sort else part
+        rows += [(str(row[label]), row) for _, row in part.iterrows()]
+    fig, ax = figure_with(ax, 6.0, 0.75 + 0.23 * len(rows))
+    scheme = label if scheme is None and set(summary[label]) <= set(SCHEME_COLORS) else scheme
+    if reference is not None:
+        at = 0.0 if reference == "0" else factor * summary.loc[summary[label] == reference, "mean"].iloc[0]
+        ax.axvline(at, color=GREY, lw=0.8, ls=(0, (4, 3)), zorder=1)
+    for y, (_, row) in enumerate(rows):
+        if row is None:
+            continue
+        color = scheme_color(row[scheme] if scheme else "bit")
+        if trials is not None:
+            mask = (trials[label] == row[label]) & ((trials[group] == row[group]) if group else True)
+            ax.plot(
+                factor * trials.loc[mask, value],
+                [y + 0.3] * int(mask.sum()),
+                "o",
+                color=color,
+                alpha=0.45,
+                ms=2.6,
+                mew=0,
+            )
+        ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.5)
+        ax.plot(factor * row["mean"], y, "o", color=color, ms=6.5, mec="white", mew=0.9)
+        half = factor * (row["high"] - row["low"]) / 2
+        spec = ".1f" if percent else ".3g"
+        sign = "+" if reference == "0" else ""
+        text = f"{factor * row['mean']:{sign}{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
+        ax.annotate(
+            text, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=7.5, color=INK
+        )
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    for tick, (_, row) in zip(ax.get_yticklabels(), rows, strict=True):
+        tick.set(color=INK, fontsize=8, fontweight="bold" if row is None else "normal")
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(xlabel)
+    caption(fig, interval_caption(summary["n"]))
+    if title:
+        ax.set_title(title)
+    return fig
+
+
+@styled
+def heat(
+    summary: pd.DataFrame,
+    x: str,
+    y: str,
+    percent: bool = True,
+    title: str | None = None,
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw means as a heat map, each cell with its mean and half the width of its 95 % interval.
+
+    Args:
+        summary: the columns ``x``, ``y``, ``mean``, ``low``, ``high``, ``n``, one row per cell.
+        x: the column that names the map's columns, in the order of appearance.
+        y: the column that names the map's rows, in the order of appearance.
+        percent: write the mean in percent.
+        title: what the figure says.
+        xlabel, ylabel: what the columns and the rows are.
+        ax: where to draw; by default a new figure, sized by its cells.
+
+    Returns:
+        the figure.
+
+    Raises:
+        ValueError: if a column is missing or a cell has two rows.
+    """
+    require_columns(summary, [x, y, "mean", "low", "high", "n"])
+    if summary.duplicated([x, y]).any():
+        raise ValueError(f"Each cell of a heat map needs one row, and some pairs of {x!r} and {y!r} have several.")
+    columns, rows = list(summary[x].unique()), list(summary[y].unique())
+    fig, ax = figure_with(ax, 1.4 + 1.0 * len(columns), 0.9 + 0.5 * len(rows))
+    factor, spec = (100, ".1f") if percent else (1, ".3g")
+    half = (summary["high"] - summary["low"]) / 2
+    spread = half.map(lambda h: "" if math.isnan(h) else f"\n± {factor * h:{spec}}")
+    cells = summary.assign(text=summary["mean"].map(lambda mean: f"{factor * mean:{spec}}") + spread)
+    means, texts = (
+        cells.pivot_table(index=y, columns=x, values=v, aggfunc="first").reindex(index=rows, columns=columns)
+        for v in ("mean", "text")
+    )
+    seaborn.heatmap(
+        means.astype(float), annot=texts.fillna("").to_numpy(), fmt="", cmap=BLUES, cbar=False, linewidths=2, ax=ax
+    )
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.tick_params(length=0, rotation=0)
+    caption(fig, interval_caption(summary["n"]))
+    if title:
+        ax.set_title(title)
+    return fig

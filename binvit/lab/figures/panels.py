@@ -1,0 +1,119 @@
+"""Several panels in one figure, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from binvit.files import atomic_write
+from binvit.lab.figures.charts import dots
+from binvit.lab.figures.style import caption, interval_caption, save_figure, styled
+from binvit.lab.project import folder
+
+
+def limit_to_shares(ax: Axes, summary: pd.DataFrame) -> None:
+    """Keep an axis within 0 and 100 %, which the intervals of few seeds exceed."""
+    known = summary[["mean", "low", "high"]]
+    low, high = 100 * known.min(axis=None), 100 * known.max(axis=None)
+    room = 0.05 * (high - low) or 1.0
+    ax.set_ylim(max(low, 0) - room, min(high, 100) + room)
+
+
+def subplot_grid(
+    table: pd.DataFrame, values: Sequence[str], draw: Callable[[pd.DataFrame, str, Axes], None], title: str | None
+) -> Figure:
+    """Draw one row of panels per data set and one column per value."""
+    parts = list(table.groupby("data", sort=False))
+    fig, axes = plt.subplots(len(parts), len(values), figsize=(7.4, 0.4 + 2.7 * len(parts)), squeeze=False)
+    for row, (data, part) in zip(axes, parts, strict=True):
+        for ax, value in zip(row, values, strict=True):
+            draw(part, value, ax)
+        if len(parts) > 1:
+            row[0].set_title(data)
+    caption(fig, interval_caption(table.groupby(["data", "scheme"])["seed"].nunique()))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    return fig
+
+
+def save(directory: str | Path, name: str, figure: Figure | None = None, **tables: pd.DataFrame) -> None:
+    """Write a figure as PDF and PNG, and tables as CSV.
+
+    Args:
+        directory: folder of the project to write to; nothing is written if it is empty.
+        name: the figure's file name without ending.
+        figure: what to write.
+        **tables: written as NAME_KEY.csv, without an index and without the column root, a folder of this machine.
+    """
+    if not directory:
+        return
+    if figure is not None:
+        save_figure(figure, name, folder(directory))
+    for key, table in tables.items():
+        text = table.drop(columns="root", errors="ignore").to_csv(index=False, lineterminator="\n")
+        atomic_write(folder(directory) / f"{name}_{key}.csv", text)
+
+
+@styled
+def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width: float, height: float) -> Figure:
+    """Draw one panel for each kind of images, side by side.
+
+    Args:
+        table: rows with the column data.
+        draw: draws the rows of one kind of images into axes.
+        width: of a panel, in inches.
+        height: of the figure, in inches.
+
+    Returns:
+        The figure; panels are titled if there are several.
+    """
+    parts = list(table.groupby("data", sort=False))
+    fig, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height), squeeze=False)
+    for ax, (data, part) in zip(axes[0], parts, strict=True):
+        draw(part, ax)
+        if len(parts) > 1:
+            ax.set_title(data)
+    return fig
+
+
+def dot_panels(
+    summary: pd.DataFrame,
+    trials: pd.DataFrame,
+    label: str,
+    group: str | None = None,
+    reference: str | None = None,
+    value: str = "test_accuracy",
+    sort: bool = True,
+    scheme: str | None = None,
+    xlabel: str = "test accuracy (%)",
+) -> Figure:
+    """Draw means as dots with 95 % intervals and single seeds as faint ones, a panel for each kind of images.
+
+    Args:
+        summary: means of `statistics.summarize` by data, group and label.
+        trials: the single trials, with the same columns and `value`.
+        label: the column that names the rows.
+        group: a column that puts rows under headings.
+        reference: the row whose mean is drawn as a line, if it is there; "0" draws the line at zero.
+        value: the column of the single trials to draw.
+        sort: put the largest mean on top, within its group.
+        scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
+        xlabel: what the mean is.
+
+    Returns:
+        The figure.
+    """
+    rows = max(part[label].size + (part[group].nunique() if group else 0) for _, part in summary.groupby("data"))
+
+    def draw(part: pd.DataFrame, ax: Axes) -> None:
+        own = trials[trials["data"] == part["data"].iloc[0]]
+        line = reference if reference == "0" or reference in set(part[label]) else None
+        dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, scheme=scheme, ax=ax)
+
+    return panels(summary, draw, 6.0, 0.75 + 0.23 * rows)

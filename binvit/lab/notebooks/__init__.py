@@ -1,0 +1,1 @@
+"""Notebooks as files: their parameters checked, executed by papermill, cleaned, checked and reported."""

@@ -1,0 +1,251 @@
+"""What a notebook needs in its second cell: checked parameters.
+
+papermill only warns about an unknown parameter name and then injects it, so a typo would run the wrong experiment. The
+second cell of every notebook therefore calls `check_parameters`, which reads names and types from the typed literals of
+the first cell and refuses whatever does not fit before anything is trained.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+_WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Numbers from `low` to `high`, as a set of valid values; `below=True` leaves `high` itself out."""
+
+    low: float
+    high: float
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high if self.below else self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"numbers from {self.low:g} to {'below ' * self.below}{self.high:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- types
+
+
+def _annotation(text: str) -> ast.expr:
+    """Parse a type such as `list[int]`; what papermill cannot read is refused, since it would not be checked."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        node = None
+    inner = node
+    while (
+        isinstance(inner, ast.Subscript)
+        and isinstance(inner.value, ast.Name)
+        and inner.value.id in ("list", "Optional")
+    ):
+        inner = inner.slice
+    if not (isinstance(inner, ast.Name) and inner.id in _WORDS):
+        raise ValueError(
+            f"The parameter type {text!r} is not understood; use int, float, str, bool, list[...] or Optional[...]."
+        )
+    return node
+
+
+def _describe(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return _WORDS[node.id]
+    if node.value.id == "Optional":
+        return f"{_describe(node.slice)} or nothing (null)"
+    return f"a list in which each entry is {_describe(node.slice)}"
+
+
+def _fit(value: Any, node: ast.expr) -> Any:
+    """Return `value` as the type asks for it, or raise TypeError."""
+    if isinstance(node, ast.Subscript):
+        if node.value.id == "Optional":
+            return None if value is None else _fit(value, node.slice)
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return [_fit(entry, node.slice) for entry in value]
+    # A bool is an int for Python, never for an experiment.
+    if node.id == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise TypeError
+        return float(value)
+    if node.id != "float" and type(value).__name__ == node.id:
+        return value
+    raise TypeError
+
+
+def convert(name: str, value: Any, annotation: str) -> Any:
+    """Return a parameter's value if it has the declared type; an integer is taken where a number is asked for.
+
+    Args:
+        name: the parameter's name, for the message.
+        value: what came.
+        annotation: the declared type as text: int, float, str, bool, list[...] or Optional[...].
+
+    Raises:
+        ValueError: the value has another type.
+    """
+    node = _annotation(annotation)
+    try:
+        return _fit(value, node)
+    except TypeError:
+        hint = ""
+        if isinstance(value, str) and "float" in annotation:
+            hint = " YAML reads 1e-4 as a text: write 1.0e-4."
+        elif isinstance(value, str) and "str" not in annotation:
+            hint = " papermill's -p passes texts: use -y or -f for lists, true and false."
+        wanted = _describe(node)
+        raise ValueError(
+            f"The parameter {name} is {value!r}, of type {type(value).__name__}, but it has to be {wanted}.{hint}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def _check_scheme(name: str) -> None:
+    import binvit
+
+    if name not in binvit.list_schemes():
+        raise ValueError(f"There is no scheme {name!r}; the schemes are {', '.join(binvit.list_schemes())}.")
+
+
+def _check_dataset(name: str) -> None:
+    from binvit.lab.data.datasets import list_datasets
+
+    if name.partition(":")[0] not in list_datasets():
+        raise ValueError(f"There is no data set {name!r}; the data sets are {', '.join(list_datasets())}.")
+
+
+def _check_recipe(name: str) -> None:
+    from binvit.lab.training.recipes import recipe
+
+    recipe(name)
+
+
+# Parameters of these names mean the same in every notebook; a list of them carries the plural's "s".
+_RULES: dict[str, Callable[[Any], None] | Container] = {
+    "dataset": _check_dataset,
+    "scheme": _check_scheme,
+    "recipe": _check_recipe,
+    "seed": range(2**31),
+    "samples_per_class": range(1, 10**7),
+    "label_noise": Between(0, 1, below=True),
+    "epochs": range(1, 10**6),
+    "image_size": range(1, 10**5),
+    "jobs": range(1, 10**4),
+    "repeats": range(1, 10**6),
+}
+
+
+def _rule(name: str, valid: Mapping[str, Container]) -> Callable[[Any], None] | Container | None:
+    if name in valid:
+        return valid[name]
+    return _RULES.get(name, _RULES.get(name.removesuffix("s")))
+
+
+def _words(valid: Container) -> str:
+    if isinstance(valid, range):
+        return f"integers from {valid.start} to {valid.stop - 1}"
+    return str(valid) if isinstance(valid, Between) else ", ".join(map(repr, valid))
+
+
+def _check_value(name: str, value: Any, rule: Callable[[Any], None] | Container | None) -> None:
+    if isinstance(value, list):
+        if not value:
+            raise ValueError(f"The parameter {name} is an empty list; it needs at least one entry.")
+        if any(value.count(entry) > 1 for entry in value):
+            raise ValueError(f"The parameter {name} is {value!r}, which holds an entry twice.")
+        for entry in value:
+            _check_value(name, entry, rule)
+    elif value is None or rule is None:
+        return
+    elif callable(rule):
+        try:
+            rule(value)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"The parameter {name} does not fit: {error}") from None
+    elif value not in rule:
+        raise ValueError(f"The parameter {name} holds {value!r}; valid are {_words(rule)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def declared_types(source: str) -> dict[str, str]:
+    """Read names and types from a cell that consists of annotated literals only, and imports from typing.
+
+    Returns:
+        Name to type as text, in order; empty if the cell is of another kind.
+    """
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a cell with a magic
+        return {}
+    body = [line for line in body if not (isinstance(line, ast.ImportFrom) and line.module == "typing")]
+    if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value for line in body):
+        return {}
+    return {line.target.id: ast.unparse(line.annotation) for line in body}
+
+
+def _annotated_types(namespace: Mapping[str, Any]) -> dict[str, str]:
+    """Read names and types of all annotated names, for nbval and scripts, which keep no history of cells."""
+    found = namespace.get("__annotations__")
+    if found is None and "__annotate__" in namespace:  # Python 3.14 evaluates annotations when asked for their values
+        found = namespace["__annotate__"](1)
+    texts = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in (found or {}).items()}
+    return {name: re.sub(r"typing\.|^(.+) \| None$", _as_optional, text) for name, text in texts.items()}
+
+
+def _as_optional(match: re.Match) -> str:
+    return f"Optional[{match[1]}]" if match[1] else ""
+
+
+def _injected_names(source: str) -> list[str]:
+    if not source.startswith("# Parameters"):  # papermill's first line
+        return []
+    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    return [target.id for line in lines for target in line.targets if isinstance(target, ast.Name)]
+
+
+def check_parameters(namespace: Mapping[str, Any], **valid: Container) -> Any:
+    """Check all parameters of the running notebook and return them as a frozen dataclass.
+
+    Names and types come from the notebook's parameters cell, the one that consists of annotated literals. Parameters
+    called dataset, scheme, recipe, seed, samples_per_class, label_noise, epochs, image_size, jobs or repeats, or the
+    plural of one of these, are checked against what the library knows.
+
+    Args:
+        namespace: the notebook's `globals()`.
+        **valid: valid values of further parameters: a range, a tuple of choices, or `Between`. They hold for each entry
+            of a list.
+
+    Returns:
+        An instance of a frozen dataclass with one field per parameter.
+
+    Raises:
+        ValueError: a name is unknown, or a value has the wrong type or is out of range; the sentence lists what is
+            valid.
+    """
+    cells = list(namespace.get("In", []))
+    found = [(number, types) for number, types in enumerate(map(declared_types, cells)) if types]
+    number, types = found[-1] if found else (-1, _annotated_types(namespace))
+    if not types:
+        raise ValueError("No parameters cell has run: a notebook's first cell holds annotated literals.")
+    injected = [name for source in cells[number + 1 :] for name in _injected_names(source)]
+    for names, what in ((injected, "This notebook has"), (valid, "The parameters cell has")):
+        unknown = [name for name in names if name not in types]
+        if unknown:
+            raise ValueError(f"{what} no parameter {unknown[0]}; its parameters are {', '.join(types)}.")
+    values = {name: convert(name, namespace[name], annotation) for name, annotation in types.items()}
+    for name, value in values.items():
+        _check_value(name, value, _rule(name, valid))
+    fields = [(name, Any) for name in values]
+    return dataclasses.make_dataclass("Parameters", fields, frozen=True)(**values)

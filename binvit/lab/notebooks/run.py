@@ -1,0 +1,120 @@
+"""The batch runner: papermill executes planned notebooks, and a failure stops no other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from binvit.lab.notebooks import clean
+from binvit.lab.notebooks.plan import Job
+from binvit.lab.project import project_dir
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: the executed copy, the seconds it took, and one line about the error if there was one."""
+
+    name: str
+    executed: Path
+    seconds: float
+    error: str | None = None
+    size: str = "smoke"
+
+
+@contextlib.contextmanager
+def _environment(processes: int) -> Iterator[None]:
+    """Kernels of this environment, sharing the cores; both are inherited by the kernels' processes."""
+    extra = {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if processes > 1:
+        share = str(max(1, (os.cpu_count() or 1) // processes))
+        extra |= {name: share for name in _THREADS if name not in os.environ}
+    before = {name: os.environ.get(name) for name in extra}
+    os.environ.update(extra)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
+    """Execute one notebook into `out`; an error in a cell ends it and is reported, not raised."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its progress is shown by the caller
+    out.mkdir(parents=True, exist_ok=True)
+    executed = out / job.notebook.name
+    executed.unlink(missing_ok=True)  # a copy of an earlier run must not pass for this one's
+    unfinished = out / f".{job.notebook.name}"
+    error = None
+    start = time.perf_counter()
+    try:
+        with _environment(processes=1):
+            papermill.execute_notebook(
+                str(job.notebook),
+                str(unfinished),
+                dict(job.values),
+                kernel_name="python3",
+                progress_bar={"desc": job.notebook.stem, "leave": False} if progress else False,
+                extra_arguments=["--log-level=50"],  # the kernel's own messages would break the progress bars
+            )
+    except papermill.PapermillExecutionError as failed:
+        error = f"{failed.ename}: {failed.evalue}"
+    except Exception as failed:  # the kernel died or did not start; the other notebooks still run
+        error = f"{type(failed).__name__}: {failed}"
+    seconds = time.perf_counter() - start
+    if unfinished.is_file():
+        project = project_dir()
+        clean.write(clean.clean(json.loads(unfinished.read_text(encoding="utf-8")), project), executed)
+        unfinished.unlink()
+    if error:
+        error = re.sub(r"\s+", " ", error).strip()
+    return Outcome(job.notebook.stem, executed, seconds, error, job.size)
+
+
+def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
+    """Execute all jobs and go on after one fails.
+
+    Args:
+        jobs: what `plan` returned.
+        out: where the executed copies go.
+        processes: how many notebooks run side by side; they share the cores.
+
+    Returns:
+        One outcome per job, in the order of the jobs.
+    """
+    from tqdm.auto import tqdm
+
+    outcomes: dict[str, Outcome] = {}
+    with tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar:  # None: only on a terminal
+        for outcome in _outcomes(jobs, out, processes):
+            outcomes[outcome.name] = outcome
+            bar.update()
+            bar.write(f"{outcome.name} {'failed' if outcome.error else 'finished'} after {outcome.seconds:.0f} s")
+    return [outcomes[job.notebook.stem] for job in jobs]
+
+
+def _outcomes(jobs: Sequence[Job], out: Path, processes: int) -> Iterator[Outcome]:
+    if processes == 1:
+        yield from (run_job(job, out, progress=sys.stderr.isatty()) for job in jobs)
+        return
+    # Spawned, since papermill's event loop and the numerical libraries' threads do not survive a fork.
+    with _environment(processes), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, job, out): job for job in jobs}
+        for future in as_completed(futures):
+            yield future.result()

@@ -1,0 +1,244 @@
+"""The training loop: stages and epochs from a seed to a trained model, and how a killed one goes on."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from binvit.lab.data.datasets import ImageData
+from binvit.lab.data.loader import Batches
+from binvit.lab.data.transforms import eval_transform, train_transform
+from binvit.lab.randomness import seed_all
+from binvit.lab.training.checkpoint import save_checkpoint
+from binvit.lab.training.distillation import check_comparable, recorded, training_loss
+from binvit.lab.training.evaluation import Classifier, classify, on_bits
+from binvit.lab.training.model import CheckpointInfo, build_model, new_model
+from binvit.lab.training.optimizer import new_optimizer, new_schedule
+from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.resume import Position, read_state, versions, write_state
+from binvit.nn.schemes import Scheme
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+class TrainingDiverged(ValueError):
+    """The loss became infinite or not a number."""
+
+
+_AUGMENTATIONS = ("auto_augment", "erasing", "crop", "flip", "interpolation")
+
+
+class Training:
+    """One training, from its seed to a trained model.
+
+    Args:
+        recipe: how to train.
+        schemes: how to binarize, one scheme per stage of the recipe and the last one's at the end.
+        data: the images.
+        seed: decides initial weights, order and augmentation of the images.
+        teacher: the model to distil from, on the device and in evaluation mode; None if the recipe distils nothing.
+        device: where to train.
+        resume: file of the state from which a killed training continues; None keeps none.
+        identity: what is trained; a state of something else is not continued.
+        record: the trial that the checkpoints name, as JSON types.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        schemes: Sequence[Scheme],
+        data: ImageData,
+        seed: int,
+        *,
+        teacher: nn.Module | None = None,
+        device: str = "cpu",
+        resume: Path | None = None,
+        identity: str = "",
+        record: dict[str, Any] | None = None,
+    ):
+        self.recipe, self.data, self.seed, self.teacher, self.device = recipe, data, seed, teacher, device
+        self.resume, self.identity, self.record = resume, identity, record
+        self.started = self.saved = time.monotonic()
+        sizes = data.image_size, data.mean, data.std
+        transform = train_transform(*sizes, **{name: getattr(recipe, name) for name in _AUGMENTATIONS})
+        batch_size = min(recipe.batch_size, len(data.train))
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            batch_size -= batch_size % 2  # Mixup pairs the images of a batch
+            mixing = {"label_smoothing": recipe.label_smoothing, "num_classes": len(data.classes)}
+            self.mixup = Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, **mixing)
+        ordered = {"seed": seed, "workers": recipe.workers}
+        self.batches = Batches(data.train, transform, batch_size, shuffle=True, drop_last=True, **ordered)
+        whole = eval_transform(*sizes)
+        self.train_images = Batches(data.train, whole, recipe.eval_batch_size, workers=recipe.workers)
+        self.test_images = Batches(data.test, whole, recipe.eval_batch_size, workers=recipe.workers)
+        self.stages = list(zip([*(stage.epochs for stage in recipe.stages), recipe.epochs], schemes, strict=True))
+        # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
+        self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
+        self.position = Position()
+        self.classifier: Classifier | None = None  # of the trained model, made once for all images
+
+    @property
+    def seconds(self) -> float:
+        """Return the time spent so far, earlier processes included."""
+        return time.monotonic() - self.started
+
+    def train(self, progress: Progress | None = None) -> nn.Module:
+        """Train all stages, or what a killed training has left of them.
+
+        Args:
+            progress: called after every epoch with the epochs done, the epochs in all and the epoch's record.
+
+        Returns:
+            The trained model, in training mode.
+
+        Raises:
+            TrainingDiverged: the loss is no longer finite.
+        """
+        total = sum(epochs for epochs, _ in self.stages)
+        state = read_state(self.resume, self._config(), self.device)
+        self._start(state["position"]["stage"] if state else 0)
+        if state:
+            self.position = Position(**state["position"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.started -= self.position.seconds
+        for stage in range(self.position.stage, len(self.stages)):
+            if stage != self.position.stage:
+                self._start(stage, earlier=self.model)
+            for epoch in range(self.position.epoch, self.stages[stage][0]):
+                record = self._epoch(epoch)
+                self.position.history.append(record)
+                self.position.epoch = epoch + 1
+                if progress is not None:
+                    progress(len(self.position.history), total, record)
+                if time.monotonic() - self.saved > 60 * self.recipe.checkpoint_minutes:
+                    self._write_state()
+        return self.model
+
+    def predict_train(self) -> np.ndarray:
+        """Return the class that the model gives to each training image without augmentation, int64 (N,)."""
+        return classify(self.classifier or on_bits(self.model), self.train_images, self.device)
+
+    def finish(self) -> None:
+        """Remove the state, once the result is safe."""
+        if self.resume is not None:
+            self.resume.unlink(missing_ok=True)
+
+    def describe(self, scheme: Scheme | None = None) -> CheckpointInfo:
+        """Return what a checkpoint of the model needs beside its tensors; without a scheme, that of the last stage."""
+        data = self.data
+        return CheckpointInfo(
+            recipe=self.recipe,
+            scheme=scheme or self.stages[-1][1],
+            classes=tuple(data.classes),
+            mean=data.mean,
+            std=data.std,
+            image_size=data.image_size,
+            trial=self.record,
+        )
+
+    def _start(self, stage: int, earlier: nn.Module | None = None) -> None:
+        """Build model, optimizer and schedule of a stage; latent weights come from the earlier stage's model."""
+        self.position.stage, self.position.epoch = stage, 0
+        epochs, scheme = self.stages[stage]
+        recipe = self.recipe
+        seed_all(self.seed, stage)
+        info = self.describe(scheme)
+        if earlier is None:
+            # A pretrained start is overwritten when a state is resumed, but then the weights lie in timm's cache.
+            self.model = new_model(info, pretrained=recipe.pretrained)
+        else:
+            self.model = new_model(info)
+            weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in self.latent}
+            self.model.load_state_dict(weights, strict=False)
+        self.model.to(self.device).train()
+        if recipe.distillation != "none" and hasattr(self.model, "set_distilled_training"):
+            self.model.set_distilled_training(True)
+        if recipe.similarity:
+            check_comparable(self.model, self.teacher)
+        self.optimizer = new_optimizer(self.model, recipe, scheme.name != "float", self.latent)
+        self.scheduler = new_schedule(self.optimizer, recipe, epochs * len(self.batches))
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]
+        self.good = None
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        """Train for one epoch and return its record."""
+        seed_all(self.seed, self.position.stage, epoch)
+        epochs, steps = self.stages[self.position.stage][0], len(self.batches)
+        losses, hits, seen, rate = [], 0, 0, 0.0
+        number = len(self.position.history)  # counted over all stages, so that no order comes twice
+        for step, (images, targets, _) in enumerate(self.batches.epoch(number)):
+            images, targets = images.to(self.device), targets.to(self.device)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            update = epoch * steps + step
+            for module in self.scheduled:
+                module.set_progress(update / (epochs * steps))
+            rate = self.optimizer.param_groups[0]["lr"]
+            with recorded(self.model, self.recipe) as projections:
+                outputs = self.model(images)
+            loss = training_loss(outputs, images, targets, self.recipe, self.teacher, projections)
+            value = loss.item()
+            if not np.isfinite(value):
+                raise self._diverged(value, epoch, step, rate)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if self.recipe.clip_grad:
+                nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
+            self.optimizer.step()
+            self.scheduler.step_update(update + 1)
+            losses.append(value)
+            with torch.no_grad():
+                logits = sum(outputs) if isinstance(outputs, tuple) else outputs
+                labels = targets if targets.ndim == 1 else targets.argmax(1)
+                hits += int((logits.argmax(1) == labels).sum())
+                seen += len(labels)
+        self.good = self._copy()
+        last = epoch + 1 == epochs
+        test_accuracy = None
+        if last or (epoch + 1) % self.recipe.eval_every == 0:
+            self.classifier = on_bits(self.model)
+            predictions = classify(self.classifier, self.test_images, self.device)
+            test_accuracy = float(np.mean(predictions == self.data.test.labels))
+        return {
+            "stage": self.position.stage,
+            "epoch": len(self.position.history) + 1,
+            "train_loss": float(np.mean(losses)),
+            "train_accuracy": hits / seen,
+            "test_accuracy": test_accuracy,
+            "lr": rate,
+        }
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def _diverged(self, loss: float, epoch: int, step: int, rate: float) -> TrainingDiverged:
+        kept = ""
+        if self.resume is not None and self.good is not None:
+            self.model.load_state_dict(self.good)
+            path = self.resume.with_suffix(".diverged.safetensors")
+            save_checkpoint(path, self.model, self.describe(self.stages[self.position.stage][1]))
+            kept = f"; the model of the last whole epoch is kept in {path}"
+        stage = f"stage {self.position.stage + 1} of {len(self.stages)}, " if len(self.stages) > 1 else ""
+        where = f"{stage}epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}"
+        return TrainingDiverged(f"The training loss became {loss} in {where}{kept}.")
+
+    def _config(self) -> str:
+        """Return what a state must have been trained with to be continued."""
+        schemes = [scheme.to_dict() for _, scheme in self.stages]
+        return json.dumps([self.identity, self.recipe.to_dict(), schemes, versions()])
+
+    def _write_state(self) -> None:
+        if self.resume is None:
+            return
+        self.position.seconds = self.seconds
+        write_state(self.resume, self.position, self.model, self.optimizer, self._config())
+        self.saved = time.monotonic()

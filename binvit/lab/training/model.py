@@ -1,0 +1,106 @@
+"""The model that a recipe describes, and what a checkpoint says of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+import binvit
+from binvit.lab.training.recipe import Recipe
+from binvit.nn.schemes import Scheme
+
+
+def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool = False) -> VisionTransformer:
+    """Build the float model of a recipe.
+
+    Args:
+        recipe: the model's shape.
+        num_classes: outputs of each head.
+        image_size: pixels of an image's side; images are square.
+        pretrained: load timm's pretrained weights, which timm downloads.
+
+    Returns:
+        A timm vision transformer, images (B, 3, H, W) -> logits (B, num_classes).
+
+    Raises:
+        ValueError: the image is not divisible into patches, or timm cannot build the model.
+    """
+    if recipe.model is not None:
+        options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": recipe.drop_path}
+        try:
+            model = timm.create_model(recipe.model, pretrained=pretrained, **options)
+        except (
+            AssertionError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # whatever the model's constructor raises
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"timm cannot build {recipe.model!r} for images of {image_size} pixels: {why}.") from None
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"The recipe's model must be a vision transformer, got {recipe.model!r}.")
+        if image_size % model.patch_embed.patch_size[0]:
+            raise ValueError(_indivisible(image_size, model.patch_embed.patch_size[0]))
+        return model
+    patch_size = recipe.patch_size or max(2, image_size // 8)
+    if image_size % patch_size:
+        raise ValueError(_indivisible(image_size, patch_size))
+    cls = VisionTransformerDistilled if recipe.distilled else VisionTransformer
+    return cls(
+        img_size=image_size,
+        patch_size=patch_size,
+        num_classes=num_classes,
+        embed_dim=recipe.width,
+        depth=recipe.depth,
+        num_heads=recipe.heads,
+        mlp_ratio=recipe.mlp_ratio,
+        global_pool=recipe.global_pool,
+        class_token=recipe.global_pool == "token",
+        drop_path_rate=recipe.drop_path,
+        norm_layer=torch.nn.LayerNorm,
+    )
+
+
+def _indivisible(image_size: int, patch_size: int) -> str:
+    return f"The image size {image_size} is not divisible by the patch size {patch_size}."
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about its model.
+
+    Args:
+        recipe: how the model is shaped and was trained.
+        scheme: how it is binarized.
+        classes: one name per class.
+        mean: three channel means, for images from 0 to 1.
+        std: three channel standard deviations.
+        image_size: pixels of an image's side.
+        trial: the trial as JSON types, None for a model trained elsewhere.
+    """
+
+    recipe: Recipe
+    scheme: Scheme
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    trial: Mapping[str, Any] | None = None
+
+
+def new_model(info: CheckpointInfo, pretrained: bool = False) -> torch.nn.Module:
+    """Build the binarized, untrained model that a checkpoint's header describes.
+
+    Args:
+        info: the header.
+        pretrained: start from timm's pretrained weights.
+
+    Returns:
+        A binarized timm vision transformer.
+    """
+    model = build_model(info.recipe, len(info.classes), info.image_size, pretrained)
+    return binvit.binarize(model, info.scheme)

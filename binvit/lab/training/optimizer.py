@@ -1,0 +1,54 @@
+"""The optimizer and the learning rate of a training stage."""
+
+from collections.abc import Container
+
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from binvit.lab.training.recipe import Recipe
+
+
+def new_optimizer(model: nn.Module, recipe: Recipe, binary: bool, latent: Container[str]) -> Optimizer:
+    """Return the optimizer of a stage, at the highest learning rate.
+
+    Args:
+        model: a timm vision transformer, binarized or not.
+        recipe: how it is trained.
+        binary: the model's scheme is another than "float", so that `lr_binary` holds.
+        latent: names of the float model's tensors; all others are scales and shifts, on which no weight decays.
+    """
+    peak = recipe.lr_binary if binary and recipe.lr_binary is not None else recipe.lr
+    peak *= recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0
+    fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
+    added = [name for name, _ in model.named_parameters() if name not in latent]
+    undecayed = [*model.no_weight_decay(), *added]
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
+    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
+
+
+def new_schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> Scheduler:
+    """Return the schedule of a stage's learning rate, counted in steps; the decay starts where the warm-up ends.
+
+    Args:
+        optimizer: the result of `new_optimizer`.
+        recipe: how the model is trained.
+        steps: optimizer steps of the stage.
+    """
+    rising = min(round(recipe.warmup * steps), steps - 1)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        recipe.schedule,
+        num_epochs=steps - rising,
+        decay_epochs=0.2,
+        decay_rate=1.0,
+        min_lr=recipe.min_lr,
+        warmup_lr=optimizer.param_groups[0]["lr"] / 100,
+        warmup_epochs=rising,
+        warmup_prefix=True,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return schedule

@@ -1,0 +1,111 @@
+"""The named recipes."""
+
+import dataclasses
+from typing import Any
+
+from binvit.lab.training.recipe import Recipe, Stage, check_known
+
+
+def mlp_weights_stage(epochs: int) -> Stage:
+    """Return GSB's first stage: only the weights of the MLP are 1-bit, every activation is float.
+
+    Args:
+        epochs: passes over the training images; 600 in the paper.
+
+    Returns:
+        A stage for `Recipe.stages`.
+
+    References:
+        Gao et al., Group Superposition Binarization for Vision Transformer, Neural Networks 172, 2024.
+    """
+    return Stage(epochs, {"components": ("mlp",), "input": "float", "hidden": "float"})
+
+
+_REGISTRY = {
+    recipe.name: recipe
+    for recipe in (
+        # Seconds on one thread: the embedded digits, 16 patches of 2x2 pixels and the class token.
+        Recipe(
+            name="smoke",
+            width=48,
+            depth=3,
+            heads=2,
+            mlp_ratio=2.0,
+            epochs=30,
+            batch_size=64,
+            eval_every=5,
+            lr=6e-3,
+            lr_binary=3e-3,
+            warmup=0.125,
+        ),
+        # Minutes on two cores: photographs of 32 to 64 pixels, 64 patches and the class token.
+        Recipe(
+            name="cpu",
+            width=96,
+            depth=4,
+            heads=3,
+            epochs=40,
+            batch_size=64,
+            eval_every=20,
+            lr=1e-3,
+            lr_binary=2e-3,
+            warmup=0.1,
+            label_smoothing=0.1,
+            crop=0.5,
+            flip=0.5,
+        ),
+        # As the GSB paper trains: arXiv 2305.07931 and the options of its released code.
+        Recipe(
+            name="paper",
+            model="deit_small_distilled_patch16_224",
+            distilled=True,
+            image_size=224,
+            epochs=300,
+            batch_size=128,
+            eval_batch_size=256,
+            eval_every=10,
+            lr=1e-3,
+            lr_batch=512,
+            min_lr=1e-6,
+            weight_decay=0.05,
+            clip_grad=0.0,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            erasing=0.25,
+            crop=0.08,
+            flip=0.5,
+            distillation="hard",
+            alpha=0.5,
+            teacher_epochs=300,
+            teacher_pretrained=True,
+            stages=(mlp_weights_stage(600),),
+            workers=8,
+            checkpoint_minutes=10.0,
+        ),
+    )
+}
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the registered recipes."""
+    return sorted(_REGISTRY)
+
+
+def recipe(name: str, /, **overrides: Any) -> Recipe:
+    """Return a registered recipe, with some of its fields changed.
+
+    Args:
+        name: "smoke" (seconds), "cpu" (minutes) or "paper" (the size of the GSB paper).
+        **overrides: fields of `Recipe`.
+
+    Returns:
+        A frozen record.
+
+    Raises:
+        ValueError: the name or a field is unknown, or a value has a wrong type or is out of range.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"Unknown recipe {name!r}; valid recipes are {', '.join(list_recipes())}.")
+    check_known((item for item in overrides if item != "name"), "recipe")
+    if "name" in overrides:
+        raise ValueError(f"A recipe keeps its registered name, got name={overrides['name']!r} for {name!r}.")
+    return dataclasses.replace(_REGISTRY[name], **overrides)

@@ -1,0 +1,175 @@
+"""One trial from its data to its files: trained, measured, kept."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from binvit.lab.data.datasets import ImageData, load_data
+from binvit.lab.randomness import own_random_state
+from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
+from binvit.lab.training.loop import Progress, Training, TrainingDiverged
+from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.resume import versions
+from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
+from binvit.lab.trials.trial import Trial, teacher_trial
+
+Report = Callable[[int, int, dict[str, Any]], None]
+
+
+# Other errors of the operating system, such as a full disk, are no fault of the input.
+_WRONG_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def is_wrong_input(error: Exception) -> bool:
+    """Say whether an error of a trial comes from its input, not from its work."""
+    return isinstance(error, _WRONG_INPUT) and not isinstance(error, TrainingDiverged)
+
+
+def run_trial(
+    trial: Trial, results_dir: str | Path, keep_model: bool = False, report: Report | None = None, wait: bool = True
+) -> bool:
+    """Run one trial, unless its result exists, and write its files.
+
+    Args:
+        trial: the configuration.
+        results_dir: folder of the results.
+        keep_model: also write the checkpoint.
+        report: called after every epoch, as in `train_trial`.
+        wait: wait for another process that runs this trial.
+
+    Returns:
+        Whether the result exists now; False if another process runs the trial and `wait` is False.
+    """
+    results_dir = Path(results_dir)
+    running = results_dir / ".running"  # locks, and states from which killed trials continue
+    running.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(running / f"{trial.id}.lock", blocking=wait):
+            if finished_result(trial, results_dir, keep_model) is not None:
+                return True
+            teacher = None
+            recipe = trial.get_recipe()
+            if recipe.has_teacher and not recipe.teacher:
+                taught = teacher_trial(trial)
+                run_trial(taught, results_dir, keep_model=True, report=report)
+                teacher = load_model(taught, results_dir)
+            result = train_trial(trial, teacher=teacher, progress=report, resume=running / f"{trial.id}.state")
+            if keep_model:
+                save_checkpoint(model_path(trial, results_dir), result.model, result.info)
+            write_result(result, results_dir)  # last, since it says that the trial is finished
+            return True
+    except Timeout:
+        return False
+
+
+def compile_kernels() -> float:
+    """Compile the kernels of training and of packed models, or load them from disk, by a training of one epoch.
+
+    Returns:
+        The seconds it took: half a minute at the first time on a machine, then about two.
+    """
+    start = time.perf_counter()
+    train_trial(Trial("digits", "gsb", "smoke", samples_per_class=7, recipe_options={"epochs": 1}), device="cpu")
+    return time.perf_counter() - start
+
+
+def train_trial(
+    trial: Trial,
+    *,
+    teacher: nn.Module | None = None,
+    progress: Progress | None = None,
+    device: str | None = None,
+    resume: str | Path | None = None,
+) -> TrialResult:
+    """Train and measure one trial; the same seed and number of threads give the same bits on a CPU.
+
+    Args:
+        trial: the configuration.
+        teacher: a trained float model to distil from; None loads or trains the one the recipe names, if it distils.
+        progress: called after every epoch with the epochs done, the epochs in all and the epoch's record.
+        device: "cpu" or "cuda"; None takes the GPU if there is one.
+        resume: file of the state from which a killed trial continues; written every few minutes, removed at the end. A
+            training that diverges leaves its last good model beside it, with the suffix `.diverged.safetensors`.
+
+    Returns:
+        The result, with the trained model in evaluation mode.
+
+    Raises:
+        TrainingDiverged: the loss is no longer finite.
+        ValueError: data, recipe and scheme do not fit together.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = trial.get_recipe()
+    data = load_data(
+        trial.dataset,
+        samples_per_class=trial.samples_per_class,
+        label_noise=trial.label_noise,
+        seed=trial.seed,
+        root=trial.root,
+        image_size=recipe.image_size,
+        noise=trial.noise,
+    )
+    schemes = [trial.get_scheme(**dict(stage.scheme_options)) for stage in recipe.stages]
+    with own_random_state(device):
+        if not recipe.has_teacher:
+            teacher = None
+        else:
+            teacher = teacher if teacher is not None else _teacher(trial, recipe, data, device)
+            teacher = teacher.to(device).eval()
+        training = Training(
+            recipe,
+            [*schemes, trial.get_scheme()],
+            data,
+            trial.seed,
+            teacher=teacher,
+            device=device,
+            resume=Path(resume) if resume else None,
+            identity=trial.id,
+            record=trial.to_dict(),
+        )
+        training.train(progress)
+    result = _measure(trial, training)
+    training.finish()
+    return result
+
+
+def _measure(trial: Trial, training: Training) -> TrialResult:
+    """Evaluate a trained model on its training images."""
+    train, history = training.data.train, training.position.history
+    predictions = training.predict_train()
+    wrong = train.labels != train.clean_labels
+    return TrialResult(
+        trial=trial,
+        test_accuracy=history[-1]["test_accuracy"],
+        train_accuracy=float(np.mean(predictions == train.labels)),
+        clean_train_accuracy=float(np.mean(predictions == train.clean_labels)) if trial.label_noise > 0 else None,
+        memorized=float(np.mean((predictions == train.labels)[wrong])) if wrong.any() else None,
+        seconds=training.seconds,
+        parameters=sum(parameter.numel() for parameter in training.model.parameters()),
+        history=history,
+        recipe=training.recipe.to_dict(),
+        scheme=json.loads(json.dumps(trial.get_scheme().to_dict())),
+        versions=versions(),
+        threads=torch.get_num_threads(),
+        device=training.device,
+        model=training.model.eval(),
+        info=training.describe(),
+    )
+
+
+def _teacher(trial: Trial, recipe: Recipe, data: ImageData, device: str) -> nn.Module:
+    if not recipe.teacher:
+        return train_trial(teacher_trial(trial), device=device).model
+    model, info = load_checkpoint(recipe.teacher)
+    if len(info.classes) != len(data.classes) or info.image_size != data.image_size:
+        has = f"{len(info.classes)} classes and images of {info.image_size} pixels"
+        needs = f"{len(data.classes)} and {data.image_size}"
+        raise ValueError(f"The teacher {recipe.teacher} has {has}, the data set {trial.dataset} {needs}.")
+    return model

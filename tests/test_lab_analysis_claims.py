@@ -1,0 +1,136 @@
+"""Claims come out as yes, no or undecided, and every check can come out as no."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from binvit.lab.analysis import claims
+from binvit.lab.analysis.statistics import Difference, Estimate
+
+
+def difference(low: float, high: float, n: int = 3) -> Difference:
+    return Difference((low + high) / 2, low, high, n, "gsb", "bit", "test_accuracy")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.05, 0.09, "yes"), (0.01, 0.03, "no"), (0.03, 0.07, "undecided"), (0.01, 0.04, "no"), (0.04, 0.07, "undecided")],
+)
+def test_the_interval_decides(low, high, verdict):
+    assert claims.check_difference("Superposition helps.", difference(low, high), margin=0.04).verdict == verdict
+
+
+def test_one_seed_decides_nothing():
+    lone = Difference(0.5, math.nan, math.nan, 1, "gsb", "bit", "test_accuracy")
+    claim = claims.check_difference("Superposition helps.", lone)
+    assert claim.verdict == "undecided"
+    assert claim.evidence == "gsb - bit: +50.0 points (interval unknown, 1 seed; more than +0.0 demanded)"
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(-1, 1))
+def test_a_difference_and_its_opposite_are_never_both_yes(low, width, margin):
+    d = difference(low, low + width)
+    opposite = difference(-d.high, -d.low)
+    both = {claims.check_difference("A.", d, margin).verdict, claims.check_difference("B.", opposite, -margin).verdict}
+    assert both in ({"yes", "no"}, {"undecided"}, {"no"}, {"no", "undecided"})
+
+
+def test_means_are_checked_the_same_way():
+    claim = claims.check_difference("Float is well tuned.", Estimate(0.95, 0.94, 0.96, 5), margin=0.93)
+    assert claim.verdict == "yes"
+    assert claim.evidence == "95.0 % (95 % interval 94.0 to 96.0, 5 seeds; more than 93.0 demanded)"
+
+
+def trials(**schemes: list[float]) -> pd.DataFrame:
+    rows = [(name, seed, x) for name, values in schemes.items() for seed, x in enumerate(values)]
+    return pd.DataFrame(rows, columns=["scheme", "seed", "test_accuracy"])
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.0, "yes"), (0.3, "no"), (0.2, "undecided")])
+def test_pairs_of_trials_are_checked(margin, verdict):
+    df = trials(gsb=[0.9, 0.92, 0.91], bit=[0.7, 0.71, 0.72])
+    assert claims.check_pair("Superposition helps.", df, "gsb", "bit", margin).verdict == verdict
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.8, "yes"), (0.95, "no"), (0.91, "undecided")])
+def test_means_of_trials_are_checked(margin, verdict):
+    assert claims.check_mean("It is good.", trials(gsb=[0.9, 0.92, 0.91]), "gsb", margin).verdict == verdict
+
+
+def test_what_was_not_run_is_undecided():
+    df = trials(gsb=[0.9, 0.92])
+    assert claims.check_pair("Superposition helps.", df, "gsb", "bit").evidence == "no trial of 'bit' was run"
+    assert claims.check_mean("Float is good.", df, "float", 0.9).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "verdict"),
+    [
+        (True, {}, "yes"),
+        (np.bool_(False), {}, "no"),
+        (20.0, {"at_least": 20}, "yes"),
+        (19.9, {"at_least": 20}, "no"),
+        (3, {"at_most": 2}, "no"),
+        (3, {"at_least": 2, "at_most": 4}, "yes"),
+        (5, {"at_least": 2, "at_most": 4}, "no"),
+        (math.nan, {"at_least": 2}, "undecided"),
+        (None, {"at_least": 2}, "undecided"),
+    ],
+)
+def test_exact_checks(value, bounds, verdict):
+    assert claims.check_value("The file is small.", value, **bounds).verdict == verdict
+
+
+def test_evidence_names_value_and_bound():
+    assert claims.check_value("It is fast.", 12.345, at_least=6).evidence == "12.3 (at least 6 demanded)"
+    assert claims.check_value("It is exact.", True, evidence="all 1,000 equal").evidence == "all 1,000 equal"
+
+
+@pytest.mark.parametrize("bound", [math.inf, -math.inf, math.nan])
+def test_claims_that_come_out_one_way_only_are_refused(bound):
+    with pytest.raises(ValueError, match="finite number"):
+        claims.check_difference("It helps.", difference(0, 1), margin=bound)
+    with pytest.raises(ValueError, match="finite number"):
+        claims.check_value("It is large.", 1.0, at_least=bound)
+
+
+def test_bounds_belong_to_numbers():
+    with pytest.raises(ValueError, match="needs at_least or at_most"):
+        claims.check_value("It is large.", 1.0)
+    with pytest.raises(ValueError, match="takes no bound"):
+        claims.check_value("It holds.", True, at_least=1)
+
+
+def test_a_claim_is_one_sentence_with_a_known_verdict():
+    with pytest.raises(ValueError, match="'maybe' came"):
+        claims.Claim("It helps.", "maybe", "")
+    with pytest.raises(ValueError, match="one sentence"):
+        claims.Claim("  ", "yes", "")
+
+
+def test_tables_show_evidence_only_on_request():
+    made = [claims.check_value("A.", True), claims.check_value("B.", 1.0, at_least=2)]
+    assert claims.table(made).to_numpy().tolist() == [["A.", "yes"], ["B.", "no"]]
+    assert list(claims.table(made, evidence=True).columns) == ["claim", "verdict", "evidence"]
+    assert list(claims.table(made).index) == [1, 2]
+
+
+def test_verdicts_are_plain_text_without_numbers_of_the_machine():
+    made = [claims.check_value("One bit is enough.", 0.123, at_least=0.1), claims.check_value("Long " * 30, False)]
+    lines = claims.verdicts(made).splitlines()
+    assert lines[0] == "yes        One bit is enough."
+    assert lines[1].startswith("no         Long Long")
+    assert lines[2].startswith(" " * 11 + "Long")
+    assert max(map(len, lines)) <= 110
+
+
+def test_shown_claims_are_escaped_html(capsys):
+    pytest.importorskip("IPython")
+    claims.show([claims.check_value("The error is < 1 %.", 0.5, at_most=1)])
+    shown = capsys.readouterr().out
+    assert "The error is &lt; 1 %.</td>" in shown
+    assert "yes        The error is < 1 %. 0.5 (at most 1 demanded)" in shown

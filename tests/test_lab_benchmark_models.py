@@ -1,0 +1,158 @@
+"""Benchmarks on tiny models: what the tables say of themselves, not how fast this machine is."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+import binvit
+from binvit.__main__ import cli, main
+from binvit.lab.benchmark import memory, peers, roofline, run, timing
+from binvit.lab.benchmark.kernels import benchmark_kernels
+from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
+from binvit.lab.experiments import efficiency
+from binvit.packed import pack
+from binvit.packed.audit import audit
+
+TINY = {"width": 64, "image_size": 32, "depth": 1}
+
+
+def test_every_contender_has_its_turn_in_every_round_and_first_runs_do_not_count():
+    calls = {"a": 0, "b": 0}
+
+    def run(name):
+        calls[name] += 1
+
+    times = timing.interleave({name: lambda name=name: run(name) for name in calls}, least=5, most=5)
+    assert {name: len(values) for name, values in times.items()} == {"a": 15, "b": 15}
+    assert all(count >= 22 for count in calls.values())  # two before all rounds, one or more and three in each
+    assert all((values >= 0).all() for values in times.values())
+
+
+def test_threads_are_set_for_both_runtimes_and_restored():
+    before = torch.get_num_threads()
+    with timing.use_threads(1) as threads:
+        assert (threads, torch.get_num_threads(), timing.bits.get_threads()) == (1, 1, 1)
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="at least 1"), timing.use_threads(0):
+        pass
+    with pytest.raises(ValueError, match="4096 threads were asked for"), timing.use_threads(4096):
+        pass
+
+
+def test_kernel_table_holds_rates_that_follow_from_its_seconds():
+    table = benchmark_kernels(["DeiT-T"], threads=1, seconds=0.01)
+    assert set(table["layer"]) == {"qkv", "proj", "fc1", "fc2"}
+    assert set(table["contender"]) == {"torch float32", "torch bfloat16", "torch int8", "binvit 1-bit"}
+    np.testing.assert_allclose(table["rate"], table["m"] * table["k"] * table["n"] / table["seconds"] / 1e9)
+    ours = table[table["contender"] == "binvit 1-bit"]
+    assert (ours["times"] == 1).all()
+    assert ours["share_of_limit"].between(0, 1.5).all()
+    assert roofline.draw_roofline(table).axes
+
+
+def test_table_of_whole_models_names_every_peer_or_says_why_not():
+    said = []
+    some = [name for name in peers.PEERS if "compiled" not in name]  # which takes minutes to compile
+    table = benchmark_models((1, 2), some, threads=1, seconds=0.01, say=said.append, **TINY)
+    names = set(table["contender"])
+    assert {"timm float32", "timm bfloat16", "torch dynamic int8", *VARIANTS} <= names
+    assert names | {sentence.split(" is left out")[0] for sentence in said} == {*some, *VARIANTS}
+    assert (table["low"] <= table["seconds"]).all()
+    assert (table["seconds"] <= table["high"]).all()
+    np.testing.assert_allclose(table["per_image"] * table["batch"], table["seconds"])
+    assert efficiency.draw_latencies(table).axes
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if "compiled" not in name])
+def test_peers_compute_the_float_model(name):
+    model = random_model(**TINY)
+    images = torch.randn(2, 3, 32, 32)
+    try:
+        run = peers.PEERS[name](model, images, 1)
+    except peers.NotAvailable as reason:
+        pytest.skip(str(reason))
+    result = run()
+    result = (
+        result
+        if isinstance(result, torch.Tensor)
+        else next(iter(result.values()) if hasattr(result, "values") else iter(result))
+    )
+    expected = model(images).detach()
+    got = torch.as_tensor(np.asarray(result.float() if isinstance(result, torch.Tensor) else result))
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max() + 0.02
+
+
+def test_training_steps_are_compared_with_the_float_step():
+    table = benchmark_training(2, ["binvit gsb"], threads=1, rounds=2, depth=1, image_size=32)
+    assert list(table["contender"]) == ["timm float32", "binvit gsb"]
+    assert table["times"].iloc[0] == 1
+    assert (table["seconds"] > 0).all()
+
+
+def test_memory_is_measured_in_processes_of_their_own():
+    pages = np.ones(2**27)  # a gigabyte here must not hide what the models need there
+    table = memory.benchmark_memory(width=192, depth=4).set_index("contender")
+    assert table.loc["binvit gsb", "file_bytes"] < table.loc["timm float32", "file_bytes"]
+    assert table.loc["timm float32", "peak_bytes"] > table.loc["timm float32", "file_bytes"]
+    assert 1e6 < table.loc["binvit gsb", "peak_bytes"] < 1e9
+    assert pages[0] == 1
+
+
+def test_claims_about_speed_can_fail():
+    kernels = pd.DataFrame(
+        {"contender": ["torch float32", "binvit 1-bit"], "times": [3.0, 1.0], "share_of_limit": [np.nan, 0.9]}
+    )
+    models = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [7.0, 1.0]})
+    verdicts = [claim.verdict for claim in efficiency.speed_claims(kernels, models)]
+    assert verdicts == ["no", "undecided", "undecided", "yes", "yes", "yes"]
+    training = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [1.0, 1.6]})
+    assert efficiency.speed_claims(kernels, models, training)[-1].verdict == "no"
+
+
+def test_long_runs_are_counted_once_a_turn_and_short_ones_three_times():
+    times = timing.interleave({"long": lambda: time.sleep(0.11), "short": lambda: time.sleep(0.001)}, least=2, most=2)
+    assert {name: len(values) for name, values in times.items()} == {"long": 2, "short": 6}
+    assert min(times["long"]) >= 0.11
+
+
+def test_claims_about_size_follow_the_audit():
+    model = calibrated_model(random_model(**TINY), "binvit gsb")
+    counted = audit(pack(model))
+    rounded = audit(pack(binvit.round_vectors(model)))
+    claims = efficiency.size_claims(rounded, np.array([0.0, 1e-7]), counted)
+    assert [claim.verdict for claim in claims[:2]] == ["no", "no"]  # so small a model is mostly float residue
+    assert "With float16 vectors" in claims[0].sentence
+    assert "rounded model's logits" in claims[1].sentence
+    assert claims[0].evidence.startswith(f"{100 * rounded.share:.1f} % (at most 5 % demanded")
+    assert f"{100 * counted.share:.1f} % with float32 vectors" in claims[0].evidence
+    assert efficiency.draw_bytes(counted).axes
+
+
+def test_bench_writes_tables_and_refuses_bad_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "benchmark_kernels", lambda **o: benchmark_kernels(["DeiT-T"], **o))
+    result = CliRunner().invoke(cli, ["bench", "--part", "kernels", "--seconds", "0.01", "--out", str(tmp_path / "b")])
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_csv(tmp_path / "b" / "kernels.csv")) == 16
+    assert (tmp_path / "b" / "roofline.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--part", "speed"], "Unknown part 'speed' of the benchmark; valid are kernels, models, growth"),
+        (["--training", "--part", "kernels"], "leave --part out"),
+        (["--batch", "0"], "0"),
+    ],
+)
+def test_bench_ends_with_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import notebook_maker
+import pytest
+
+from binvit.lab.notebooks import check, clean, refresh
+
+
+def change(tmp_path: Path, edit) -> list[str]:
+    """Return the problems of a good notebook after an edit."""
+    made = notebook_maker.notebook()
+    edit(made)
+    path = tmp_path / "01_made.ipynb"
+    path.write_text(json.dumps(made))
+    return check.problems(path)
+
+
+def stream(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def shown(**data: str) -> dict:
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {kind.replace("_", "/"): v for kind, v in data.items()},
+    }
+
+
+def code(made: dict, number: int) -> dict:
+    return [cell for cell in made["cells"] if cell["cell_type"] == "code"][number]
+
+
+def test_good_notebook_has_no_problems(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "01.cpu.yaml").write_text("count: 3\nnames: [a, b]\nrate: 1.0e-4\n")
+    assert change(tmp_path, lambda made: None) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda made: code(made, 1).update(execution_count=None), "not executed once from top to bottom"),
+        (lambda made: code(made, 1).update(execution_count=5), "not executed once from top to bottom"),
+        (lambda made: code(made, 0)["metadata"].update(tags=[]), "0 cells carry the tag parameters"),
+        (lambda made: code(made, 1)["metadata"].update(tags=["parameters"]), "2 cells carry the tag parameters"),
+        (lambda made: code(made, 2)["metadata"].update(tags=[]), "0 cells carry the tag figure"),
+        (lambda made: code(made, 3)["metadata"].update(tags=["claims"]), "no cell carries the tag nbval-check-output"),
+        (lambda made: code(made, 2)["metadata"]["tags"].append("nbval-skip"), "tag 'nbval-skip' is not allowed"),
+        (lambda made: code(made, 2)["metadata"].update(papermill={}), "metadata other than tags: ['papermill']"),
+        (lambda made: made["metadata"].update(papermill={}), "its metadata holds ['papermill']"),
+        (lambda made: made["cells"][0].pop("id"), "ids are missing or used twice"),
+        (lambda made: made["cells"][0].update(id="cell-1"), "ids are missing or used twice"),
+        (
+            lambda made: code(made, 1)["outputs"].append(
+                {"output_type": "error", "ename": "ValueError", "evalue": "x", "traceback": []}
+            ),
+            "an error in its output: ValueError",
+        ),
+        (lambda made: code(made, 1)["outputs"].append(stream("in /ho" + "me/me/x")), "a machine's path in its output"),
+        (lambda made: code(made, 1)["outputs"].append(shown(text_html="<i>/tm" + "p/x</i>")), "a machine's path"),
+        (lambda made: code(made, 1)["outputs"].append(shown(text_plain="<A at 0x7f01aa00>")), "an object's address"),
+        (lambda made: code(made, 1)["outputs"].append(stream("x" * 700_000)), "allowed are fewer than 600000"),
+        (lambda made: code(made, 1).update(source="1\n" * 25 + "1"), "cell 2: 26 lines of code, allowed are 25"),
+        (lambda made: code(made, 0).update(source="count = 2"), "not a parameters cell of annotated literals"),
+        (lambda made: code(made, 0).update(source="count: int = 2  # a=b"), "a second '='"),
+    ],
+)
+def test_each_problem_is_named(tmp_path, edit, sentence):
+    found = change(tmp_path, edit)
+    assert any(sentence in problem for problem in found), found
+    assert all(problem.startswith("01_made.ipynb: ") and problem.endswith(".") for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        ("coutn: 3", "01.cpu.yaml sets coutn, which is no parameter"),
+        ("rate: 1e-4", "write 1.0e-4"),
+        ("count: [1]", "has to be an integer"),
+        ("- count", "has to map parameter names"),
+        ("count: [", "is not valid YAML"),
+    ],
+)
+def test_parameter_files_are_checked(tmp_path, yaml, sentence):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "01.cpu.yaml").write_text(yaml)
+    (problem,) = change(tmp_path, lambda made: None)
+    assert sentence in problem
+
+
+def test_what_is_no_notebook(tmp_path):
+    path = tmp_path / "01_made.ipynb"
+    path.write_text("not JSON")
+    assert check.problems(path) == ["01_made.ipynb is not a notebook."]
+
+
+def test_clean_removes_what_differs_between_runs(tmp_path):
+    made = notebook_maker.notebook()
+    expected = copy.deepcopy(made)
+    made["metadata"] |= {"papermill": {"start_time": "now"}, "widgets": {}, "language_info": {"version": "3.11.7"}}
+    for cell in made["cells"]:
+        cell["metadata"] |= {"papermill": {"duration": 1.5}, "execution": {}}
+    marker = notebook_maker.cell("markdown", "An exception", 9, ("papermill-error-cell-tag",))
+    made["cells"].insert(1, marker)
+    code(made, 1)["outputs"] = [
+        shown(text_plain="0%", **{"application_vnd.jupyter.widget-view+json": "{}"}),
+        stream("\r 10%|#    | 1/10\r100%|#####| 10/10\n", "stderr"),
+        stream(f"read {tmp_path}/results/x.json\n"),
+        stream(f"from {sys.prefix}/lib/y.py and {Path.home()}/z and {tempfile.gettempdir()}/ipykernel_1\n"),
+        stream("loss 3\rloss 2\n"),
+    ]
+    code(expected, 1)["outputs"] = [stream("read results/x.json\nfrom lib/y.py and ~/z and TMP/ipykernel_1\nloss 2\n")]
+    cleaned = clean.clean(made, tmp_path)
+    assert cleaned == expected
+    assert clean.clean(cleaned, tmp_path) == cleaned
+
+
+def test_clean_keeps_figures_and_their_sizes():
+    made = notebook_maker.notebook()
+    figure = shown(image_png="AAAA", text_plain="<Figure>") | {
+        "metadata": {"image/png": {"width": 300}, "isolated": True}
+    }
+    code(made, 2)["outputs"] = [figure]
+    assert code(clean.clean(made), 2)["outputs"] == [figure | {"metadata": {"image/png": {"width": 300}}}]
+
+
+def test_main_executes_in_place(tmp_path, capsys):
+    good = notebook_maker.write(tmp_path / "01_good.ipynb")
+    bad = notebook_maker.write(tmp_path / "02_bad.ipynb", claims="1 / 0")
+    before = bad.read_text()
+    assert refresh.main([str(good), str(bad)]) == 1
+    assert "02_bad.ipynb: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    assert "It holds: yes. count is 2." in good.read_text()
+    assert check.problems(good) == []
+    assert bad.read_text() == before
+    executed = good.read_text()
+    assert refresh.main([str(good)]) == 0
+    assert good.read_text() == executed

@@ -1,0 +1,126 @@
+import json
+import re
+
+import notebook_maker
+import pytest
+
+from binvit.lab.notebooks import report
+from binvit.lab.notebooks.run import Outcome
+
+
+def table(html: str) -> dict:
+    return {"output_type": "execute_result", "execution_count": 4, "metadata": {}, "data": {"text/html": html}}
+
+
+@pytest.fixture
+def outcomes(tmp_path) -> list[Outcome]:
+    """Two executed notebooks, the second stopped by an error, and one of which no copy exists."""
+    made = notebook_maker.notebook()
+    made["cells"][3]["outputs"] = [
+        {"output_type": "display_data", "metadata": {}, "data": {"image/png": "QUJD\n", "text/plain": "<Figure>"}}
+    ]
+    made["cells"][4]["outputs"] = [table("<table><tr><td>GSB helps</td><td>yes</td></tr></table>")]
+    failed = notebook_maker.notebook()
+    failed["cells"][0]["source"] = ["# Second <b>one</b>\n", "\n", "Why?"]
+    error = {"output_type": "error", "ename": "E", "evalue": "v", "traceback": ["\x1b[31mE: <v>\x1b[0m"]}
+    failed["cells"][2]["outputs"] = [error]
+    paths = []
+    for name, notebook in (("01_made", made), ("02_failed", failed)):
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(notebook))
+        paths.append(path)
+    return [
+        Outcome("01_made", paths[0], 75.0, size="cpu"),
+        Outcome("02_failed", paths[1], 2.0, "E: <v>"),
+        Outcome("03_gone", tmp_path / "notebooks" / "03_gone.ipynb", 1.0, "RuntimeError: Kernel died"),
+    ]
+
+
+def test_index_shows_question_figure_claims_time_and_failures(outcomes, tmp_path):
+    index = report.write_report(outcomes, tmp_path).read_text()
+    assert '<a href="01_made.html">What is counted?</a>' in index
+    assert re.search(r"<p>Does\s*<math.*</math>\s*hold\?</p>", index)
+    assert 'src="data:image/png;base64,QUJD"' in index
+    assert "<td>GSB helps</td><td>yes</td>" in index
+    assert "1 min 15 s" in index
+    assert "2 failed" in index
+    assert "Failed: E: &lt;v&gt;" in index
+    assert "Second &lt;b&gt;one&lt;/b&gt;" in index
+    assert "03_gone" in index
+    assert "03_gone.html" not in index
+    assert "size cpu" in index
+
+
+def test_pages_hold_all_outputs_and_need_no_network(outcomes, tmp_path):
+    report.write_report(outcomes, tmp_path)
+    page = (tmp_path / "01_made.html").read_text()
+    assert "<h1" in page
+    assert "GSB helps" in page
+    assert "base64,QUJD" in page
+    assert "check_parameters" in page
+    assert "&lt;v&gt;" in (tmp_path / "02_failed.html").read_text()
+    assert not (tmp_path / "03_gone.html").exists()
+    for file in tmp_path.glob("*.html"):
+        text = file.read_text()
+        assert "<script" not in text
+        assert not re.search(r"(src|href)=\"(https?:)?//", text)
+        assert len(text) < 60_000
+
+
+def test_report_is_the_same_for_the_same_outcomes(outcomes, tmp_path):
+    index = report.write_report(outcomes, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.html")}
+    assert report.write_report(outcomes, tmp_path) == index
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.html")} == before
+
+
+def test_index_keeps_the_notebooks_of_earlier_batches(outcomes, tmp_path):
+    report.write_report(outcomes, tmp_path)
+    repeated = Outcome("02_failed", outcomes[1].executed, 33.0)
+    index = report.write_report([repeated], tmp_path).read_text()
+    assert index.index("01_made.html") < index.index("02_failed.html")
+    assert "03_gone" not in index
+    assert "2 notebooks, all finished, 1 min 48 s in all" in index
+    assert "size cpu" in index
+    (tmp_path / "outcomes.json").write_text("[1")
+    assert "1 notebook, all finished" in report.write_report([repeated], tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("markdown", "formulas"),
+    [
+        ("a $x_1 * y_2$ b", 1),
+        ("$$\\sum_i a_i$$ and $b$", 2),
+        ("costs $5 and $6", 0),
+        ("`a$b` and `c$`", 0),
+        ("```\n$x$\n```", 0),
+        ("price \\$5 $x$", 1),
+        ("$\\hat{W} = \\begin{cases} 1 & x \\ge 0 \\\\ -1 & \\text{otherwise} \\end{cases}$", 1),
+        ("no formula", 0),
+    ],
+)
+def test_formulas_become_mathml_and_nothing_else_does(markdown, formulas):
+    page = report._markdown(markdown, (found := report._Formulas()))
+    assert len(found.found) == formulas
+    assert found.show(page).count("<math") == formulas
+
+
+def test_summary_of_a_notebook_without_opening_or_results():
+    summary = report.summarize({"cells": [notebook_maker.cell("code", "1", 1)]})
+    assert summary == report.Summary(title="Untitled", question="", figure=None, claims=None)
+
+
+def test_printed_claims_are_shown_as_text():
+    made = notebook_maker.notebook()
+    made["cells"][4]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "yes <1>\n"}]
+    assert report.summarize(made).claims == "<pre>yes &lt;1&gt;\n</pre>"
+
+
+def test_hidden_input_stays_hidden(tmp_path):
+    made = notebook_maker.notebook()
+    made["cells"][2]["metadata"] = {"tags": ["hide-input"]}
+    path = tmp_path / "01_made.ipynb"
+    path.write_text(json.dumps(made))
+    report.write_report([Outcome("01_made", path, 1.0)], tmp_path)
+    assert "check_parameters" not in (tmp_path / "01_made.html").read_text()

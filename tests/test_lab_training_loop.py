@@ -1,0 +1,254 @@
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import binvit
+from binvit import lab
+from binvit.lab.data.datasets import load_data
+from binvit.lab.training import loop
+from binvit.lab.training.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
+from binvit.lab.training.distillation import training_loss
+from binvit.lab.training.loop import Training, TrainingDiverged
+from binvit.lab.training.model import CheckpointInfo, build_model, new_model
+from binvit.lab.training.recipes import mlp_weights_stage, recipe
+from binvit.lab.trials.train_trial import train_trial
+from binvit.lab.trials.trial import Trial, teacher_trial
+from binvit.nn import Binarizer
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 2, "batch_size": 64, "eval_every": 1}
+
+
+def tiny(scheme="float", seed=0, samples=10, label_noise=0.0, **options):
+    options = TINY | options
+    return Trial(
+        "digits", scheme, seed=seed, samples_per_class=samples, label_noise=label_noise, recipe_options=options
+    )
+
+
+def numbers(result):
+    return result.history, result.test_accuracy, result.train_accuracy
+
+
+def same_weights(a, b):
+    states = a.state_dict(), b.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.2, "cutmix": 0.5, "drop_path": 0.2}, {"crop": 0.5, "flip": 0.5}])
+def test_same_seed_gives_the_same_bits(options):
+    first, second = (train_trial(tiny("gsb", **options)) for _ in range(2))
+    assert numbers(first) == numbers(second)
+    assert same_weights(first.model, second.model)
+    assert numbers(train_trial(tiny("gsb", seed=1, **options))) != numbers(first)
+
+
+def test_callers_random_numbers_are_left_alone():
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    train_trial(tiny())
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected  # noqa: NPY002
+
+
+def test_training_learns_and_measures():
+    seen = []
+    trial = tiny("gsb", samples=None, epochs=5, eval_every=2, lr=1e-2, width=32)
+    result = train_trial(trial, progress=lambda done, total, record: seen.append((done, total, record["epoch"])))
+    assert seen == [(i, 5, i) for i in range(1, 6)]
+    assert result.test_accuracy > 0.3
+    assert [entry["test_accuracy"] is None for entry in result.history] == [True, False, True, False, False]
+    assert result.history[-1]["test_accuracy"] == result.test_accuracy
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    rates = [entry["lr"] for entry in result.history]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] <= 1e-2
+    assert not result.model.training
+    assert result.parameters == sum(p.numel() for p in result.model.parameters())
+
+
+def test_learning_rate_warms_up_scales_with_the_batch_and_depends_on_the_scheme():
+    rates = [entry["lr"] for entry in train_trial(tiny(epochs=6, warmup=0.5, lr=1e-2)).history]
+    assert rates.index(max(rates)) == 3
+    for scheme, expected in (("float", 2e-3), ("bit", 4e-3)):
+        result = train_trial(tiny(scheme, epochs=1, lr=1e-3, lr_binary=2e-3, lr_batch=32, schedule="constant"))
+        assert result.history[0]["lr"] == pytest.approx(expected)
+
+
+def test_memorized_labels_are_counted(monkeypatch):
+    trial = tiny(samples=5, label_noise=0.4, epochs=1)
+    for asked, expected in (("labels", (1.0, 0.6, 1.0)), ("clean_labels", (0.6, 1.0, 0.0))):
+        monkeypatch.setattr(loop, "classify", lambda model, images, device, asked=asked: getattr(images.dataset, asked))
+        result = train_trial(trial)
+        assert (result.train_accuracy, result.clean_train_accuracy, result.memorized) == pytest.approx(expected)
+    clean = train_trial(tiny(epochs=1))
+    assert clean.memorized is clean.clean_train_accuracy is None
+
+
+def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monkeypatch):
+    steps = iter(range(100))
+    loss = loop.training_loss
+    monkeypatch.setattr(loop, "training_loss", lambda *args: loss(*args) * (float("nan") if next(steps) >= 4 else 1))
+    trial = tiny("bit", batch_size=32, epochs=3, schedule="constant", lr_binary=2e-3)  # three steps an epoch
+    with pytest.raises(TrainingDiverged, match=r"became nan in epoch 2, step 2, at learning rate 0.002; .*kept in "):
+        train_trial(trial, resume=tmp_path / "run.state")
+    (kept,) = tmp_path.iterdir()
+    model, info = load_checkpoint(kept)
+    assert info.scheme.name == "bit"
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_real_divergence_is_noticed():
+    with pytest.raises(TrainingDiverged, match=r"became (nan|inf) in epoch \d+, step \d+, at learning rate 1e\+30"):
+        train_trial(tiny(lr=1e30, clip_grad=0.0, schedule="constant"))
+
+
+def test_damaged_state_starts_over(tmp_path):
+    state = tmp_path / "run.state"
+    state.write_bytes(b"damaged")
+    assert numbers(train_trial(tiny(), resume=state)) == numbers(train_trial(tiny()))
+    assert not state.exists()
+
+
+def test_stages_hand_weights_on():
+    whole, early = binvit.scheme("gsb"), binvit.scheme("gsb", components=("mlp",), input="float", hidden="float")
+    settings = TINY | {"stages": [mlp_weights_stage(2)], "epochs": 1, "lr": 1e-12, "lr_binary": 1e-12}
+    still = recipe("smoke", **settings)
+    training = Training(still, [early, whole], load_data("digits", samples_per_class=5), seed=0)
+    seen = []
+    training.train(lambda *_: seen.append((training.model.scheme, copy.deepcopy(training.model.state_dict()))))
+    assert [entry["stage"] for entry in training.position.history] == [0, 0, 1]
+    assert [entry["epoch"] for entry in training.position.history] == [1, 2, 3]
+    assert [scheme for scheme, _ in seen] == [early, early, whole]
+    weights = build_model(still, 10, 8).state_dict()
+    for name in weights:  # a stage of its own would start from other random weights
+        torch.testing.assert_close(seen[2][1][name], seen[1][1][name])
+    assert seen[2][1].keys() > weights.keys()
+
+
+def test_distillation_none_soft_and_hard_differ():
+    teacher = train_trial(teacher_trial(tiny(distillation="hard", epochs=3))).model
+    losses = {}
+    for kind in ("none", "soft", "hard"):
+        for distilled in (False, True):
+            trial = tiny("bit", distillation=kind, distilled=distilled)
+            losses[kind, distilled] = train_trial(trial, teacher=teacher).history[-1]["train_loss"]
+    assert len(set(losses.values())) == 6
+    assert all(np.isfinite(value) for value in losses.values())
+
+
+def test_distillation_losses_are_their_formulas():
+    torch.manual_seed(0)
+    logits, distilled, taught = torch.randn(3, 4, 5)
+    labels = torch.tensor([0, 1, 2, 3])
+    own = -logits.log_softmax(1)[range(4), labels].mean()
+    hard = -distilled.log_softmax(1)[range(4), taught.argmax(1)].mean()
+    p, q = (taught / 2).softmax(1), (distilled / 2).softmax(1)
+    soft = (p * (p / q).log()).sum(1).mean() * 4
+    for kind, expected in (("hard", 0.3 * own + 0.7 * hard), ("soft", 0.3 * own + 0.7 * soft)):
+        given = recipe("smoke", distillation=kind, alpha=0.7, temperature=2.0)
+        loss = training_loss((logits, distilled), torch.empty(4), labels, given, lambda images: taught)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_teacher_is_trained_or_loaded(tmp_path):
+    trial = tiny("bit", distillation="hard", teacher_epochs=1)
+    trained = train_trial(trial)
+    taught = train_trial(teacher_trial(trial))
+    path = save_checkpoint(tmp_path / "teacher.safetensors", taught.model, taught.info)
+    loaded = train_trial(tiny("bit", distillation="hard", teacher=str(path)))
+    assert numbers(loaded) == numbers(trained)
+    with pytest.raises(ValueError, match="10 classes and images of 8 pixels, the data set digits 10 and 16"):
+        train_trial(tiny("bit", distillation="hard", teacher=str(path), image_size=16))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train_trial(tiny("bit", distillation="hard", teacher=str(tmp_path / "missing")))
+
+
+def test_schedules_of_rules_are_driven(monkeypatch):
+    driven = []
+    monkeypatch.setattr(Binarizer, "set_progress", lambda self, progress: driven.append(progress))
+    train_trial(tiny("irnet", batch_size=50))
+    assert sorted(set(driven)) == [0, 0.25, 0.5, 0.75]
+
+
+def test_two_steps_of_the_paper_recipe(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / split / name / "0.png")
+    options = {"epochs": 1, "stages": [mlp_weights_stage(1)], "batch_size": 2, "workers": 0}
+    trial = Trial(f"folder:{tmp_path}", "gsb", "paper", recipe_options=options)
+    teacher = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    result = train_trial(trial, teacher=teacher)
+    assert [entry["stage"] for entry in result.history] == [0, 1]  # one optimizer step in each stage
+    assert all(np.isfinite(entry["train_loss"]) for entry in result.history)
+    assert result.history[0]["lr"] == pytest.approx(1e-3 * 2 / 512)
+    assert result.model.scheme == binvit.scheme("gsb")
+    assert result.model.dist_token is not None
+    assert sum(p.numel() for name, p in result.model.named_parameters() if "attn.bias" in name) == 2_822_688
+
+
+def info(classes=3):
+    options = {name: TINY[name] for name in ("width", "depth", "heads")}
+    names = tuple("abc"[:classes])
+    return CheckpointInfo(recipe("smoke", **options), binvit.scheme("bit"), names, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 8)
+
+
+def test_checkpoints_survive_the_round_trip(tmp_path):
+    model = new_model(info()).eval()
+    path = save_checkpoint(tmp_path / "folder" / "model.safetensors", model, info())
+    again, read = load_checkpoint(path)
+    assert read == info()
+    assert is_checkpoint(path)
+    assert same_weights(model, again)
+    assert not again.training
+    assert [item.name for item in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_bad_checkpoints_get_one_sentence(tmp_path):
+    path = save_checkpoint(tmp_path / "model.safetensors", new_model(info()), info())
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "missing.safetensors")
+    for damaged in (b"", b"text", whole[:5], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(damaged)
+        assert not is_checkpoint(path)
+        with pytest.raises(ValueError, match="truncated or no safetensors file"):
+            load_checkpoint(path)
+    save_checkpoint(path, new_model(info(classes=2)), info())
+    with pytest.raises(ValueError, match=r"does not fit its own header: .* has shape \(2,.*expected \(3,"):
+        load_checkpoint(path)
+    save_checkpoint(path, build_model(info().recipe, 3, 8), info())
+    with pytest.raises(ValueError, match=r"has no tensor '.*binarizer"):
+        load_checkpoint(path)
+
+
+def test_foreign_safetensors_files_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of binvit"):
+        load_checkpoint(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "binvit checkpoint", "version": "9"})
+    with pytest.raises(ValueError, match="format version 9"):
+        load_checkpoint(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "binvit checkpoint", "version": "1", "recipe": "{"})
+    with pytest.raises(ValueError, match="damaged header"):
+        load_checkpoint(path)
+
+
+def test_public_names_exist():
+    for name in lab.__all__:
+        assert getattr(lab, name) is not None
+    with pytest.raises(AttributeError, match="attribute nonsense"):
+        _ = lab.nonsense

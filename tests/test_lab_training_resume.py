@@ -1,0 +1,48 @@
+import random
+
+import numpy as np
+import torch
+
+from binvit.lab.randomness import own_random_state, seed_all
+from binvit.lab.training.resume import Position, read_state, write_state
+
+
+def drawn():
+    return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+
+def test_seeds_decide_all_generators_and_leave_no_trace():
+    seed_all(7)
+    expected = drawn()
+    seed_all(7)
+    with own_random_state("cpu"):
+        seed_all(0, 1, 2)
+        first = drawn()
+        seed_all(0, 1, 2)
+        assert drawn() == first
+        seed_all(0, 1, 3)
+        assert all(a != b for a, b in zip(drawn(), first, strict=True))
+    assert drawn() == expected
+
+
+def test_a_state_is_read_back_only_for_the_same_run(tmp_path):
+    path, model = tmp_path / "run.state", torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    position = Position(1, 2, 3.5, [{"epoch": 1, "test_accuracy": None}])
+    write_state(path, position, model, optimizer, "this run")
+    assert [item.name for item in tmp_path.iterdir()] == ["run.state"]
+    state = read_state(path, "this run", "cpu")
+    assert Position(**state["position"]) == position
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in model.state_dict().items())
+    assert state["optimizer"]["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert read_state(path, "another run", "cpu") is None
+
+
+def test_no_state_and_a_damaged_one_start_over(tmp_path):
+    assert read_state(None, "run", "cpu") is None
+    assert read_state(tmp_path / "missing.state", "run", "cpu") is None
+    for damaged in (b"", b"damaged"):
+        (tmp_path / "run.state").write_bytes(damaged)
+        assert read_state(tmp_path / "run.state", "run", "cpu") is None
