@@ -1,5 +1,6 @@
 """Claims come out as yes, no or undecided, and every check can come out as no."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from binvit.lab.analysis import claims
 from binvit.lab.analysis.statistics import Difference, Estimate
@@ -114,8 +116,10 @@ def test_a_claim_is_one_sentence_with_a_known_verdict():
 
 def test_tables_show_evidence_only_on_request():
     made = [claims.check_value("A.", True), claims.check_value("B.", 1.0, at_least=2)]
-    assert claims.table(made).to_numpy().tolist() == [["A.", "yes"], ["B.", "no"]]
-    assert list(claims.table(made, evidence=True).columns) == ["claim", "verdict", "evidence"]
+    assert claims.table(made).to_numpy().tolist() == [["A.", "exploratory", "yes"], ["B.", "exploratory", "no"]]
+    shown = claims.table(made, evidence=True)
+    assert list(shown.columns[:3]) == ["claim", "kind", "verdict"]
+    assert {"uncorrected", "evidence", "low", "high", "p", "source"} <= set(shown.columns)
     assert list(claims.table(made).index) == [1, 2]
 
 
@@ -134,3 +138,52 @@ def test_shown_claims_are_escaped_html(capsys):
     shown = capsys.readouterr().out
     assert "The error is &lt; 1 %.</td>" in shown
     assert "yes        The error is < 1 %. 0.5 (at most 1 demanded)" in shown
+
+
+def claim(mean: float, error: float = 0.01, n: int = 5, **options) -> claims.Claim:
+    half = error * float(stats.t.ppf(0.975, n - 1))
+    found = claims.check_difference("It helps.", Difference(mean, mean - half, mean + half, n, "a", "b", "x"))
+    return dataclasses.replace(found, kind="confirmatory", **options)
+
+
+def test_holm_decides_step_by_step():
+    p = [0.001, 0.02, 0.03, 0.6]  # against 0.05 / 4, / 3, / 2, / 1
+    found = claims.correct([claim(0.01 * float(stats.t.isf(x / 2, 4))) for x in p])
+    assert [c.verdict for c in found] == ["yes", "undecided", "undecided", "undecided"]
+    assert [c.plain for c in found] == ["yes", "yes", "yes", "undecided"]
+    for c, level in zip(found, (0.05 / 4, 0.05 / 3, 0.05 / 3, 0.05 / 3), strict=True):
+        assert c.estimate is not None
+        assert c.corrected == pytest.approx(c.estimate.interval(1 - level))
+
+
+@given(st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=8))
+def test_correction_decides_nothing_new_and_ignores_order(means):
+    found = claims.correct([claim(mean) for mean in means])
+    assert all(c.verdict in (c.plain, "undecided") for c in found)
+    again = claims.correct([claim(mean) for mean in reversed(means)])
+    assert sorted(c.verdict for c in found) == sorted(c.verdict for c in again)
+
+
+def test_exploratory_and_exact_claims_are_not_corrected():
+    mixed = [claim(0.1), dataclasses.replace(claim(0.03), kind="exploratory"), claims.check_value("It is.", True)]
+    alone, other, exact = claims.correct([*mixed])
+    assert alone.corrected == pytest.approx(alone.estimate.interval(0.95))
+    assert (other.plain, exact.plain) == (None, None)
+    assert claims.confirm("the abstract", mixed[2])[0].source == "the abstract"
+
+
+def test_all_of_pays_for_choosing_the_worst_part():
+    barely = claim(-0.01 * float(stats.t.isf(0.02, 4)))  # p = .04 against its sentence
+    assert barely.verdict == "no"
+    assert claims.all_of("All help.", [barely, claim(0.1)]).verdict == "undecided"
+    assert claims.all_of("All help.", [claim(-0.1), claim(0.1)]).verdict == "no"
+    assert claims.all_of("All help.", [claim(0.1), claim(0.2)]).verdict == "yes"
+
+
+def test_the_table_tells_what_correction_changed():
+    found = claims.correct([claim(0.01 * float(stats.t.isf(x / 2, 4))) for x in (0.03, 0.03)])
+    shown = claims.table(found, evidence=True)
+    assert list(shown["verdict"]) == ["undecided", "undecided"]
+    assert list(shown["uncorrected"]) == ["yes", "yes"]
+    assert (shown["low"] < 0).all()
+    np.testing.assert_allclose(shown["p"], 0.03)

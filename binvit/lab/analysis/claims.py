@@ -11,24 +11,90 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from binvit.lab.analysis.statistics import Difference, Estimate, paired_difference, summarize
+from binvit.lab.analysis.statistics import CONFIDENCE, Difference, Estimate, paired_difference, summarize
 
 Verdict = Literal["yes", "no", "undecided"]
+Kind = Literal["confirmatory", "exploratory"]
+LEVEL = 1 - CONFIDENCE  # of two-sided tests
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, whether the evidence bears it out, and that evidence in words."""
+    """A sentence, whether the evidence bears it out, and that evidence in words.
+
+    Args:
+        sentence: what is claimed.
+        verdict: "yes", "no" or "undecided".
+        evidence: the numbers behind the verdict.
+        kind: "confirmatory" for the sentences of the papers, whose verdicts `correct` corrects together, "exploratory"
+            for our own.
+        source: who claims it.
+        p: one-sided p-values against the claim ("yes" needs the first below half the level) and for it ("no" needs the
+            second); None where the verdict follows from no sample.
+        estimate: the mean or difference behind the evidence, with its interval; None if there is none or are several.
+        corrected: the interval at the level that Holm's procedure leaves to the claim; None before `correct`.
+        plain: the verdict before `correct`.
+    """
 
     sentence: str
     verdict: Verdict
     evidence: str
+    kind: Kind = "exploratory"
+    source: str = ""
+    p: tuple[float, float] | None = None
+    estimate: Estimate | None = None
+    corrected: tuple[float, float] | None = None
+    plain: Verdict | None = None
 
     def __post_init__(self) -> None:
         if self.verdict not in ("yes", "no", "undecided"):
             raise ValueError(f"A verdict is 'yes', 'no' or 'undecided', and {self.verdict!r} came.")
         if not self.sentence.strip() or "\n" in self.sentence:
             raise ValueError(f"A claim is one sentence on one line, and {self.sentence!r} came.")
+
+
+def confirm(source: str, *claims: Claim) -> list[Claim]:
+    """Mark claims as confirmatory: sentences of a paper, which were written down before anything was trained.
+
+    Args:
+        source: the paper's sentence, or where it stands.
+        claims: what was checked.
+    """
+    return [dataclasses.replace(claim, kind="confirmatory", source=source) for claim in claims]
+
+
+def correct(claims: Sequence[Claim]) -> list[Claim]:
+    """Correct the verdicts of the confirmatory claims of one notebook together, by Holm's step-down procedure.
+
+    The k-th smallest of m two-sided p-values is compared with LEVEL / (m - k + 1), and nothing after the first that
+    is not below it is decided. The corrected interval of a claim is the one at its step's level, or at that of the step
+    which ended the procedure.
+
+    Args:
+        claims: all claims of a notebook, in the order to show. Exploratory ones and exact ones, which follow from no
+            sample, stay as they are.
+
+    Returns:
+        The claims in the same order.
+
+    References:
+        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    tested = [i for i, claim in enumerate(claims) if claim.kind == "confirmatory" and claim.p is not None]
+    found, level, still = list(claims), LEVEL, True
+    for step, i in enumerate(sorted(tested, key=lambda i: min(claims[i].p or (1.0, 1.0)))):
+        claim, level = claims[i], LEVEL / (len(tested) - step) if still else level
+        verdict = _verdict(claim.p, level) if still else "undecided"
+        still = verdict != "undecided"
+        interval = None if claim.estimate is None else claim.estimate.interval(1 - level)
+        found[i] = dataclasses.replace(claim, verdict=verdict, corrected=interval, plain=claim.verdict)
+    return found
+
+
+def _verdict(p: tuple[float, float] | None, level: float = LEVEL) -> Verdict:
+    if p is None or min(p) >= level / 2:
+        return "undecided"
+    return "yes" if p[0] < p[1] else "no"
 
 
 def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, percent: bool = True) -> Claim:
@@ -58,7 +124,8 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
         verdict = "no"
     else:
         verdict = "undecided"
-    return Claim(sentence, verdict, _interval_evidence(difference, margin, percent))
+    evidence = _interval_evidence(difference, margin, percent)
+    return Claim(sentence, verdict, evidence, p=difference.p_values(margin), estimate=difference)
 
 
 def check_pair(
@@ -186,11 +253,18 @@ def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
         evidence: add the evidence, whose numbers differ from machine to machine.
 
     Returns:
-        one row per claim with the columns ``claim``, ``verdict`` and, if asked for, ``evidence``; counted from 1.
+        one row per claim, counted from 1, with the columns ``claim``, ``kind``, ``verdict`` and, if asked for,
+        ``uncorrected`` (the verdict before Holm's correction), ``evidence``, ``low`` and ``high`` (the corrected
+        interval, else the 95 % interval), ``p`` (two-sided) and ``source``.
     """
-    rows = [(c.sentence, c.verdict, c.evidence) for c in claims]
-    df = pd.DataFrame(rows, columns=["claim", "verdict", "evidence"], index=range(1, len(rows) + 1))
-    return df if evidence else df[["claim", "verdict"]]
+    rows = []
+    for c in claims:
+        low, high = c.corrected or ((c.estimate.low, c.estimate.high) if c.estimate else (math.nan, math.nan))
+        p = 2 * min(c.p) if c.p else math.nan
+        rows.append((c.sentence, c.kind, c.verdict, c.plain or c.verdict, c.evidence, low, high, p, c.source))
+    columns = ["claim", "kind", "verdict", "uncorrected", "evidence", "low", "high", "p", "source"]
+    df = pd.DataFrame(rows, columns=columns, index=range(1, len(rows) + 1))
+    return df if evidence else df[["claim", "kind", "verdict"]]
 
 
 def verdicts(claims: Sequence[Claim], width: int = 110) -> str:
@@ -219,12 +293,14 @@ def show(claims: Sequence[Claim]) -> None:
 
     colors = {"yes": "#0a7d55", "no": "#b3402a", "undecided": "#667"}
     style = ' style="text-align:left; white-space:normal"'
-    rows = [
-        f'<tr><td{style}>{html.escape(c.sentence)}</td><td style="color:{colors[c.verdict]}"><b>{c.verdict}</b></td>'
-        f"<td{style}>{html.escape(c.evidence)}</td></tr>"
-        for c in claims
-    ]
-    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "verdict", "evidence"))
+    rows = []
+    for c in claims:
+        note = f", {c.plain} before correction" if c.plain not in (None, c.verdict) else ""
+        said = html.escape(c.sentence) + (f"<br><i>{html.escape(c.source)}</i>" if c.source else "")
+        cells = f"<td{style}>{said}</td><td{style}>{c.kind}</td>"
+        word = f'<td style="color:{colors[c.verdict]}"><b>{c.verdict}</b>{note}</td>'
+        rows.append(f"<tr>{cells}{word}<td{style}>{html.escape(c.evidence)}</td></tr>")
+    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "kind", "verdict", "evidence"))
     page = "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table>"])
     plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}" for c in claims)
     display({"text/html": page, "text/plain": plain}, raw=True)
@@ -273,6 +349,9 @@ def for_each_data(table: pd.DataFrame, check: Callable[[pd.DataFrame], Sequence[
 def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
     """Check the claim that several claims hold at once.
 
+    It holds if each part holds (an intersection-union test: the largest p-value counts), and fails if one part fails
+    after Bonferroni's correction for the choice among the parts.
+
     Args:
         sentence: what is claimed.
         parts: the single claims.
@@ -280,11 +359,18 @@ def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
     Returns:
         "no" if one of them fails, else "undecided" if one of them is, else "yes"; the evidence names those that decide.
     """
-    for verdict, words in (("no", ("fails", "fail")), ("undecided", ("is undecided", "are undecided"))):
-        found = [part for part in parts if part.verdict == verdict]
-        if found:
-            word = words[len(found) > 1]
-            return Claim(sentence, verdict, f"{len(found)} of {len(parts)} {word}: {found[0].evidence}")
     if not parts:
         return Claim(sentence, "undecided", "nothing to compare was run")
-    return Claim(sentence, "yes", "; ".join(part.evidence for part in parts))
+    known = [part.p for part in parts if part.p is not None]
+    p = (max(yes for yes, _ in known), min(1.0, len(parts) * min(no for _, no in known))) if known else None
+    if len(known) < len(parts) and p is not None:
+        p = (1.0, p[1])  # a part that was not run cannot be borne out
+    for verdict, words in (("no", ("fails", "fail")), ("undecided", ("is undecided", "are undecided"))):
+        found = [part for part in parts if part.verdict == verdict]
+        if found and not (verdict == "no" and p is not None and _verdict(p) != "no"):
+            word = words[len(found) > 1]
+            return Claim(sentence, verdict, f"{len(found)} of {len(parts)} {word}: {found[0].evidence}", p=p)
+    if any(part.verdict == "no" for part in parts):
+        lowest = min(parts, key=lambda part: part.p[1] if part.p else 1.0)
+        return Claim(sentence, "undecided", f"not decided after correction: {lowest.evidence}", p=p)
+    return Claim(sentence, "yes", "; ".join(part.evidence for part in parts), p=p)

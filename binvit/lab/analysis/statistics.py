@@ -23,6 +23,38 @@ class Estimate:
     high: float
     n: int
 
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Return the t interval at another confidence; NaN for a single number.
+
+        Args:
+            confidence: between 0 and 1, such as 0.99.
+        """
+        if math.isnan(self.low):
+            return math.nan, math.nan
+        half = self._standard_error * float(stats.t.ppf((1 + confidence) / 2, self.n - 1))
+        return self.mean - half, self.mean + half
+
+    def p_values(self, margin: float) -> tuple[float, float] | None:
+        """Return the one-sided p-values of the t test of "not above the margin" and of "above the margin".
+
+        Args:
+            margin: in the units of the mean.
+
+        Returns:
+            Two numbers that add up to 1; None for a single number. Equal numbers without spread leave no doubt:
+            (0, 1) above the margin, else (1, 0).
+        """
+        if math.isnan(self.low):
+            return None
+        if self._standard_error == 0:
+            return (0.0, 1.0) if self.mean > margin else (1.0, 0.0)
+        t = (self.mean - margin) / self._standard_error
+        return float(stats.t.sf(t, self.n - 1)), float(stats.t.cdf(t, self.n - 1))
+
+    @property
+    def _standard_error(self) -> float:
+        return (self.high - self.low) / 2 / float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1))
+
     def text(self, percent: bool = False) -> str:
         """The estimate as text that always tells the number of seeds, such as ``97.3 ± 0.6 (n = 3)``.
 
