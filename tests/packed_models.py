@@ -16,9 +16,9 @@ def images(count, seed=1):
 
 def vit(distilled=False, **options):
     """A timm model of 17 or 18 tokens, width 48 and heads of 16 channels."""
-    options = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3} | options
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": CLASSES}
     torch.manual_seed(0)
-    return (VisionTransformerDistilled if distilled else VisionTransformer)(num_classes=CLASSES, **options)
+    return (VisionTransformerDistilled if distilled else VisionTransformer)(**sizes | options)
 
 
 def trained(scheme, distilled=False, steps=2, seed=0, model=None, **options):

@@ -99,6 +99,17 @@ def test_a_model_made_by_timm():
     assert packed.blueprint.mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("layer", ["SwiGLU", "SwiGLUPacked", "GluMlp"])
+def test_other_mlps_are_refused_in_a_sentence(layer):
+    import timm.layers
+
+    model = binvit.binarize(
+        vit(depth=1, mlp_layer=getattr(timm.layers, layer)), binvit.scheme("gsb", components=("mhsa",))
+    )
+    with pytest.raises(ValueError, match=r"Block 0 has (SwiGLU|GluMlp) as MLP.*only timm's Mlp has\.$"):
+        binvit.pack(binvit.calibrate(model, X).eval())
+
+
 def test_a_model_that_has_seen_no_batch_is_refused():
     with pytest.raises(ValueError, match=r"run one batch in training mode or use binvit.calibrate"):
         binvit.pack(binvit.binarize(vit(), "gsb"))

@@ -9,7 +9,7 @@ from packed_models import CLASSES, images, logits_of, trained
 from safetensors.torch import save_file
 
 import binvit
-from binvit.packed.files import KEY, checksum, is_packed
+from binvit.packed.files import KEY, checksum, is_packed, to_bytes
 
 X = images(4)
 NAMES = ("ant", "bee", "cat", "dog", "emu")
@@ -364,3 +364,19 @@ def test_repr_and_sizes(model):
     assert sizes["attention bias"] == 2 * 4 * 3 * 18 * 18
     assert sizes["patch embedding"] == 48 * 48 + 48 * 4 + 48 * 4
     assert sum(sizes.values()) == sum(t.numel() * t.element_size() for t in packed.tensors.values())
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_nothing_depends_on_the_file_after_loading(exact, path):
+    binvit.save(binvit.pack(trained("gsb"), exact=exact), path)
+    data, packed = path.read_bytes(), binvit.load(path)
+    with open(path, "r+b") as file:  # in place, as a copying program does
+        file.write(bytes(len(data)))
+    assert to_bytes(packed) == data
+    logits = packed(X)  # words are prepared at the first call
+    with open(path, "r+b") as file:
+        file.truncate(0)
+    assert to_bytes(packed) == data
+    path.unlink()
+    assert torch.equal(packed(X), logits)
+    assert torch.equal(logits, binvit.pack(trained("gsb"), exact=exact)(X))

@@ -43,6 +43,13 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     _check_model(model, scheme)
     model = copy.deepcopy(model)
     model.scheme = scheme
+    with next(model.parameters()).device:  # what is added belongs there, whatever torch's default device is
+        _replace_parts(model, scheme)
+    model.register_forward_pre_hook(_set_scales, with_kwargs=True)
+    return model.train(model.training)
+
+
+def _replace_parts(model: VisionTransformer, scheme: Scheme) -> None:
     if scheme.binarizes("patch_embed"):
         weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
         # No shift: it would undo the normalization of the images.
@@ -60,8 +67,6 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
             if isinstance(head, nn.Linear):
                 rules = scheme.rule("head_weight"), scheme.rule("head_input")
                 setattr(model, name, _like(BinaryLinear(head, *rules, shift=scheme.shift), head))
-    model.register_forward_pre_hook(_set_scales, with_kwargs=True)
-    return model.train(model.training)
 
 
 def _like(module: nn.Module, layer: nn.Linear | nn.Conv2d) -> nn.Module:

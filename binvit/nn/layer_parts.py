@@ -25,7 +25,7 @@ class Binarizer(nn.Module):
         self.rule = rule
         shape = rule.parameter_shape(channels=channels, heads=heads)
         for name, value in zip(rule.parameters, rule.default(), strict=True):
-            tensor = torch.full(shape, value)
+            tensor = torch.full(shape, value, dtype=torch.float32)
             if rule.learned:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -111,9 +111,9 @@ class RPReLU(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.shift_in = nn.Parameter(torch.zeros(channels))
-        self.shift_out = nn.Parameter(torch.zeros(channels))
-        self.slope = nn.Parameter(torch.full((channels,), 0.25))
+        self.shift_in = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.shift_out = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.slope = nn.Parameter(torch.full((channels,), 0.25, dtype=torch.float32))
 
     def forward(self, x: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Map x (..., channels) to the same shape; the layer's own input is not used."""
@@ -174,9 +174,9 @@ class AttentionBias(nn.Module):
         self.kind = kind
         self.tokens = tokens = prefix + grid[0] * grid[1]
         if kind == "full":
-            self.values = nn.Parameter(torch.zeros(heads, tokens, tokens))
+            self.values = nn.Parameter(torch.zeros(heads, tokens, tokens, dtype=torch.float32))
             return
-        self.values = nn.Parameter(torch.zeros(heads, self.table_size(grid, prefix)))
+        self.values = nn.Parameter(torch.zeros(heads, self.table_size(grid, prefix), dtype=torch.float32))
         self.register_buffer("index", self.relative_index(grid, prefix), persistent=False)
 
     @staticmethod

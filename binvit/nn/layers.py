@@ -45,7 +45,7 @@ class BinaryLinear(nn.Module):
         self.out_features, self.in_features = matrix.shape
         self.weight = _copy_of(linear.weight)
         self.bias = None if linear.bias is None else _copy_of(linear.bias)
-        self.shift = nn.Parameter(torch.zeros(self.in_features)) if shift and not input.is_float else None
+        self.shift = nn.Parameter(matrix.new_zeros(self.in_features)) if shift and not input.is_float else None
         self.weight_binarizer = Binarizer(weight, channels=self.out_features)
         self.input_binarizer = Binarizer(input)
         self.post = RPReLU(self.out_features) if rprelu else None
@@ -123,7 +123,7 @@ class BinaryAttention(nn.Module):
         super().__init__()
         heads = self.num_heads = attention.num_heads
         self.head_dim, self.attn_dim = attention.head_dim, attention.attn_dim
-        self.register_buffer("factor", torch.tensor(self.head_dim**-0.5), persistent=False)
+        self.register_buffer("factor", torch.tensor(self.head_dim**-0.5, dtype=torch.float32), persistent=False)
         options = {"shift": scheme.shift, "rprelu": scheme.rprelu, "shortcut": scheme.shortcut}
         weight, input = scheme.rule("weight"), scheme.rule("input")
         self.qkv = BinaryLinear(attention.qkv, weight, input, **options)
@@ -135,7 +135,7 @@ class BinaryAttention(nn.Module):
         for place in ("query", "key", "value"):
             shifted = scheme.shift and not scheme.rule(place).is_float
             self.register_parameter(
-                f"{place}_shift", nn.Parameter(torch.zeros(heads, 1, self.head_dim)) if shifted else None
+                f"{place}_shift", nn.Parameter(self.qkv.weight.new_zeros(heads, 1, self.head_dim)) if shifted else None
             )
         self.softmax = scheme.attention != "scores"
         kind = scheme.attention_bias

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,27 @@ def full_precision(function: Callable) -> Callable:
             return function(*arguments, **options)
 
     return run
+
+
+_PROCESS = os.getpid()
+
+
+def forked() -> bool:
+    """Tell whether this process was forked from the one that has imported the package."""
+    return os.getpid() != _PROCESS
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute in float32 on the CPU and without gradients, whatever autocast and default device the caller has set.
+
+    In a forked process torch keeps to one thread from then on: it would wait for OpenMP's other threads, which do not
+    survive a fork.
+    """
+    if forked():
+        torch.set_num_threads(1)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 def _widen(argument: Any) -> Any:

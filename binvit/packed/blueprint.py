@@ -12,7 +12,7 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath, Mlp, PatchDropout
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -20,7 +20,7 @@ from torch import nn
 
 from binvit.nn.convert import binarize
 from binvit.nn.layer_parts import AttentionBias
-from binvit.nn.layers import BinaryAttention
+from binvit.nn.layers import BinaryAttention, BinaryMlp
 from binvit.nn.schemes import Scheme
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}
@@ -158,7 +158,7 @@ class Blueprint:
         model = binarize(model, self.scheme).eval()
         for module in model.modules():  # buffers that no file holds need their values
             if isinstance(module, BinaryAttention):
-                module.factor = torch.tensor(module.head_dim**-0.5)
+                module.factor = torch.tensor(module.head_dim**-0.5, dtype=torch.float32)
                 if hasattr(module.bias, "index"):
                     grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
                     module.bias.index = AttentionBias.relative_index(grid, prefix)
@@ -211,6 +211,11 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     """
     block = model.blocks[0]
     embed, attention, mlp = model.patch_embed, block.attn, block.mlp
+    for i, other in enumerate(model.blocks):
+        if not isinstance(other.mlp, Mlp | BinaryMlp):
+            raise ValueError(
+                f"Block {i} has {type(other.mlp).__name__} as MLP, which has no packed form; only timm's Mlp has."
+            )
     float_attention = next((m for m in model.modules() if isinstance(m, Attention)), None)
     if model.dynamic_img_size:
         raise ValueError("A model with dynamic_img_size=True cannot be packed; a packed model has one image size.")

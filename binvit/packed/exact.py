@@ -257,7 +257,7 @@ def few_rows_product(x: Tensor, w: Tensor) -> Tensor | None:
     rows = x.reshape(-1, x.shape[-1])
     if not JIT or len(rows) > MOST_ROWS or w.dtype != torch.int8:
         return None
-    out = torch.empty(len(rows), len(w))
+    out = torch.empty(len(rows), len(w), dtype=torch.float32)
     _multiply(rows.contiguous().numpy(), w.numpy(), out.numpy())
     return out.view(*x.shape[:-1], len(w))
 

@@ -1,10 +1,8 @@
-"""save() and load(): a packed model is one safetensors file with a JSON header, read through a memory map."""
+"""save() and load(): a packed model is one safetensors file with a JSON header, or the same as bytes."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
 from torch import Tensor
 
+from binvit.files import atomic_write
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.vit import PackedViT
 
@@ -38,15 +38,12 @@ def save(model: PackedViT, path: str | Path) -> Path:
     """
     if not isinstance(model, PackedViT):
         raise ValueError(f"save() writes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(model.tensors, temporary, pack_header(model))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return atomic_write(path, to_bytes(model))
+
+
+def to_bytes(model: PackedViT) -> bytes:
+    """Return what the packed model's file holds."""
+    return serialize(model.tensors, pack_header(model))
 
 
 def pack_header(model: PackedViT) -> dict[str, str]:
@@ -73,7 +70,7 @@ def checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def load(path: str | Path, exact: bool | None = None) -> PackedViT:
-    """Read a packed model that `save` has written; the file's tensors are mapped into memory, not copied.
+    """Read a packed model that `save` has written; nothing depends on the file afterwards.
 
     Args:
         path: The file.
@@ -91,24 +88,42 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
     if not path.is_file():
         raise FileNotFoundError(f"There is no packed model {path}.")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        with safe_open(path, framework="pt") as file:  # the header alone: a foreign file may be large
+            known = KEY in (file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The file {path} is truncated or no safetensors file ({error}).") from None
-    if KEY not in metadata:
+    if not known:
         raise ValueError(f"The file {path} is a safetensors file, but no packed model of binvit.")
-    content = _read_header(path, metadata[KEY], tensors)
+    return from_bytes(path.read_bytes(), exact, f"{path}")
+
+
+def from_bytes(data: bytes, exact: bool | None = None, name: str = "given as bytes") -> PackedViT:
+    """Make a packed model of what `to_bytes` returned.
+
+    Args:
+        data: The bytes of a packed file.
+        exact: As for `load`.
+        name: What errors call the bytes.
+
+    Raises:
+        ValueError: As for `load`.
+    """
+    try:
+        tensors = deserialize(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][KEY]
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"The file {name} is truncated or no packed model of binvit ({error}).") from None
+    content = _read_header(name, header, tensors)
     try:
         if not isinstance(content["exact"], bool):
             raise ValueError(f"The header's field exact must be true or false, got {content['exact']!r}.")
         blueprint = Blueprint.from_dict(content["blueprint"])
         return PackedViT(blueprint, tensors, exact=content["exact"] if exact is None else exact)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The packed model {path} is damaged ({type(error).__name__}: {error}).") from None
+        raise ValueError(f"The packed model {name} is damaged ({type(error).__name__}: {error}).") from None
 
 
-def _read_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _read_header(path: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the header's entries but version and checksum, which must fit."""
     try:
         content = json.loads(text)

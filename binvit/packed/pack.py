@@ -13,12 +13,13 @@ from torch import Tensor
 from binvit import bits
 from binvit.nn.convert import VECTORS
 from binvit.nn.layers import Binarizer, BinaryLinear
+from binvit.nn.precision import on_cpu
 from binvit.packed.blueprint import Blueprint, check_same, describe
 from binvit.packed.exact import weight_dtype
 from binvit.packed.vit import PackedViT, as_tensor
 
 
-@torch.no_grad()
+@on_cpu()
 def pack(
     model: VisionTransformer,
     exact: bool = False,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from binvit import bits
+from binvit.nn.precision import forked, on_cpu
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
 from binvit.packed.fast.fold import NotFoldable
@@ -46,6 +47,7 @@ class PackedViT:
         reason: Why the fast path takes generic steps for this model; empty if it does not.
     """
 
+    @on_cpu()
     def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
         self.blueprint, self.tensors, self.exact = blueprint, dict(tensors), bool(exact)
         self._model = build_exact(blueprint, tensors)
@@ -97,15 +99,18 @@ class PackedViT:
                 f"{tuple(images.shape)}."
             )
         images = as_tensor(images)
-        with torch.inference_mode():
-            logits = torch.empty(0, self.blueprint.vit["num_classes"])
-            if len(images):
-                logits = self._run(images.detach(), min(threads, bits.get_threads()))
+        with torch.inference_mode(), on_cpu():
+            logits = self._run(images.detach(), min(threads, bits.get_threads()))
         return logits.clone() if is_tensor else logits.numpy()
 
     def _run(self, images: Tensor, threads: int) -> Tensor:
+        if not len(images):
+            vit = self._model
+            tokens = torch.zeros(1, vit.patch_embed.num_patches + vit.num_prefix_tokens, vit.embed_dim)
+            return vit.forward_head(tokens.float())[:0]
         if self._fast is None or not self._fast.takes(len(images)):
-            return self._model(images)
+            with bits.use_threads(1 if forked() else None):  # numba ends a forked process that asks for OpenMP
+                return self._model(images)
         return self._fast(images, threads)
 
     def predict(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
@@ -115,6 +120,12 @@ class PackedViT:
             int64 (B,), indices into `classes`.
         """
         return self(images, threads).argmax(-1)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], PackedViT], tuple[bytes]]:
+        # As small as the file: without scratch, folded blocks and compiled code.
+        from binvit.packed.files import from_bytes, to_bytes
+
+        return from_bytes, (to_bytes(self),)
 
     def _path(self) -> str:
         if self.exact:

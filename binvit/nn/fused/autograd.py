@@ -66,7 +66,7 @@ class _ElasticLinear(torch.autograd.Function):
         dtype = torch.int8 if large else torch.float32
         gain, gains = 1.0, None  # scales of the weights: one number, or (N, 1)
         if rule_w == _BWN:
-            levels_w = torch.empty(n, k, dtype=dtype)
+            levels_w = w.new_empty(n, k, dtype=dtype)
             gain = float(elementwise.centred_signs(elementwise.rows_of(w), levels_w.numpy()))
         else:
             ((levels_w, scale_w),) = rule_w.planes(w, *parameters)
@@ -76,10 +76,10 @@ class _ElasticLinear(torch.autograd.Function):
             else:
                 gains = scale_w
         rows, size = elementwise.rows_of(x), scale.item()
-        levels = torch.empty(rows.shape, dtype=dtype)
+        levels = x.new_empty(rows.shape, dtype=dtype)
         elementwise.elastic_levels(rows, elementwise.vector(shift, k), np.float32(0.5 * size), unsigned, levels.numpy())
         product = torch._int_mm(levels, levels_w.t()) if large else levels @ levels_w.t()
-        y = torch.empty(product.shape, dtype=torch.float32) if large else product
+        y = x.new_empty(product.shape) if large else product
         factor = np.full(n, size * gain, np.float32) if gains is None else elementwise.vector(size * gains, n)
         elementwise.scale_product(product.numpy(), factor, elementwise.vector(bias, n), y.numpy())
         ctx.unsigned, ctx.rule_w, ctx.size, ctx.gain = unsigned, rule_w, np.float32(size), np.float32(gain)
@@ -167,7 +167,7 @@ class _AttentionCore(torch.autograd.Function):
         thresholds_a, thresholds_v = (np.array(getattr(r, "thresholds", ()), np.float32) for r in rules)
         groups = len(thresholds_a) + 1
         scales_a, scales_v = _numbers(scales[:groups]), _numbers(scales[groups:])
-        signs_q, signs_k, value = torch.empty(3, b * heads, n, d).unbind()
+        signs_q, signs_k, value = qkv.new_empty(3, b * heads, n, d).unbind()
         extremes = np.empty((b, heads, 2), np.float32)
         query, key, values = (x.numpy().reshape(b, heads, n, d) for x in (signs_q, signs_k, value))
         attention.split_signs(joint, *shifts[:2], query, key)
@@ -175,7 +175,7 @@ class _AttentionCore(torch.autograd.Function):
         size_q, size_k = scale_q.item(), scale_k.item()
         table = np.exp(np.arange(d + 1) * (-2.0 * size_q * size_k * d**-0.5)).astype(np.float32)
         map_ = torch.bmm(signs_q, signs_k.mT)  # first the products of the signs, which the map overwrites
-        probability = torch.empty(b, heads, n, n)
+        probability = qkv.new_empty(b, heads, n, n)
         extra = np.empty((0, 0, 0), np.float32) if bias is None else bias.detach().contiguous().numpy()
         maps = map_.numpy().reshape(b, heads, n, n)
         attention.superpose_map(maps, extra, table, scales_a, thresholds_a, probability.numpy(), maps)
@@ -206,7 +206,7 @@ class _AttentionCore(torch.autograd.Function):
         factor = np.float32(d**-0.5)
         attention.map_backward(probability, extra, up, scales_a, thresholds_a, factor, dbias, sums_a, counts_a)
         ups = [u.numpy().reshape(b, heads, n, d) for u in (torch.bmm(ds, signs_k), torch.bmm(ds.mT, signs_q), up_v)]
-        dqkv = torch.empty(qkv.shape)
+        dqkv = qkv.new_empty(qkv.shape)
         sums = np.zeros((b * heads, 2 + len(scales_v)))
         counts = np.zeros((b * heads, len(thresholds_v)))
         dshift = np.zeros((b, 3, heads, d), np.float32)

@@ -83,11 +83,11 @@ def _constant_scale(place: str, binarizer: Binarizer, unsigned: bool = False) ->
     _require(rule.highest == 1 and (rule.lowest == -1 or unsigned), f"the {place} has more than two levels")
     if isinstance(rule, Sign):
         _require(rule.scale == "none", f"the {place} has a scale per token")
-    return binarizer.planes(torch.zeros(1))[0].scale
+    return binarizer.planes(torch.zeros(1, dtype=torch.float32))[0].scale
 
 
 def _vector(x: Tensor | None, size: int, default: float = 0.0) -> np.ndarray:
-    x = torch.tensor(default) if x is None else x.detach()
+    x = torch.tensor(default, dtype=torch.float32) if x is None else x.detach()
     return np.ascontiguousarray(x.float().flatten().expand(size).numpy())
 
 

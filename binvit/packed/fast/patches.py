@@ -60,13 +60,13 @@ def fold_patches(model: nn.Module) -> Patches:
     if not (plain and isinstance(conv, PackedPatchConv) and conv.input_binarizer.rule.is_float) or conv.on_bits:
         return _nothing()
     levels, width = conv.levels.float(), conv.out_features
-    tokens = model._pos_embed(torch.zeros(1, embed.num_patches, width))[0]
+    tokens = model._pos_embed(levels.new_zeros(1, embed.num_patches, width))[0]
     padded = np.zeros((bits.word_count(width) * PANEL, levels.shape[1]), np.float32)
     padded[:width] = levels.numpy()
     weights = bits.aligned_empty((len(padded) // PANEL, levels.shape[1], PANEL), np.float32)
     weights[...] = padded.reshape(-1, PANEL, levels.shape[1]).transpose(0, 2, 1)
-    scale = torch.ones(1) if conv.scale is None else conv.scale.flatten()
-    bias = torch.zeros(width) if conv.bias is None else conv.bias
+    scale = levels.new_ones(1) if conv.scale is None else conv.scale.flatten()
+    bias = levels.new_zeros(width) if conv.bias is None else conv.bias
     folded = Patches(
         weights=weights,
         affine=np.stack([scale.expand(width).numpy(), bias.detach().numpy()]),
@@ -86,7 +86,8 @@ def _nothing() -> Patches:
 def _with_block(folded: Patches, model: nn.Module) -> Patches:
     """Find the block length that gives torch's numbers for a random image."""
     conv, length = model.patch_embed.proj, folded.weights.shape[1]
-    image = torch.randn(1, conv.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    shape = (1, conv.in_chans, *model.patch_embed.img_size)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     expected = model._pos_embed(model.patch_embed(image))[0].numpy()
     x = np.zeros_like(expected)
     for block in (length, *BLOCKS):

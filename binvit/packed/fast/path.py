@@ -14,9 +14,9 @@ several images come.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from binvit.packed.fast.forward import run_images, share_image
 from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
-from binvit.packed.fast.threads import TEAM
+from binvit.packed.fast.threads import TEAM, Pool
 
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 
@@ -69,7 +69,8 @@ class FastPath:
         biases = [block["bias"] for block in folded]
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
         self.bias = Bias(**arrays, width=biases[0].width)
-        self._scratch: dict[tuple[int, ...], tuple[Scratch, Workspace]] = {}
+        # Two sizes, for odd batches: the images that have a thread of their own, and the last one, which all share.
+        self._scratch: Pool[tuple[Scratch, Workspace]] = Pool(2)
 
     def takes(self, images: int) -> bool:
         """Tell whether so many images can be run: a maximum over the batch needs all of them at once."""
@@ -81,7 +82,7 @@ class FastPath:
         if len(self.patches.weights):
             pixels = images.contiguous().numpy()
             tokens = len(self.patches.prefix) + len(self.patches.positions)
-            stream = torch.empty(len(pixels), tokens, model.embed_dim)
+            stream = torch.empty(len(pixels), tokens, model.embed_dim, dtype=torch.float32)
             x = stream.numpy()
         else:
             stream = model.norm_pre(model._pos_embed(model.patch_embed(images)))
@@ -118,14 +119,9 @@ class FastPath:
         with self._borrow(len(x), 1, threads) as scratch:
             TEAM.run(run, threads)
 
-    @contextmanager
-    def _borrow(self, *key: int) -> Iterator[tuple[Scratch, Workspace]]:
-        # Taken out while it is in use, so that Python threads do not share it. Two sizes are kept, for odd batches: one
-        # for the images that have a thread of their own, one for the last image, which all threads share.
+    def _borrow(self, *key: int) -> AbstractContextManager[tuple[Scratch, Workspace]]:
         biased = self.bias.full.size + self.bias.runs.size > 0
-        scratch = self._scratch.pop(key, None) or make_scratch(self.layers, biased, *key)
-        yield scratch
-        self._scratch = dict(list(self._scratch.items())[-1:]) | {key: scratch}
+        return self._scratch.borrow(key, lambda: make_scratch(self.layers, biased, *key))
 
     def _finish(self, x: Tensor) -> Tensor:
         """Turn the residual stream into logits."""
@@ -167,6 +163,8 @@ class _OneTorchThread:
 
 
 _ONE_TORCH_THREAD = _OneTorchThread()
+if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that stays behind
+    os.register_at_fork(after_in_child=_ONE_TORCH_THREAD.__init__)
 
 
 def torch_threads() -> int:

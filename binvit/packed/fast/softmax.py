@@ -66,8 +66,9 @@ def torch_lanes() -> int:
     """Find how many lanes torch's softmax has on this machine, by comparing results; 16 if none agrees."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 41, (64, 197), generator=generator)
-    scores = (40 - 2 * counts).float() * torch.tensor(0.11)
-    expected, table = torch.softmax(scores, -1).numpy(), score_table(None, torch.tensor(0.11), 40)
+    factor = torch.tensor(0.11, dtype=torch.float32)
+    scores = (40 - 2 * counts).float() * factor
+    expected, table = torch.softmax(scores, -1).numpy(), score_table(None, factor, 40)
     octets = counts.numpy().astype(np.uint8)
     attention, reciprocals = np.zeros(octets.shape, np.float32), np.zeros(64, np.float32)
     for lanes in WIDTHS:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 from llvmlite import ir
 from numba import types
@@ -18,6 +21,7 @@ from numba import types
 from binvit.bits.emitter import Emitter, check_arrays
 from binvit.jit import JIT, kernel, vector_code
 
+T = TypeVar("T")
 _PATIENCE = 2000  # looks at a gate before the processor is offered to others
 
 
@@ -70,6 +74,46 @@ def _report(task: Callable[[int, int], None], number: int, threads: int, done: q
 TEAM = Team()
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child starts without workers
     os.register_at_fork(after_in_child=TEAM.__init__)
+
+
+class Pool(Generic[T]):
+    """Things to be lent to one caller at a time, kept for the next one with the same key.
+
+    Every step is one atomic operation of a deque: there is no lock that a fork could leave locked in the child.
+
+    Args:
+        size: How many are kept while nobody uses them; what was used last stays.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free: deque[tuple[Hashable, T]] = deque(maxlen=size)
+
+    @contextmanager
+    def borrow(self, key: Hashable, make: Callable[[], T]) -> Iterator[T]:
+        """Lend a thing that nobody else holds; what an exception interrupted is not lent again.
+
+        Args:
+            key: What the thing is for.
+            make: Makes one if none of that key is free.
+
+        Yields:
+            The thing.
+        """
+        thing = self._take(key)
+        thing = make() if thing is None else thing
+        yield thing
+        self._free.append((key, thing))
+
+    def _take(self, key: Hashable) -> T | None:
+        for _ in range(len(self._free)):
+            try:
+                found, thing = self._free.popleft()
+            except IndexError:  # another thread was faster
+                return None
+            if found == key:
+                return thing
+            self._free.append((found, thing))
+        return None
 
 
 def _next_twin(counters, index):
