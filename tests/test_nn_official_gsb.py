@@ -1,6 +1,7 @@
 """Official GSB checkpoints load, agree with the released code, and bad files get one sentence."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +211,41 @@ def test_a_transposed_weight_is_refused(state, tmp_path):
 def test_a_wrong_reduction_is_refused():
     with pytest.raises(ValueError, match="Unknown reduce 'all'; valid are batch, sample, head, row"):
         binvit.load_official_gsb(CHECKPOINT, reduce="all")
+
+
+@pytest.mark.parametrize("number", ["99999999999", "9" * 5000, "7"], ids=["11 digits", "5000 digits", "gap"])
+def test_a_block_number_claims_no_blocks(state, tmp_path, number):
+    torch.save({"model": state | {f"blocks.{number}.norm1.weight": torch.zeros(48)}}, tmp_path / "number.pth")
+    refused(tmp_path / "number.pth", r"the key 'blocks\.2\.norm1\.weight' is missing")
+
+
+CLAIMS = {
+    "stride 0": lambda state: {"pos_embed": torch.zeros(1).expand(1, 10**6, 10**6)},
+    "one storage": lambda state: dict.fromkeys(state, torch.zeros(10**5)),
+    "meta": lambda state: {"norm.bias": torch.empty(48, device="meta")},
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_tensors_that_claim_more_than_the_file_has(state, tmp_path, claim):
+    torch.save({"model": state | CLAIMS[claim](state)}, tmp_path / "claim.pth")
+    refused(tmp_path / "claim.pth", "is damaged: its tensors claim|is no plain one")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    with (
+        zipfile.ZipFile(CHECKPOINT) as source,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in source.namelist():
+            data = source.read(entry)
+            bomb.writestr(entry, bytes(10**8) if entry.endswith("/data/0") else data)
+    refused(tmp_path / "bomb.pth", "truncated or no PyTorch checkpoint")
+
+
+def test_every_parameter_is_there_and_learns():
+    model = binvit.load_official_gsb(CHECKPOINT)
+    assert all(tensor.device.type == "cpu" for tensor in [*model.parameters(), *model.buffers()])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    assert len(set(pointers)) == len(pointers)

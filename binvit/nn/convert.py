@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from binvit.nn.catalogue import scheme as scheme_of
-from binvit.nn.layer_parts import Binarizer
+from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.schemes import Scheme
 
@@ -158,6 +158,19 @@ def round_vectors(model: VisionTransformer) -> VisionTransformer:
         if any(name.endswith(ends) for ends in VECTORS) and half.isfinite().all():
             parameter.copy_(half)
     return model
+
+
+def fill_buffers(model: VisionTransformer) -> None:
+    """Give the buffers that no state holds their values, in a binarized model built on the "meta" device."""
+    index = None
+    for module in model.modules():
+        if isinstance(module, BinaryAttention):
+            module.factor = torch.tensor(module.head_dim**-0.5, dtype=torch.float32, device="cpu")
+        elif isinstance(module, AttentionBias) and module.kind == "relative":
+            if index is None:  # one for all blocks: it is as large as a whole attention map
+                with torch.device("cpu"):
+                    index = AttentionBias.relative_index(model.patch_embed.grid_size, model.num_prefix_tokens)
+            module.index = index
 
 
 def set_progress(model: nn.Module, done: float) -> None:

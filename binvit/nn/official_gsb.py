@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
 from binvit.nn.catalogue import scheme
-from binvit.nn.convert import binarize
+from binvit.nn.convert import binarize, fill_buffers
 
 _ATTENTION = {
     "clip_query": "query_binarizer.scale",
@@ -78,7 +79,8 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
         ValueError: If the file is truncated or no such checkpoint; names the first missing or unexpected key.
     """
     state = _read(Path(path))
-    depth = 1 + max((int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))), default=0)
+    # Counted, since a block's number may claim anything.
+    depth = max(1, len({m[1] for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}))
     names = _names(depth)
     for key in names:
         if key not in state and key != "patch_embed.proj.init_state":
@@ -95,11 +97,12 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
         want, got = tuple(target[ours].shape), tuple(value.shape)
         if [d for d in want if d != 1] != [d for d in got if d != 1]:  # scalars may come as (1,), rows as (n,)
             raise ValueError(f"{path}: the shape of {theirs!r} is {got}, expected {want}.")
-        target[ours] = value.float().reshape(target[ours].shape)
+        target[ours] = value.float().reshape(target[ours].shape).clone()
     for name in target:
         if name.endswith(".initialized"):
-            target[name] = torch.ones_like(target[name])
-    model.load_state_dict(target)
+            target[name] = torch.tensor(True, device="cpu")
+    model.load_state_dict(target, assign=True)
+    fill_buffers(model)
     return model.eval()
 
 
@@ -107,6 +110,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged and foreign files
         raise ValueError(
@@ -118,7 +122,21 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is no official GSB checkpoint: the key 'model' with a dictionary of tensors is missing."
         )
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise ValueError(f"{path} is no official GSB checkpoint: the tensor {key!r} is no plain one.")
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    if size > path.stat().st_size:  # strides of 0, and views of one storage, claim more than is there
+        raise ValueError(f"{path} is damaged: its tensors claim {size} bytes, more than the file has.")
     return state
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than its size; torch stores its tensors as they are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("a compressed archive")
 
 
 def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) -> VisionTransformerDistilled:
@@ -151,6 +169,8 @@ def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) 
         depth=depth,
         num_heads=heads,
         mlp_ratio=hidden / width,
+        dtype=torch.float32,
+        device="meta",  # shapes alone, until they are known to fit
     )
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
