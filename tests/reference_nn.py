@@ -41,9 +41,9 @@ def sum_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def slope(x: float, window: str) -> float:
     """Derivative used for sign(x)."""
-    if abs(x) > 1:
+    if abs(x) > 1 or (window == "open" and abs(x) == 1):
         return 0.0
-    return 1.0 if window == "clip" else 2 - 2 * abs(x)
+    return 2 - 2 * abs(x) if window == "approx" else 1.0
 
 
 def identity(x: np.ndarray, g: np.ndarray) -> Outcome:
@@ -51,7 +51,10 @@ def identity(x: np.ndarray, g: np.ndarray) -> Outcome:
 
 
 def sign_rule(scale: str = "none", window: str = "clip", center: bool = False, bare: bool = False) -> Callable:
-    """y = s sign(x) with a constant s: 1, the mean of |x| over the last axis ("row") or over the last two ("head")."""
+    """y = s sign(c) with a constant s: 1, the mean of |x| over the last axis ("row") or over the last two ("head").
+
+    c is x, or x minus its mean over the last axis, through which the gradient passes.
+    """
 
     def oracle(x: np.ndarray, g: np.ndarray) -> Outcome:
         y, dx = np.zeros_like(x), np.zeros_like(x)
@@ -63,10 +66,30 @@ def sign_rule(scale: str = "none", window: str = "clip", center: bool = False, b
                 "head": lambda i=i: np.abs(x[i[:-2]]).mean(),
             }[scale]()
             y[i] = s * sgn(x[i] - mean)
-            dx[i] = g[i] * slope(x[i], window) * (1.0 if bare else s)
-        return Outcome(y, dx, [])
+            dx[i] = g[i] * slope(x[i] - mean, window) * (1.0 if bare else s)
+        return Outcome(y, through_centring(dx) if center else dx, [])
 
     return oracle
+
+
+def through_centring(h: np.ndarray) -> np.ndarray:
+    """Chain rule of c_j = x_j - mean x along the last axis."""
+    dx = np.zeros_like(h)
+    n = h.shape[-1]
+    for i in np.ndindex(h.shape):
+        dx[i] = sum(h[i[:-1]][k] * ((k == i[-1]) - 1 / n) for k in range(n))
+    return dx
+
+
+def learned_row(w: np.ndarray, g: np.ndarray, a: np.ndarray) -> Outcome:
+    """y = a sign(W - the row's mean) with a learned a per row, an open window and the gradient through the centring."""
+    y, h, da = np.zeros_like(w), np.zeros_like(w), np.zeros_like(a)
+    for r, c in np.ndindex(w.shape):
+        centred = w[r, c] - w[r].mean()
+        y[r, c] = a[r, 0] * sgn(centred)
+        h[r, c] = g[r, c] * a[r, 0] * slope(centred, "open")
+        da[r, 0] += g[r, c] * sgn(centred)
+    return Outcome(y, through_centring(h), [da])
 
 
 def bwn(scale: str = "tensor", center: str = "tensor") -> Callable:
@@ -95,7 +118,7 @@ def elastic(lo: int = -1, hi: int = 1, gradient: str = "official") -> Callable:
             level = sgn(x[i]) if (lo, hi) == (-1, 1) else float(round(min(max(ratio, lo), hi)))
             y[i] = step[i] * level
             dx[i] = g[i] * inside
-            da[i] = (level * inside if gradient == "bit" else level - ratio * inside) * g[i]
+            da[i] = (level - (0.0 if gradient == "bit" else ratio * inside)) * g[i]
         return Outcome(y, dx, [sum_to(da, a.shape) / math.sqrt(x.size * hi)])
 
     return oracle
@@ -180,17 +203,17 @@ def three_maps(a: np.ndarray, g: np.ndarray) -> Outcome:
 
 
 def head_sign(x: np.ndarray, g: np.ndarray, a: np.ndarray, z: np.ndarray) -> Outcome:
-    """y = a sign(x/a + z) with the gradient of a clip(x/a + z, -1, 1); sums per head over sqrt(n)."""
+    """y = a (sign(x/a + r) - r), r = round(z), one a and z per head; sums per head over sqrt(n)."""
     y, dx = np.zeros_like(x), np.zeros_like(x)
     da, dz = np.zeros_like(x), np.zeros_like(x)
     for i in np.ndindex(x.shape):
-        scale, offset = a[i[1], 0, 0], z[i[1], 0, 0]
+        scale, offset = a[i[1], 0, 0], float(round(z[i[1], 0, 0]))
         moved = x[i] / scale + offset
         inside = 1.0 if -1 <= moved <= 1 else 0.0
-        y[i] = scale * sgn(moved)
+        y[i] = scale * (sgn(moved) - offset)
         dx[i] = g[i] * inside
-        dz[i] = g[i] * scale * inside
-        da[i] = g[i] * (sgn(moved) - x[i] / scale * inside)
+        dz[i] = g[i] * scale * (inside - 1)
+        da[i] = g[i] * (sgn(moved) - offset - x[i] / scale * inside)
     return Outcome(y, dx, [sum_to(d, a.shape) / math.sqrt(x.size) for d in (da, dz)])
 
 
@@ -283,19 +306,22 @@ WEIGHT: dict[str, Callable[..., Outcome]] = {
     "sign": sign_rule(),
     "sign_mean": sign_rule("row"),
     "sign_mean_bare": sign_rule("row", bare=True),
-    "sign_mean_centred": sign_rule("row", center=True),
+    "sign_mean_centred": sign_rule("row", center=True, bare=True),
+    "sign_mean_centred_open": sign_rule("row", window="open", center=True),
+    "sign_learned_centred": learned_row,
     "sign_learned": learned_factor,
     "standardized": irnet_weight,
     "bwn": bwn(),
     "bwn_channel": bwn("channel"),
     "bwn_unscaled": bwn("none"),
-    "elastic_channel": elastic(),
     "int8": elastic(-128, 127),
     "int8_channel": elastic(-128, 127),
 }
 INPUT: dict[str, Callable[..., Outcome]] = {
     "float": identity,
     "sign": sign_rule(),
+    "sign_open": sign_rule(window="open"),
+    "elastic_bit": elastic(gradient="bit"),
     "sign_mean": sign_rule("row"),
     "sign_approx": sign_rule(window="approx"),
     "sign_ede": ede,
@@ -318,9 +344,12 @@ ATTENTION: dict[str, Callable[..., Outcome]] = {
     "elastic_small": elastic(0, 1),
     "gsb": gsb_attention((0.7, 0.9), "row"),
 }
+QUERY = INPUT | {"head_sign": head_sign}
 VALUE: dict[str, Callable[..., Outcome]] = {
     "float": identity,
     "sign": sign_rule(),
+    "sign_open": sign_rule(window="open"),
+    "elastic_bit": elastic(gradient="bit"),
     "sign_approx": sign_rule(window="approx"),
     "sign_ede": ede,
     "sign_mean": sign_rule("head"),
@@ -332,10 +361,11 @@ VALUE: dict[str, Callable[..., Outcome]] = {
 }
 PLACES: dict[str, dict[str, Any]] = {
     "weight": WEIGHT,
+    "mlp_weight": WEIGHT | {"as_weight": WEIGHT["bwn"]},
     "input": INPUT,
     "hidden": INPUT,
-    "query": INPUT,
-    "key": INPUT,
+    "query": QUERY,
+    "key": QUERY,
     "attention": ATTENTION,
     "value": VALUE,
     "patch_weight": WEIGHT,

@@ -240,7 +240,8 @@ def test_components_say_what_is_binarized(components):
 
 
 OVERRIDES = {
-    "weight": ("sign_mean", lambda m: [m.blocks[1].mlp.fc1.weight_binarizer, m.blocks[0].attn.proj.weight_binarizer]),
+    "weight": ("sign_mean", lambda m: [m.blocks[1].attn.qkv.weight_binarizer, m.blocks[0].attn.proj.weight_binarizer]),
+    "mlp_weight": ("sign", lambda m: [m.blocks[1].mlp.fc1.weight_binarizer, m.blocks[0].mlp.fc2.weight_binarizer]),
     "input": ("sign", lambda m: [m.blocks[0].attn.qkv.input_binarizer, m.blocks[1].mlp.fc1.input_binarizer]),
     "hidden": ("elastic", lambda m: [m.blocks[0].mlp.fc2.input_binarizer]),
     "query": ("sign_approx", lambda m: [m.blocks[0].attn.query_binarizer]),
@@ -498,8 +499,8 @@ def test_a_patch_embedding_of_another_kind():
 
 
 def test_a_binarized_model():
-    binary = binvit.binarize(tiny_vit(), "bit")
-    refused(binary, "gsb", "The model is binarized already, by the scheme 'bit'")
+    binary = binvit.binarize(tiny_vit(), "elastic")
+    refused(binary, "gsb", "The model is binarized already, by the scheme 'elastic'")
 
 
 def test_a_float_copy_can_still_be_binarized():

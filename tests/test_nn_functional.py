@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_nn as reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nn_helpers import agree, upstream
+from nn_helpers import upstream
 
 from binvit.nn import functional as BF
 from binvit.nn import products, rules
@@ -64,22 +63,12 @@ def test_the_public_names_are_the_rules():
             assert torch.equal(BF.binarize_weight(w, scale=factor, center=center), want)
 
 
-def test_the_gradient_of_bit_is_public():
-    x, g, scale = upstream((4, 6), 0), upstream((4, 6), 1), np.array(0.7)
-    t, a = torch.tensor(x, requires_grad=True), torch.tensor(scale, requires_grad=True)
-    y = BF.elastic_signed(t, a, gradient="bit")
-    y.backward(torch.tensor(g))
-    got = reference.Outcome(y.detach().numpy(), t.grad.numpy(), [a.grad.numpy()])
-    agree(got, reference.elastic(gradient="bit")(x, g, scale))
-
-
 ONE = torch.tensor(1.0)
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda x: BF.elastic_signed(x, ONE, gradient="masked"), "gradient must be one of official, bit, got 'masked'"),
         (lambda x: BF.binarize_weight(x, scale="row"), "scale must be one of none, tensor, channel, got 'row'"),
         (
             lambda x: BF.binarize_weight(x, center="head"),

@@ -48,7 +48,7 @@ def run_with_two_threads(code: str) -> None:
         binvit.scheme("gsb", thresholds=(), attention_bias="none"),
         binvit.scheme("gsb", thresholds=(0.5,), attention_bias="relative", weight="bwn_channel"),
         binvit.scheme("gsb", thresholds=(0.3, 0.6, 0.95), shift=False, weight="bwn_unscaled"),
-        binvit.scheme("bit"),
+        binvit.scheme("elastic"),
         binvit.scheme("bivit"),
     ],
     ids=lambda s: f"{s.name}-{len(s.thresholds)}-{s.attention_bias}-{s.weight}",
@@ -74,8 +74,8 @@ def test_fused_step_equals_the_rules(scheme, monkeypatch):
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatch):
     torch.manual_seed(0)
-    rule_x = binvit.nn.schemes.INPUT_RULES["elastic_unsigned" if unsigned else "elastic"](binvit.scheme("bit"))
-    rule_w = binvit.scheme("bit").rule("weight")
+    rule_x = binvit.nn.schemes.INPUT_RULES["elastic_unsigned" if unsigned else "elastic"](binvit.scheme("elastic"))
+    rule_w = binvit.scheme("elastic").rule("weight")
     x, w = torch.randn(shape), torch.randn(7, shape[-1])
     arguments = (rule_x, rule_w, torch.tensor(0.7), (), torch.randn(shape[-1]), torch.randn(7))
     results = []
@@ -107,11 +107,11 @@ assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_double_precision_and_exotic_rules_take_the_formulas():
-    signed = binvit.scheme("bit").rule("input")
+    signed = binvit.scheme("elastic").rule("input")
     assert not autograd.takes_linear(
-        signed, binvit.scheme("bit").rule("weight"), torch.zeros(2, 2, dtype=torch.float64)
+        signed, binvit.scheme("elastic").rule("weight"), torch.zeros(2, 2, dtype=torch.float64)
     )
-    assert not autograd.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("bit").rule("weight"))
+    assert not autograd.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("elastic").rule("weight"))
     gsb = binvit.scheme("gsb", reduce="batch")
     assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
     gsb = binvit.scheme("gsb", gradient="masked")

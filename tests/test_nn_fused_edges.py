@@ -40,7 +40,7 @@ def compare(run, arrays_):
             torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6 * size)
 
 
-@pytest.mark.parametrize("weight", ["sign", "sign_mean", "bwn", "bwn_channel", "bwn_unscaled", "elastic_channel"])
+@pytest.mark.parametrize("weight", ["sign", "sign_mean", "bwn", "bwn_channel", "bwn_unscaled", "sign_learned_centred"])
 @pytest.mark.parametrize("unsigned", [False, True])
 @settings(max_examples=20)
 @given(data=st.data())

@@ -13,7 +13,7 @@ from binvit.nn import COMPONENTS, PLACES, Scheme
 from binvit.nn.rules import Rule
 
 SCHEMES = binvit.list_schemes()
-REQUIRED = ["float", "bnn", "xnor", "xnor-k", "bireal", "irnet", "reactnet", "bibert", "bit", "bivit", "gsb"]
+REQUIRED = ["float", "bnn", "xnor", "xnor-k", "bireal", "irnet", "reactnet", "bibert", "bit", "bivit", "elastic", "gsb"]
 FIELDS = [f.name for f in dataclasses.fields(Scheme)]
 
 overrides = st.fixed_dictionaries(
@@ -22,6 +22,10 @@ overrides = st.fixed_dictionaries(
     | {
         "components": st.lists(st.sampled_from(COMPONENTS), unique=True),
         "shift": st.booleans(),
+        "attention_shift": st.booleans(),
+        "qk_norm": st.booleans(),
+        "linear_bias": st.sampled_from(["keep", "always", "never"]),
+        "activation": st.sampled_from(["keep", "relu"]),
         "rprelu": st.booleans(),
         "shortcut": st.booleans(),
         "context_residual": st.booleans(),
@@ -29,7 +33,7 @@ overrides = st.fixed_dictionaries(
         "activation_limit": st.none() | st.floats(0.1, 100),
         "thresholds": st.lists(st.floats(0.01, 0.99), max_size=3, unique=True).map(sorted),
         "reduce": st.sampled_from(["batch", "sample", "head", "row"]),
-        "gradient": st.sampled_from(["official", "masked", "bit"]),
+        "gradient": st.sampled_from(["official", "masked"]),
         "init": st.sampled_from(["stacked", "official"]),
     },
 )
@@ -56,7 +60,8 @@ def test_every_place_of_every_scheme_has_a_rule(name):
     for place in PLACES:
         rule = scheme.rule(place)
         assert isinstance(rule, Rule)
-        assert rule.is_float == (getattr(scheme, place) == "float")
+        name = getattr(scheme, place)
+        assert rule.is_float == ((scheme.weight if name == "as_weight" else name) == "float")
 
 
 def test_float_binarizes_nothing_and_all_others_everything():
@@ -82,13 +87,45 @@ RULES = {
         "shift": True,
         "rprelu": True,
     },
-    "bibert": {"weight": "sign_mean_centred", "attention": "scores", "value": "sign"},
-    "bit": {"weight": "bwn", "input": "elastic", "hidden": "elastic_unsigned", "attention": "elastic", "shift": True},
+    "bibert": {
+        "weight": "sign_mean_centred",
+        "input": "sign",
+        "query": "sign_open",
+        "attention": "scores",
+        "value": "sign_open",
+    },
+    "bit": {
+        "weight": "bwn",
+        "input": "elastic_bit",
+        "hidden": "elastic_unsigned",
+        "attention": "elastic",
+        "shift": True,
+        "attention_shift": False,
+        "attention_bias": "none",
+        "activation": "relu",
+        "activation_limit": None,
+    },
+    "elastic": {"weight": "bwn", "input": "elastic", "hidden": "elastic_unsigned", "attention": "elastic"},
     "xnor++": {"weight": "sign_learned", "input": "sign", "attention": "half_max_learned", "value": "sign_learned"},
-    "bivit-head": {"weight": "sign_mean", "input": "sign_approx", "attention": "head_sign", "value": "head_sign"},
+    "bivit-head": {
+        "weight": "sign_mean_bare",
+        "input": "sign_approx",
+        "query": "head_sign",
+        "attention": "head_sign",
+        "value": "head_sign",
+        "qk_norm": True,
+        "linear_bias": "never",
+        "activation_limit": 10.0,
+    },
     "binaryvit": {"weight": "bwn", "hidden": "elastic", "attention": "elastic_small", "shortcut": True},
     "bhvit-qd": {"weight": "bwn", "attention": "three_maps", "value": "sign", "context_residual": True},
-    "bivit": {"weight": "elastic_channel", "input": "elastic", "attention": "quarter_max", "value": "elastic"},
+    "bivit": {
+        "weight": "sign_learned_centred",
+        "mlp_weight": "sign_mean_centred_open",
+        "input": "sign_open",
+        "attention": "quarter_max",
+        "value": "sign_open",
+    },
     "gsb": {
         "weight": "bwn",
         "hidden": "elastic_unsigned",
@@ -105,9 +142,15 @@ def test_published_schemes_have_the_published_rules(name):
     assert {field: getattr(scheme, field) for field in RULES[name]} == RULES[name]
 
 
-def test_gsb_is_bit_with_two_more_groups():
-    gsb, bit = binvit.scheme("gsb").to_dict(), binvit.scheme("bit").to_dict()
-    differing = {field for field in FIELDS if gsb[field] != bit[field]}
+def test_bias_and_limit_belong_to_the_schemes_that_were_published_with_them():
+    schemes = [binvit.scheme(name) for name in SCHEMES]
+    assert {s.name for s in schemes if s.attention_bias != "none"} == {"elastic", "gsb"}
+    assert {s.name for s in schemes if s.activation_limit is not None} == {"bivit-head", "elastic", "gsb"}
+
+
+def test_gsb_is_elastic_with_two_more_groups():
+    gsb, elastic = binvit.scheme("gsb").to_dict(), binvit.scheme("elastic").to_dict()
+    differing = {field for field in FIELDS if gsb[field] != elastic[field]}
     assert differing == {"name", "description", "reference", "attention", "value", "thresholds"}
     assert binvit.scheme("gsb").reduce == "row"  # no image depends on another
     assert binvit.scheme("gsb").attention_bias == "full"
@@ -149,9 +192,6 @@ def test_options_reach_the_rules():
     for place in ("attention", "value"):
         rule = scheme.rule(place)
         assert (rule.thresholds, rule.reduce, rule.gradient, rule.init) == ((0.5,), "head", "masked", "official")
-    bit = binvit.scheme("bit", gradient="bit")
-    assert bit.rule("input").gradient == bit.rule("value").gradient == "bit"
-    assert binvit.scheme("gsb", gradient="bit").rule("value").gradient == "official"
 
 
 def test_schemes_are_frozen():

@@ -134,7 +134,7 @@ def test_models_that_cannot_be_packed_are_refused():
         binvit.pack(dynamic)
 
 
-@pytest.mark.parametrize("name", ["gsb", "bit", "bivit-head", "bivit"])
+@pytest.mark.parametrize("name", ["gsb", "elastic", "bivit-head", "bivit"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_scales_that_a_step_took_below_zero_are_clamped_as_in_evaluation(name, exact):
     model, x = trained(name), images(5)

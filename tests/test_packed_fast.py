@@ -61,10 +61,10 @@ def test_rules_of_map_and_value_mix(attention, value):
 @pytest.mark.parametrize("place", ["input", "hidden", "query", "key", "value"])
 @pytest.mark.parametrize("rule", ["sign", "sign_ede", "elastic"])
 def test_rules_of_inputs_mix(place, rule):
-    check_fast(trained(binvit.scheme("bit", **{place: rule})))
+    check_fast(trained(binvit.scheme("elastic", **{place: rule})))
 
 
-@pytest.mark.parametrize("weight", ["sign", "sign_mean", "standardized", "bwn_channel", "elastic_channel"])
+@pytest.mark.parametrize("weight", ["sign", "sign_mean", "standardized", "bwn_channel", "sign_learned_centred"])
 def test_rules_of_weights_mix(weight):
     check_fast(trained(binvit.scheme("gsb", weight=weight)))
 

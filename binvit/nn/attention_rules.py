@@ -104,15 +104,16 @@ class MapLearned(MapThreshold):
 
 @dataclass(frozen=True)
 class HeadSign(Rule):
-    """Bi-ViT's rule per head: y = a sign(x/a + z), learned a and z, with the gradient of a clip(x/a + z, -1, 1).
+    """Bi-ViT's binarizer with a step and an offset per head: y = a (sign u - r), with u = x/a + r and r = round(z).
 
-    Backward with w = 1[|x/a + z| <= 1], sums over the head: dx = g w, dz = a sum(g w) / sqrt(n),
-    da = sum((sign(x/a + z) - (x/a) w) g) / sqrt(n). Init: a = 2 mean|x - mean x|, z = -mean x / a, so that both
-    levels occur.
+    Backward with w = 1[|u| <= 1], sums over the head and n over the whole tensor: dx = g w,
+    da = sum(g (sign u - r - w x/a)) / sqrt(n), dz = a sum(g (w - 1)) / sqrt(n). Init, one value for all heads:
+    a = 2 mean|x|, z = 0.1 (min x + a). A map, which is not negative, starts constant by that; heads tell keys apart
+    once their z has fallen below -1/2.
 
     References:
-        Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024; initialization and the
-        1/sqrt(n) are this project's choice.
+        Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024, and its code, which keeps a above
+        no floor; here only the first value is kept above the smallest scale.
     """
 
     per: str = "head"
@@ -123,20 +124,21 @@ class HeadSign(Rule):
         return (1.0, 0.0)
 
     def initial(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean = self._mean(x)
-        scale = (2 * self._mean((x - mean).abs())).clamp(min=SMALLEST_SCALE)
-        return scale, -mean / scale
+        scale = (2 * x.abs().mean()).clamp(min=SMALLEST_SCALE)
+        shape = self.parameter_shape(heads=x.shape[1])
+        return scale.expand(shape), (0.1 * (x.min() + scale)).expand(shape)
 
     def planes(self, x: Tensor, scale: Tensor, offset: Tensor) -> list[Plane]:
-        return [Plane(sign(x + scale * offset), scale)]
+        whole = offset.round()
+        return [Plane(sign(x / scale + whole), scale, whole)]
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-        inside = (x + scale * offset).abs() <= scale
-        through = g * inside
-        (levels, _), *_ = self.planes(x, scale, offset)
-        root = x.numel() ** 0.5
-        dscale = reduce_to(levels * g - x / scale * through, scale.shape)
-        return through, dscale / root, scale * reduce_to(through, scale.shape) / root
+        whole, ratio = offset.round(), x / scale
+        moved = ratio + whole
+        through = g * (moved.abs() <= 1)
+        root = max(x.numel(), 1) ** 0.5
+        dscale = reduce_to(g * (sign(moved) - whole) - through * ratio, scale.shape)
+        return through, dscale / root, scale * reduce_to(through - g, scale.shape) / root
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class ThreeMaps(Rule):
     """
 
     lowest: ClassVar[int] = 0
+    groups: ClassVar[int] = 3
 
     def planes(self, x: Tensor) -> list[Plane]:
         third = (3 * x).round()
@@ -195,9 +198,15 @@ class Gsb(Rule):
     gradient: str = "official"
     init: str = "stacked"
 
+    floored: ClassVar[bool] = True
+
     @property
     def parameters(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("scale", *(f"scale{i + 2}" for i in range(len(self.thresholds))))
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return len(self.thresholds) + 1
 
     def _stack(self, raw: list[Tensor]) -> tuple[Tensor, ...]:
         """Subtract from every level what the levels below it already contribute."""
@@ -262,7 +271,7 @@ class GsbAttention(Gsb):
         flat = g.flatten()
         level = torch.dot((x > 0.5 * scales[0]).to(x.dtype).flatten(), flat)
         first = level - torch.dot(x.flatten(), (g * through).flatten()) / scales[0]
-        dscales = [first / x.numel() ** 0.5]
+        dscales = [first / max(x.numel(), 1) ** 0.5]
         for mask, scale in zip(self.masks(x), scales[1:], strict=True):
             kept = mask.to(x.dtype)
             dscales.append(torch.dot(kept.flatten(), flat) / kept.sum().clamp(min=1).sqrt())
@@ -309,7 +318,7 @@ class GsbValue(Gsb):
         for mask, scale in zip([None, *self.masks(x)], scales, strict=True):
             inside = size <= scale
             if mask is None:
-                window_, count = inside, x.numel()
+                window_, count = inside, max(x.numel(), 1)
                 ones, ramp = signed.sum(), (sized * inside).sum()
             else:
                 window_ = (inside & mask) if self.gradient == "masked" else (inside | ~mask)

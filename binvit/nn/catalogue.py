@@ -81,20 +81,32 @@ _CATALOGUE = (
     Scheme(
         "bibert",
         "no softmax: the map is the sign of the scores",
-        "Qin et al., BiBERT: Accurate fully binarized BERT, 2022. Its distillation is the field similarity of recipes.",
-        **_everywhere("sign", weight="sign_mean_centred", attention="scores", value="sign"),
+        "Qin et al., BiBERT: Accurate fully binarized BERT, 2022, and its code, made for a post-norm BERT; blocks that "
+        "norm first, as this ViT's do, are this project's adaptation. Its distillation is the field similarity of "
+        "recipes.",
+        **_everywhere("sign", weight="sign_mean_centred", attention="scores", value="sign_open")
+        | dict.fromkeys(("query", "key"), "sign_open"),
     ),
     Scheme(
         "bivit",
         "learned weight factor per output channel, map thresholded at a quarter of the row's maximum",
-        "He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091.",
-        **_everywhere("elastic", weight="elastic_channel", attention="quarter_max", value="elastic"),
+        "He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091, and its code: fc1 "
+        "and fc2 have the row's mean |W| as factor, which is not learned. Its layers start uniform in +-0.015; here "
+        "binarize() keeps the weights that the model has.",
+        linear_bias="always",
+        mlp_weight="sign_mean_centred_open",
+        **_everywhere("sign_open", weight="sign_learned_centred", attention="quarter_max", value="sign_open"),
     ),
     Scheme(
         "bivit-head",
-        "learned scale and offset per head for map and value",
-        "Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024.",
-        **_everywhere("sign_approx", weight="sign_mean", attention="head_sign", value="head_sign"),
+        "learned step and offset per head for query, key, map and value",
+        "Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024, and its code, whose training "
+        "script lacks the paper's ranking-aware loss. The map starts constant, as released.",
+        linear_bias="never",
+        qk_norm=True,
+        activation_limit=10.0,
+        **_everywhere("sign_approx", weight="sign_mean_bare", attention="head_sign", value="head_sign")
+        | dict.fromkeys(("query", "key"), "head_sign"),
     ),
     Scheme(
         "binaryvit",
@@ -113,8 +125,22 @@ _CATALOGUE = (
     ),
     Scheme(
         "bit",
-        "learned (elastic) scale and shift per tensor, one group",
-        "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022; the baseline of " + _GSB_PAPER + ".",
+        "learned (elastic) scale per tensor, one group, ReLU in the MLP",
+        "Liu et al., BiT: Robustly binarized multi-distilled transformer, 2022, and its code, made for a post-norm "
+        "BERT; blocks that norm first, as this ViT's do, are this project's adaptation. The released forward pass "
+        "overwrites the shifted query, key and value, so that they have no shifts. Its distillation in several steps "
+        "is a matter of recipes.",
+        shift=True,
+        attention_shift=False,
+        activation="relu",
+        **_everywhere("elastic_bit", hidden="elastic_unsigned", weight="bwn", attention="elastic", value="elastic_bit"),
+    ),
+    Scheme(
+        "elastic",
+        "learned (elastic) scale and shift per tensor, one group: the baseline of gsb",
+        "The one-group baseline of "
+        + _GSB_PAPER
+        + ", which goes by the name of BiT there and differs from BiT's code.",
         attention="elastic",
         value="elastic",
         **_ELASTIC,

@@ -11,19 +11,14 @@ from binvit.nn.products import binarize
 from binvit.nn.rules import Bwn, Elastic
 
 
-def elastic_signed(x: Tensor, scale: Tensor, gradient: str = "official") -> Tensor:
+def elastic_signed(x: Tensor, scale: Tensor) -> Tensor:
     """Binarize x to a sign(x) with a learned scale; see `binvit.nn.rules.Elastic` for the gradients.
 
     Args:
         x: Any shape.
         scale: One positive value, shape ().
-        gradient: "official", or "bit" for BiT's own gradient of the scale.
-
-    Raises:
-        ValueError: If `gradient` is unknown.
     """
-    _choice("gradient", gradient, ("official", "bit"))
-    return binarize(x, Elastic(gradient=gradient), scale)
+    return binarize(x, Elastic(), scale)
 
 
 def elastic_unsigned(x: Tensor, scale: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Binarizer(nn.Module):
         self._seen = False  # spares reading the buffer once it is known to be set
 
     def values(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the rule's parameters for binarizing x + shift, none of the scales below the smallest.
+        """Return the rule's parameters for binarizing x + shift, no scale that has a floor below it.
 
         In training mode they are set from the first batch, and clamped for good after a step has taken them too low.
         """
@@ -54,27 +54,23 @@ class Binarizer(nn.Module):
             self._seen = True
             return tuple(p + offset for p, offset in zip(parameters, offsets, strict=True))
         self._seen = True
-        for name, parameter in zip(self.rule.parameters, parameters, strict=True):
-            if not self._is_fine(name, parameter):
+        for parameter in parameters:
+            if not self._is_fine(parameter):
                 # Behind autograd's back: a second forward pass finds nothing to clamp, so the first keeps its numbers.
                 parameter.data.clamp_(min=SMALLEST_SCALE)
         return parameters
 
     def limited(self) -> tuple[Tensor, ...]:
         """Return the rule's parameters with scales clamped from below; the parameters themselves stay as they are."""
-        named = [(name, getattr(self, name)) for name in self.rule.parameters]
-        if not self.rule.learned:
-            return tuple(parameter for _, parameter in named)
+        parameters = (getattr(self, name) for name in self.rule.parameters)
         return tuple(
-            p if self._is_fine(name, p) else ReplaceValue.apply(p, p.detach().clamp(min=SMALLEST_SCALE))
-            for name, p in named
+            p if self._is_fine(p) else ReplaceValue.apply(p, p.detach().clamp(min=SMALLEST_SCALE)) for p in parameters
         )
 
-    @staticmethod
-    def _is_fine(name: str, parameter: Tensor) -> bool:
-        # Reading one number is faster than clamping it; the offset is the one parameter that may be negative.
-        if name == "offset":
+    def _is_fine(self, parameter: Tensor) -> bool:
+        if not self.rule.floored:
             return True
+        # Reading one number is faster than clamping it.
         return parameter.numel() == 1 and parameter.device.type == "cpu" and parameter.item() >= SMALLEST_SCALE
 
     @property

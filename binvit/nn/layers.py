@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,15 @@ def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
+def _options(scheme: Scheme) -> dict[str, Any]:
+    """What the four linear layers of a block have in common besides their rules."""
+    return {name: getattr(scheme, name) for name in ("shift", "linear_bias", "rprelu", "shortcut")}
+
+
+class HeadNorm(nn.LayerNorm):
+    """The LayerNorm over the features of a head that a scheme with `qk_norm` puts before query and key."""
+
+
 class BinaryLinear(nn.Module):
     """Linear layer with binarized weights and inputs: y = b_x(x + shift) b_w(W)^T + bias.
 
@@ -26,6 +37,7 @@ class BinaryLinear(nn.Module):
         weight: Rule of the weights.
         input: Rule of the inputs.
         shift: Learn a shift per input feature, added before the inputs are binarized.
+        linear_bias: "keep" the float layer's bias or lack of one, have one "always" or "never".
         rprelu: Follow the layer with an `RPReLU`.
         shortcut: Follow it with a `Shortcut` instead: a norm, the layer's own input and an `RPReLU`.
     """
@@ -37,6 +49,7 @@ class BinaryLinear(nn.Module):
         input: Rule,
         *,
         shift: bool = False,
+        linear_bias: str = "keep",
         rprelu: bool = False,
         shortcut: bool = False,
     ) -> None:
@@ -44,7 +57,9 @@ class BinaryLinear(nn.Module):
         matrix = linear.weight.detach().flatten(1)
         self.out_features, self.in_features = matrix.shape
         self.weight = _copy_of(linear.weight)
-        self.bias = None if linear.bias is None else _copy_of(linear.bias)
+        bias = nn.Parameter(self.weight.new_zeros(self.out_features)) if linear.bias is None else _copy_of(linear.bias)
+        has_bias = linear_bias == "always" or (linear_bias == "keep" and linear.bias is not None)
+        self.bias = bias if has_bias else None
         self.shift = nn.Parameter(matrix.new_zeros(self.in_features)) if shift and not input.is_float else None
         self.weight_binarizer = Binarizer(weight, channels=self.out_features)
         self.input_binarizer = Binarizer(input)
@@ -124,16 +139,18 @@ class BinaryAttention(nn.Module):
         heads = self.num_heads = attention.num_heads
         self.head_dim, self.attn_dim = attention.head_dim, attention.attn_dim
         self.register_buffer("factor", torch.tensor(self.head_dim**-0.5, dtype=torch.float32), persistent=False)
-        options = {"shift": scheme.shift, "rprelu": scheme.rprelu, "shortcut": scheme.shortcut}
+        options = _options(scheme)
         weight, input = scheme.rule("weight"), scheme.rule("input")
         self.qkv = BinaryLinear(attention.qkv, weight, input, **options)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        if scheme.qk_norm and isinstance(self.q_norm, nn.Identity):
+            self.q_norm, self.k_norm = HeadNorm(self.head_dim), HeadNorm(self.head_dim)
         self.proj = BinaryLinear(attention.proj, weight, input, **options)
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
         for place in ("query", "key", "attention", "value"):
             self.add_module(f"{place}_binarizer", Binarizer(scheme.rule(place), heads=heads))
         for place in ("query", "key", "value"):
-            shifted = scheme.shift and not scheme.rule(place).is_float
+            shifted = scheme.shift and scheme.attention_shift and not scheme.rule(place).is_float
             self.register_parameter(
                 f"{place}_shift", nn.Parameter(self.qkv.weight.new_zeros(heads, 1, self.head_dim)) if shifted else None
             )
@@ -235,10 +252,10 @@ class BinaryMlp(nn.Module):
 
     def __init__(self, mlp: nn.Module, scheme: Scheme) -> None:
         super().__init__()
-        options = {"shift": scheme.shift, "rprelu": scheme.rprelu, "shortcut": scheme.shortcut}
-        weight = scheme.rule("weight")
+        options, weight = _options(scheme), scheme.rule("mlp_weight")
         self.fc1 = BinaryLinear(mlp.fc1, weight, scheme.rule("input"), **options)
-        self.act, self.drop1, self.norm = mlp.act, mlp.drop1, mlp.norm
+        self.act = nn.ReLU() if scheme.activation == "relu" else mlp.act
+        self.drop1, self.norm = mlp.drop1, mlp.norm
         self.fc2 = BinaryLinear(mlp.fc2, weight, scheme.rule("hidden"), **options)
         self.drop2 = mlp.drop2
         self.limit = scheme.activation_limit

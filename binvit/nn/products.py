@@ -17,10 +17,10 @@ LARGEST_EXACT = 2**24  # integers below are exact in float32
 
 
 def superpose(planes: Sequence[Plane]) -> Tensor:
-    """Return the sum of scale * levels over the planes."""
+    """Return the sum of scale * (levels - offset) over the planes."""
     total = None
-    for levels, scale in planes:
-        term = levels if scale is None else levels * scale
+    for plane in planes:
+        term = plane.integers if plane.scale is None else plane.integers * plane.scale
         total = term if total is None else total + term
     return total
 
@@ -95,12 +95,12 @@ def apply_scales(product: Tensor, sx: Tensor | None, sw: Tensor | None) -> Tenso
 
 
 def scaled_product(x: Plane, w: Plane, rule_x: Rule, rule_w: Rule) -> Tensor:
-    """Return (x.levels @ w.levels^T) * scales, integers first."""
+    """Return (x.integers @ w.integers^T) * scales, integers first."""
     if rule_x.is_float or rule_w.is_float:
         exact = True
     else:
         exact = exact_in_float32(x.levels.shape[-1], rule_x, rule_w)
-    return apply_scales(integer_product(x.levels, w.levels, exact), x.scale, w.scale)
+    return apply_scales(integer_product(x.integers, w.integers, exact), x.scale, w.scale)
 
 
 class _BinaryProduct(torch.autograd.Function):
@@ -198,10 +198,10 @@ def superposed_product(attention: Sequence[Plane], value: Sequence[Plane]) -> Te
     The sum runs over the attention planes and, inside, over the value planes; the order is part of the contract.
     """
     total = None
-    for levels_a, scale_a in attention:
-        for levels_v, scale_v in value:
-            product = levels_a @ levels_v
-            scales = [s for s in (scale_a, scale_v) if s is not None]
+    for plane_a in attention:
+        for plane_v in value:
+            product = plane_a.integers @ plane_v.integers
+            scales = [s for s in (plane_a.scale, plane_v.scale) if s is not None]
             if scales:
                 product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
             total = product if total is None else total.add_(product)
@@ -227,8 +227,8 @@ def attention_product(
         rule_v: Rule of the value.
         parameters_a: Parameters of rule_a.
         parameters_v: Parameters of rule_v.
-        exact: Form the products plane by plane in integers, as bits do; otherwise in one float product, which is faster
-            to train with and differs by rounding.
+        exact: Form the products plane by plane in integers, as bits do; otherwise, with several planes, in one float
+            product, which is faster to train with and differs by rounding.
 
     Returns:
         (B, H, N, d).
@@ -240,5 +240,8 @@ def attention_product(
         tensors = attention, value, *parameters_a, *parameters_v
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return value_
+    if binary and rule_a.groups == rule_v.groups == 1 and not exact:
+        # Integers first, since a sum of signs is often 0, and noise in its place would give it a sign.
+        return binary_product(attention, value.mT, rule_a, rule_v, parameters_a, parameters_v)
     product = binarize(attention, rule_a, *parameters_a) @ binarize(value, rule_v, *parameters_v)
     return ReplaceValue.apply(product, value_) if exact and binary else product

@@ -21,15 +21,22 @@ SMALLEST_SCALE = 1e-5
 
 
 class Plane(NamedTuple):
-    """One term `scale * levels` of a binarized tensor.
+    """One term `scale * (levels - offset)` of a binarized tensor.
 
     Attributes:
         levels: Integer values stored as floats, of the shape of the input.
         scale: A tensor that broadcasts against `levels`, or None for 1.
+        offset: Whole numbers that broadcast against `levels`, or None for 0.
     """
 
     levels: Tensor
     scale: Tensor | None
+    offset: Tensor | None = None
+
+    @property
+    def integers(self) -> Tensor:
+        """Return levels - offset, of the shape of the levels."""
+        return self.levels if self.offset is None else self.levels - self.offset
 
 
 def sign(x: Tensor) -> Tensor:
@@ -55,8 +62,10 @@ class Rule:
 
     parameters: ClassVar[tuple[str, ...]] = ()  # names of the tensors that planes() and backward() take after x
     learned: ClassVar[bool] = True  # parameters are trained; False: they are buffers set by a schedule
+    floored: ClassVar[bool] = False  # parameters are kept above `SMALLEST_SCALE`, which their gradient passes
     lowest: ClassVar[int] = -1  # smallest and largest level
     highest: ClassVar[int] = 1
+    groups: ClassVar[int] = 1  # number of planes
     is_float: ClassVar[bool] = False
     scale_per_token: ClassVar[bool] = False  # scales differ along the tokens, so tokens cannot be summed as integers
 
@@ -108,16 +117,16 @@ class Float(Rule):
 class Sign(Rule):
     """Sign with an optional data-dependent factor that the gradient treats as a constant.
 
-    Forward: y = s sign(x), with s = 1 or a mean of |x| (`scale`). Backward: dx = g s w(x), with the window w of
-    `window`: "clip" 1[|x| <= 1] (Hubara et al. 2016), "approx" (2 - 2|x|) 1[|x| <= 1] (Liu et al. 2018). With
-    `bare_gradient` the factor s is left out of the gradient, as Bi-Real Net and ReActNet do for their weights.
+    Forward: y = s sign(c), with c = x or x minus its mean (`center`) and s = 1 or a mean of |x| (`scale`). Backward:
+    h = g s w(c), with the window w of `window`: "clip" 1[|c| <= 1] (Hubara et al. 2016), "open" 1[|c| < 1], "approx"
+    (2 - 2|c|) 1[|c| <= 1] (Liu et al. 2018); dx = h, or h minus its mean where the gradient passes through the
+    centring. With `bare_gradient` the factor s is left out of the gradient, as most codes do for their weights.
 
     Attributes:
         scale: "none", "row" (mean over the last dimension: fan-in of a weight row, or the features of one token),
-            "head" (mean over tokens and channels of one head of one image).
-        window: "clip" or "approx".
-        center: Subtract the mean over the last dimension before the sign; the gradient ignores the subtraction
-            (BiBERT).
+            "head" (mean over tokens and channels of one head of one image); of x itself, also where it is centred.
+        window: "clip", "open" or "approx".
+        center: Subtract the mean over the last dimension before the sign (BiBERT, BiViT, BinaryViT).
         bare_gradient: Leave s out of the gradient.
     """
 
@@ -136,19 +145,25 @@ class Sign(Rule):
         return x.abs().mean(-1 if self.scale == "row" else (-2, -1), keepdim=True)
 
     def planes(self, x: Tensor) -> list[Plane]:
-        return [Plane(sign(x - x.mean(-1, keepdim=True) if self.center else x), self._scale(x))]
+        return [Plane(sign(centred(x) if self.center else x), self._scale(x))]
 
     def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        dx = g * window(x, self.window)
+        dx = g * window(centred(x) if self.center else x, self.window)
         scale = None if self.bare_gradient else self._scale(x)
-        return (dx if scale is None else dx * scale,)
+        dx = dx if scale is None else dx * scale
+        return (centred(dx) if self.center else dx,)
+
+
+def centred(x: Tensor) -> Tensor:
+    """Return x minus its mean over the last dimension; the gradient through it is the same operation."""
+    return x - x.mean(-1, keepdim=True)
 
 
 def window(x: Tensor, kind: str) -> Tensor:
-    """Return the slope used for sign(x): "clip" 1[|x| <= 1], "approx" (2 - 2|x|) 1[|x| <= 1]."""
+    """Return the slope used for sign(x): "clip" 1[|x| <= 1], "open" 1[|x| < 1], "approx" (2 - 2|x|) 1[|x| <= 1]."""
     size = x.abs()
-    inside = (size <= 1).to(x.dtype)
-    return inside if kind == "clip" else (2 - 2 * size) * inside
+    inside = (size < 1 if kind == "open" else size <= 1).to(x.dtype)
+    return (2 - 2 * size) * inside if kind == "approx" else inside
 
 
 @dataclass(frozen=True)
@@ -159,8 +174,8 @@ class Elastic(Rule):
     Backward: dx = g 1[lo <= x/a <= hi] and
     da = sum((level - (x/a) 1[lo <= x/a <= hi]) g) / sqrt(n hi); with one step per channel the sum runs over the
     channel and n still counts the whole tensor, as released.
-    With `gradient="bit"` the scale of the signed binarizer gets BiT's da = sum(sign(x) 1[|x/a| <= 1] g) / sqrt(n); the
-    other quantizers of BiT have the gradient above.
+    With `gradient="bit"` the scale of the signed binarizer gets the gradient of BiT's released code, which has no
+    window: da = sum(sign(x) g) / sqrt(n).
     Init: a = 2 mean|x| (signed), 4 mean|x| ({0, 1}), 2 mean|x| / sqrt(hi) (more bits), or the constant `start`.
 
     References:
@@ -174,6 +189,7 @@ class Elastic(Rule):
     start: float | None = None
 
     parameters: ClassVar[tuple[str, ...]] = ("scale",)
+    floored: ClassVar[bool] = True
 
     @property
     def lowest(self) -> int:  # type: ignore[override]
@@ -208,13 +224,12 @@ class Elastic(Rule):
         levels = self.levels(x, scale)
         bit = self.gradient == "bit" and (self.lo, self.hi) == (-1, 1)
         if scale.dim() == 0:
-            inner = torch.dot(levels.flatten(), (dx if bit else g).flatten())
-            dscale = inner if bit else inner - torch.dot(x.flatten(), dx.flatten()) / scale
-        elif bit:
-            dscale = reduce_to(levels * dx, scale.shape)
+            dscale = torch.dot(levels.flatten(), g.flatten())
+            dscale = dscale if bit else dscale - torch.dot(x.flatten(), dx.flatten()) / scale
         else:
-            dscale = reduce_to(levels * g, scale.shape) - reduce_to(x * dx, scale.shape) / scale
-        return dx, dscale / (x.numel() * self.hi) ** 0.5
+            dscale = reduce_to(levels * g, scale.shape)
+            dscale = dscale if bit else dscale - reduce_to(x * dx, scale.shape) / scale
+        return dx, dscale / (max(x.numel(), 1) * self.hi) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -268,6 +283,32 @@ class LearnedOutput(Rule):
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return g * scale * window(x, "clip"), reduce_to(g * sign(x), scale.shape)
+
+
+@dataclass(frozen=True)
+class LearnedRow(Rule):
+    """BiViT's weights: y = a sign(c), c = W minus its row's mean, one learned a per row.
+
+    Backward: dc = a g 1[|c| < 1], dW = dc minus its row's mean, da = sum of g sign(c) over the row. Init: the row's
+    mean of |W|, before the centring.
+
+    References:
+        He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091, and its code.
+    """
+
+    per: str = "channel"
+
+    parameters: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.abs().mean(-1, keepdim=True),)
+
+    def planes(self, x: Tensor, scale: Tensor) -> list[Plane]:
+        return [Plane(sign(centred(x)), scale)]
+
+    def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        c = centred(x)
+        return centred(g * scale * window(c, "open")), reduce_to(g * sign(c), scale.shape)
 
 
 @dataclass(frozen=True)

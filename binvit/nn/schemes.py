@@ -20,7 +20,7 @@ from binvit.nn.attention_rules import (
     ThreeMaps,
     check_thresholds,
 )
-from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, Rule, Sign
+from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, LearnedRow, Rule, Sign
 
 COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
 
@@ -31,25 +31,29 @@ WEIGHT_RULES = _FLOAT | {
     "sign": lambda s: Sign(),
     "sign_mean": lambda s: Sign(scale="row"),
     "sign_mean_bare": lambda s: Sign(scale="row", bare_gradient=True),
-    "sign_mean_centred": lambda s: Sign(scale="row", center=True),
+    "sign_mean_centred": lambda s: Sign(scale="row", center=True, bare_gradient=True),
+    "sign_mean_centred_open": lambda s: Sign(scale="row", center=True, window="open"),
+    "sign_learned_centred": lambda s: LearnedRow(),
     "sign_learned": lambda s: LearnedOutput(),
     "standardized": lambda s: Ede(standardize=True),
     "bwn": lambda s: Bwn(),
     "bwn_channel": lambda s: Bwn(scale="channel"),
     "bwn_unscaled": lambda s: Bwn(scale="none"),
-    "elastic_channel": lambda s: Elastic(per="channel"),
     "int8": lambda s: Elastic(lo=-128, hi=127),
     "int8_channel": lambda s: Elastic(per="channel", lo=-128, hi=127),
 }
 INPUT_RULES = _FLOAT | {
     "sign": lambda s: Sign(),
+    "sign_open": lambda s: Sign(window="open"),
     "sign_mean": lambda s: Sign(scale="row"),
     "sign_approx": lambda s: Sign(window="approx"),
     "sign_ede": lambda s: Ede(),
-    "elastic": lambda s: Elastic(gradient="bit" if s.gradient == "bit" else "official"),
-    "elastic_unsigned": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
+    "elastic": lambda s: Elastic(),
+    "elastic_bit": lambda s: Elastic(gradient="bit"),
+    "elastic_unsigned": lambda s: Elastic(lo=0),
     "int8": lambda s: Elastic(lo=-128, hi=127),
 }
+QUERY_RULES = INPUT_RULES | {"head_sign": lambda s: HeadSign()}
 ATTENTION_RULES = _FLOAT | {
     "half_max": lambda s: MapThreshold(),
     "half_max_mean": lambda s: MapThreshold(mean_scale=True),
@@ -60,11 +64,12 @@ ATTENTION_RULES = _FLOAT | {
     "scores": lambda s: ScoreSign(),
     "three_maps": lambda s: ThreeMaps(),
     "head_sign": lambda s: HeadSign(),
-    "elastic": lambda s: Elastic(lo=0, gradient="bit" if s.gradient == "bit" else "official"),
+    "elastic": lambda s: Elastic(lo=0),
     "elastic_small": lambda s: Elastic(lo=0, start=0.005),
     "gsb": lambda s: GsbAttention(**s.gsb_options()),
 }
-VALUE_RULES = {name: INPUT_RULES[name] for name in ("float", "sign", "sign_approx", "sign_ede", "elastic")} | {
+_PLAIN = ("float", "sign", "sign_open", "sign_approx", "sign_ede", "elastic", "elastic_bit")
+VALUE_RULES = {name: INPUT_RULES[name] for name in _PLAIN} | {
     "sign_mean": lambda s: Sign(scale="head"),
     "sign_mean_token": lambda s: Sign(scale="row"),
     "sign_learned": lambda s: LearnedOutput(per="tensor"),
@@ -73,10 +78,11 @@ VALUE_RULES = {name: INPUT_RULES[name] for name in ("float", "sign", "sign_appro
 }
 PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
     "weight": WEIGHT_RULES,
+    "mlp_weight": WEIGHT_RULES | {"as_weight": lambda s: s.rule("weight")},
     "input": INPUT_RULES,
     "hidden": INPUT_RULES,
-    "query": INPUT_RULES,
-    "key": INPUT_RULES,
+    "query": QUERY_RULES,
+    "key": QUERY_RULES,
     "attention": ATTENTION_RULES,
     "value": VALUE_RULES,
     "patch_weight": WEIGHT_RULES,
@@ -97,10 +103,11 @@ class Scheme:
         components: What is binarized, a subset of "patch_embed", "mlp", "mhsa" (qkv, proj and the attention products)
             and "head"; everything else stays float.
         weight: Rule of the weights of qkv, proj, fc1 and fc2, a key of `WEIGHT_RULES`.
+        mlp_weight: Rule of the weights of fc1 and fc2 where it is another one, a key of `WEIGHT_RULES` or "as_weight".
         input: Rule of the inputs of qkv, proj and fc1, a key of `INPUT_RULES`.
         hidden: Rule of the input of fc2, a key of `INPUT_RULES`.
-        query: Rule of the query, a key of `INPUT_RULES`.
-        key: Rule of the key, a key of `INPUT_RULES`.
+        query: Rule of the query, a key of `QUERY_RULES`.
+        key: Rule of the key, a key of `QUERY_RULES`.
         attention: Rule of the attention map, a key of `ATTENTION_RULES`.
         value: Rule of the value, a key of `VALUE_RULES`.
         patch_weight: Rule of the weights of the patch embedding, a key of `WEIGHT_RULES`.
@@ -108,16 +115,22 @@ class Scheme:
         head_weight: Rule of the weights of the classification heads, a key of `WEIGHT_RULES`.
         head_input: Rule of the inputs of the heads, a key of `INPUT_RULES`.
         shift: Learned shifts are added to every tensor before it is binarized.
-        attention_bias: A learned bias is added to the attention map after the softmax: "full", one value per head and
-            pair of tokens; "relative", one per head and relative position of two patches, and the rows of class and
-            distillation token in full; "none".
-        activation_limit: The activation of the MLP is clipped to [-limit, limit]; None leaves it as it is.
+        attention_shift: Query, key and value are among them; BiT's released code forgets theirs.
+        attention_bias: A learned bias is added to the attention map after the softmax, of every block, binarized or
+            not: "full", one value per head and pair of tokens; "relative", one per head and relative position of two
+            patches, and the rows of class and distillation token in full; "none".
+        activation: The activation of the binarized MLP: "keep" (the float model's) or "relu".
+        activation_limit: The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it
+            as it is.
+        qk_norm: A LayerNorm over the features of each head stands before query and key, as in timm's own models
+            with such norms.
+        linear_bias: Biases of the binarized linear layers: "keep" (as the float model has them), "always" or "never".
         rprelu: A shifted PReLU (ReActNet) follows every binarized linear layer.
         shortcut: A norm, the layer's own input and a shifted PReLU (BinaryViT) follow every binarized linear layer.
         context_residual: Query, key and value are added to the product of map and value.
         thresholds: GSB: shares of the maximum above which groups 2, 3, ... start.
         reduce: GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row".
-        gradient: "official", "masked" (GSB) or "bit" (BiT's own gradient of the elastic scales).
+        gradient: GSB: "official" or "masked".
         init: GSB: "stacked" or "official" initialization of the scales.
     """
 
@@ -126,6 +139,7 @@ class Scheme:
     reference: str = field(default="", compare=False)
     components: tuple[str, ...] = COMPONENTS
     weight: str = "float"
+    mlp_weight: str = "as_weight"
     input: str = "float"
     hidden: str = "float"
     query: str = "float"
@@ -137,8 +151,12 @@ class Scheme:
     head_weight: str = "int8"
     head_input: str = "int8"
     shift: bool = False
+    attention_shift: bool = True
     attention_bias: str = "none"
+    activation: str = "keep"
     activation_limit: float | None = None
+    qk_norm: bool = False
+    linear_bias: str = "keep"
     rprelu: bool = False
     shortcut: bool = False
     context_residual: bool = False
@@ -163,6 +181,8 @@ class Scheme:
             check_name(f"rule for {place}", getattr(self, place), rules)
         for name, kind in (
             ("shift", bool),
+            ("attention_shift", bool),
+            ("qk_norm", bool),
             ("rprelu", bool),
             ("shortcut", bool),
             ("context_residual", bool),
@@ -179,12 +199,13 @@ class Scheme:
         check_thresholds(self.thresholds)
         check_name("attention_bias", self.attention_bias, ("full", "relative", "none"))
         check_name("reduce", self.reduce, REDUCTIONS)
-        check_name("gradient", self.gradient, ("official", "masked", "bit"))
+        check_name("activation", self.activation, ("keep", "relu"))
+        check_name("linear_bias", self.linear_bias, ("keep", "always", "never"))
+        check_name("gradient", self.gradient, ("official", "masked"))
         check_name("init", self.init, ("stacked", "official"))
 
     def gsb_options(self) -> dict[str, Any]:
-        gradient = "masked" if self.gradient == "masked" else "official"
-        return {"thresholds": self.thresholds, "reduce": self.reduce, "gradient": gradient, "init": self.init}
+        return {name: getattr(self, name) for name in ("thresholds", "reduce", "gradient", "init")}
 
     def rule(self, place: str) -> Rule:
         """Return the rule of one place, a key of `PLACES`."""

@@ -11,7 +11,6 @@ from safetensors.torch import save as serialize
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from binvit.nn.rules import Rule
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.files import pack_header
 from binvit.packed.vit import PARTS, PackedViT, part_of
@@ -165,7 +164,7 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
         return
     rules = {place: getattr(attention, f"{place}_binarizer").rule for place in ("query", "key", "attention", "value")}
     places = {place: rule.is_float for place, rule in rules.items()}
-    groups = {place: _planes(rules[place]) for place in ("attention", "value")}
+    groups = {place: rules[place].groups for place in ("attention", "value")}
     scores_are_float = places["query"] or places["key"]
     (floats if scores_are_float else binary)[PRODUCTS] += entries * attention.head_dim
     sums_are_float = places["attention"] or places["value"] or rules["value"].scale_per_token
@@ -180,8 +179,3 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
         floats["shifts"] += elements if getattr(attention, f"{place}_shift") is not None else 0
     if attention.context_residual:  # query, key and value
         floats[STREAM] += 3 * elements
-
-
-def _planes(rule: Rule) -> int:
-    """Number of binary tensors that a rule makes of one."""
-    return len(rule.planes(torch.zeros(1, 1, 1, 1), *map(torch.tensor, rule.default())))

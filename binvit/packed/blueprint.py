@@ -20,7 +20,7 @@ from torch import nn
 
 from binvit.nn.convert import binarize
 from binvit.nn.layer_parts import AttentionBias
-from binvit.nn.layers import BinaryAttention, BinaryMlp
+from binvit.nn.layers import BinaryAttention, BinaryMlp, HeadNorm
 from binvit.nn.schemes import Scheme
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}
@@ -232,10 +232,10 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "num_heads": attention.num_heads,
         "mlp_ratio": _ratio(mlp.fc1.out_features, width),
         "qkv_bias": attention.qkv.bias is not None,
-        "qk_norm": not isinstance(attention.q_norm, nn.Identity),
+        "qk_norm": not isinstance(attention.q_norm, nn.Identity | HeadNorm),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
-        "proj_bias": attention.proj.bias is not None,
+        "proj_bias": attention.proj.bias is not None or mlp.fc1.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
         "class_token": model.cls_token is not None,
         "pos_embed": "none" if model.pos_embed is None else "learn",

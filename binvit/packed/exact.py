@@ -19,7 +19,7 @@ from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryPatchConv
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
-from binvit.nn.rules import Rule
+from binvit.nn.rules import Plane, Rule
 from binvit.packed.blueprint import Blueprint
 
 FLOATS = (torch.float32, torch.float16)
@@ -113,7 +113,7 @@ class PackedAttention(BinaryAttention):
         if not (is_binary(self.query_binarizer.rule) and is_binary(self.key_binarizer.rule)):
             return super().scores(q, k)
         (q_plane,), (k_plane,) = self.query_binarizer.planes(q), self.key_binarizer.planes(k)
-        product = bit_product(q_plane.levels, k_plane.levels)
+        product = plane_product(q_plane, k_plane)
         return apply_scales(product, q_plane.scale, k_plane.scale) * self.factor
 
     def attend(self, a: Tensor, v: Tensor) -> Tensor:
@@ -125,12 +125,28 @@ class PackedAttention(BinaryAttention):
         total = None
         for a_plane in maps:
             for v_plane in values:
-                product = bit_product(a_plane.levels, v_plane.levels.mT)
+                product = plane_product(a_plane, v_plane._replace(levels=v_plane.levels.mT))
                 scales = [s for s in (a_plane.scale, v_plane.scale) if s is not None]
                 if scales:
                     product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
                 total = product if total is None else total.add_(product)
         return total
+
+
+def plane_product(x: Plane, w: Plane) -> Tensor:
+    """Multiply the integers of two planes, (B, H, M, K) and (B, H, N, K) with offsets per head, from bits.
+
+    Returns:
+        float32 (B, H, M, N), exact integers.
+    """
+    product = bit_product(x.levels, w.levels)
+    if x.offset is not None:
+        product -= x.offset * w.levels.sum(-1)[..., None, :]
+    if w.offset is not None:
+        product -= w.offset * x.levels.sum(-1, keepdim=True)
+    if x.offset is not None and w.offset is not None:
+        product += x.levels.shape[-1] * x.offset * w.offset
+    return product
 
 
 def bit_product(x: Tensor, w: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from binvit import bits
 from binvit.bits.attention.bias import Bias, full_bias, no_bias, relative_bias
 from binvit.bits.attention.scores import MAX_HEAD_WIDTH
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
-from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, HeadSign, MapThreshold, ScoreSign, ThreeMaps
+from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, MapThreshold, ScoreSign, ThreeMaps
 from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU
 from binvit.nn.layers import BinaryMlp
 from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
@@ -175,10 +175,6 @@ def _fold_qkv(attention: PackedAttention) -> dict[str, Any]:
     intervals = _intervals(torch.from_numpy(_pad_heads(torch.cat(tables, 1).numpy().T, width).T.copy()))
     affine, post = _affine(qkv, scale)[:, 2 * size :], qkv.post
     shift = _vector(attention.value_shift, size)
-    rule = attention.value_binarizer.rule
-    if isinstance(rule, HeadSign):  # sign(v + a z)
-        binarizer = attention.value_binarizer
-        shift = shift + np.repeat((binarizer.scale * binarizer.offset).flatten().numpy(), width)
     zeros = np.zeros_like(shift)
     after = [shift, zeros] if post is None else [zeros, shift]
     slopes = [np.zeros(3 * size, np.float32)] * 3 if post is None else _rprelu(post)
@@ -240,12 +236,6 @@ def over_batch(block: nn.Module) -> bool:
 def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
     rule = binarizer.rule
-    if isinstance(rule, HeadSign):
-        # Signs as two groups: a (2 b - 1) = 2 a b - a, the second holds every token. A >= -a z is A > the number below.
-        scale, offset = (x.flatten().numpy() for x in (binarizer.scale, binarizer.offset))
-        cut = np.nextafter(-(scale * offset), np.float32(-np.inf))
-        cuts = np.stack([cut, np.full_like(cut, _LOWEST)], axis=1)
-        return cuts, np.zeros(2, np.float32), np.stack([2 * scale, -scale], axis=1)
     scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters if rule.learned] or [1.0]
     shares = [0.0]
     if isinstance(rule, GsbAttention):
@@ -282,8 +272,6 @@ def _fold_value(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarra
         scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters]
         return np.tile(np.array(scales, np.float32), (heads, 1)), np.array(rule.thresholds, np.float32), False
     none = np.zeros(0, np.float32)
-    if isinstance(rule, HeadSign):
-        return binarizer.scale.reshape(-1, 1).numpy().copy(), none, False
     if isinstance(rule, Sign) and rule.scale == "head":
         return np.ones((heads, 1), np.float32), none, True
     return np.full((heads, 1), _vector(_constant_scale("value", binarizer), 1, 1.0)[0]), none, False
