@@ -11,7 +11,7 @@ from binvit.packed.fast.path import _ONE_TORCH_THREAD, torch_threads
 from binvit.packed.fast.threads import TEAM
 
 X = images(20)
-GENERIC = {"float", "xnor-k", "binaryvit", "bhvit-qd"}
+GENERIC = {"float", "xnor-k", "bivit-head", "binaryvit", "bhvit-qd"}
 
 
 ROUNDS_ALIKE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -55,7 +55,8 @@ def test_attention_biases(bias, distilled):
 @pytest.mark.parametrize("attention", ["half_max", "quarter_max", "three_maps", "head_sign", "elastic"])
 @pytest.mark.parametrize("value", ["sign", "sign_learned", "head_sign", "elastic"])
 def test_rules_of_map_and_value_mix(attention, value):
-    check_fast(trained(binvit.scheme("gsb", attention=attention, value=value)))
+    generic = "head_sign" in (attention, value)
+    check_fast(trained(binvit.scheme("gsb", attention=attention, value=value)), generic=generic)
 
 
 @pytest.mark.parametrize("place", ["input", "hidden", "query", "key", "value"])

@@ -69,7 +69,7 @@ class _ElasticLinear(torch.autograd.Function):
             levels_w = w.new_empty(n, k, dtype=dtype)
             gain = float(elementwise.centred_signs(elementwise.rows_of(w), levels_w.numpy()))
         else:
-            ((levels_w, scale_w),) = rule_w.planes(w, *parameters)
+            ((levels_w, scale_w, _),) = rule_w.planes(w, *parameters)
             levels_w = levels_w.to(dtype)
             if scale_w is not None and scale_w.numel() == 1:
                 gain = scale_w.item()

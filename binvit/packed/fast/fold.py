@@ -236,6 +236,7 @@ def over_batch(block: nn.Module) -> bool:
 def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
     rule = binarizer.rule
+    _require(rule.per == "tensor", f"the attention map is {rule}")
     scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters if rule.learned] or [1.0]
     shares = [0.0]
     if isinstance(rule, GsbAttention):
