@@ -41,6 +41,8 @@ def sum_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def slope(x: float, window: str) -> float:
     """Derivative used for sign(x)."""
+    if window == "through":
+        return 1.0
     if abs(x) > 1 or (window == "open" and abs(x) == 1):
         return 0.0
     return 2 - 2 * abs(x) if window == "approx" else 1.0
@@ -50,23 +52,30 @@ def identity(x: np.ndarray, g: np.ndarray) -> Outcome:
     return Outcome(x, g, [])
 
 
-def sign_rule(scale: str = "none", window: str = "clip", center: bool = False, bare: bool = False) -> Callable:
-    """y = s sign(c) with a constant s: 1, the mean of |x| over the last axis ("row") or over the last two ("head").
+def sign_rule(scale: str = "none", window: str = "closed", center: bool = False, factor: str = "constant") -> Callable:
+    """y = s sign(c), s 1, the mean of |x| over the last axis ("row") or over the last two ("head").
 
-    c is x, or x minus its mean over the last axis, through which the gradient passes.
+    c is x, or x minus its mean over the last axis, through which the gradient passes. `factor` says how s enters the
+    gradient; "exact" is the derivative of the mean of |c|, term by term.
     """
 
     def oracle(x: np.ndarray, g: np.ndarray) -> Outcome:
         y, dx = np.zeros_like(x), np.zeros_like(x)
+        c = x - x.mean(-1, keepdims=True) if center else x
+        averaged = c if factor == "exact" else x
+        n = x.shape[-1]
         for i in np.ndindex(x.shape):
-            mean = x[i[:-1]].mean() if center else 0.0
             s = {
                 "none": lambda i=i: 1.0,
-                "row": lambda i=i: np.abs(x[i[:-1]]).mean(),
-                "head": lambda i=i: np.abs(x[i[:-2]]).mean(),
+                "row": lambda i=i: np.abs(averaged[i[:-1]]).mean(),
+                "head": lambda i=i: np.abs(averaged[i[:-2]]).mean(),
             }[scale]()
-            y[i] = s * sgn(x[i] - mean)
-            dx[i] = g[i] * slope(x[i] - mean, window) * (1.0 if bare else s)
+            y[i] = s * sgn(c[i])
+            dx[i] = g[i] * slope(c[i], window) * (1.0 if factor == "bare" else s)
+            if factor == "xnor":
+                dx[i] = (dx[i] + g[i] / n) * (1 - 1 / n)
+            if factor == "exact":
+                dx[i] += sum(g[i[:-1]][j] * sgn(c[i[:-1]][j]) for j in range(n)) * sgn(c[i]) / n
         return Outcome(y, through_centring(dx) if center else dx, [])
 
     return oracle
@@ -119,7 +128,7 @@ def elastic(lo: int = -1, hi: int = 1, gradient: str = "official") -> Callable:
             y[i] = step[i] * level
             dx[i] = g[i] * inside
             da[i] = (level - (0.0 if gradient == "bit" else ratio * inside)) * g[i]
-        return Outcome(y, dx, [sum_to(da, a.shape) / math.sqrt(x.size * hi)])
+        return Outcome(y, dx, [sum_to(da, a.shape) / (1.0 if gradient == "sum" else math.sqrt(x.size * hi))])
 
     return oracle
 
@@ -127,7 +136,7 @@ def elastic(lo: int = -1, hi: int = 1, gradient: str = "official") -> Callable:
 def learned_factor(x: np.ndarray, g: np.ndarray, c: np.ndarray) -> Outcome:
     """y = c sign(x) with a learned c."""
     factor = np.broadcast_to(c, x.shape)
-    dx = np.array([g[i] * factor[i] * slope(x[i], "clip") for i in np.ndindex(x.shape)]).reshape(x.shape)
+    dx = np.array([g[i] * factor[i] * slope(x[i], "open") for i in np.ndindex(x.shape)]).reshape(x.shape)
     return Outcome(factor * signs(x), dx, [sum_to(g * signs(x), c.shape)])
 
 
@@ -196,10 +205,21 @@ def score_sign(s: np.ndarray, g: np.ndarray) -> Outcome:
     return Outcome((s > 0).astype(float), g * (np.abs(s) < 1), [])
 
 
-def three_maps(a: np.ndarray, g: np.ndarray) -> Outcome:
-    """Sum over s = 1, 2, 3 of 1[round(3 A) >= s - 1/2]."""
-    y = [sum(1.0 for s in (1, 2, 3) if round(3 * value) >= s - 0.5) for value in a.flat]
-    return Outcome(np.array(y).reshape(a.shape), g, [])
+def three_maps(a: np.ndarray, g: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> Outcome:
+    """y = a clip(round(3 A/a + z), 0, 3) per head; gradients inside 0 <= round <= 3, closed."""
+    y, da, dscale, doffset = (np.zeros_like(a) for _ in range(4))
+    heads = a.shape[1]
+    share = heads / math.sqrt(3 * a.size)
+    for i in np.ndindex(a.shape):
+        step, z = scale[i[1], 0, 0], offset[i[1], 0, 0]
+        level = round(3 * a[i] / step + z)
+        inside = 1.0 if 0 <= level <= 3 else 0.0
+        clipped = min(max(level, 0), 3)
+        y[i] = step * clipped
+        da[i] = 3 * g[i] * inside
+        dscale[i] = share * g[i] * (clipped - inside * 3 * a[i] / step)
+        doffset[i] = share * step * g[i] * inside
+    return Outcome(y, da, [sum_to(dscale, scale.shape), sum_to(doffset, offset.shape)])
 
 
 def head_sign(x: np.ndarray, g: np.ndarray, a: np.ndarray, z: np.ndarray) -> Outcome:
@@ -304,9 +324,12 @@ def gsb_value_levels(v: np.ndarray, thresholds: tuple[float, ...], reduce: str) 
 WEIGHT: dict[str, Callable[..., Outcome]] = {
     "float": identity,
     "sign": sign_rule(),
-    "sign_mean": sign_rule("row"),
-    "sign_mean_bare": sign_rule("row", bare=True),
-    "sign_mean_centred": sign_rule("row", center=True, bare=True),
+    "sign_open": sign_rule(window="open"),
+    "sign_through": sign_rule(window="through"),
+    "sign_mean": sign_rule("row", "open", factor="xnor"),
+    "sign_mean_exact": sign_rule("row", "open", center=True, factor="exact"),
+    "sign_mean_bare": sign_rule("row", factor="bare"),
+    "sign_mean_centred": sign_rule("row", center=True, factor="bare"),
     "sign_mean_centred_open": sign_rule("row", window="open", center=True),
     "sign_learned_centred": learned_row,
     "sign_learned": learned_factor,
@@ -322,7 +345,7 @@ INPUT: dict[str, Callable[..., Outcome]] = {
     "sign": sign_rule(),
     "sign_open": sign_rule(window="open"),
     "elastic_bit": elastic(gradient="bit"),
-    "sign_mean": sign_rule("row"),
+    "sign_mean": sign_rule("row", "open"),
     "sign_approx": sign_rule(window="approx"),
     "sign_ede": ede,
     "elastic": elastic(),
@@ -341,7 +364,7 @@ ATTENTION: dict[str, Callable[..., Outcome]] = {
     "three_maps": three_maps,
     "head_sign": head_sign,
     "elastic": elastic(0, 1),
-    "elastic_small": elastic(0, 1),
+    "elastic_small": elastic(0, 1, "sum"),
     "gsb": gsb_attention((0.7, 0.9), "row"),
 }
 QUERY = INPUT | {"head_sign": head_sign}
@@ -352,8 +375,8 @@ VALUE: dict[str, Callable[..., Outcome]] = {
     "elastic_bit": elastic(gradient="bit"),
     "sign_approx": sign_rule(window="approx"),
     "sign_ede": ede,
-    "sign_mean": sign_rule("head"),
-    "sign_mean_token": sign_rule("row"),
+    "sign_mean": sign_rule("head", "open"),
+    "sign_mean_token": sign_rule("row", "open"),
     "sign_learned": learned_factor,
     "head_sign": head_sign,
     "elastic": elastic(),

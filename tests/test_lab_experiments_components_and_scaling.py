@@ -31,7 +31,7 @@ def test_the_design_crosses_components_and_factors():
     assert len({run.trial for run in runs}) == len(NAMES) + 1
     schemes = {run.condition: run.trial.get_scheme() for run in runs}
     assert schemes["MHSA, weights"].components == ("mhsa",)
-    assert schemes["both, no factor"].weight == "sign"
+    assert schemes["both, no factor"].weight == "sign_through"
     patches = schemes["patch embedding, weights and inputs"]
     assert (patches.components, patches.patch_weight, patches.patch_input) == (
         ("patch_embed",),

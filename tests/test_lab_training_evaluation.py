@@ -12,7 +12,7 @@ from binvit.packed import PackedViT
 BATCHES = [(images(40, seed), None, None) for seed in range(3)]
 
 
-@pytest.mark.parametrize("name", ["gsb", "bit", "bivit", "bnn"])
+@pytest.mark.parametrize("name", ["gsb", "bit", "bivit"])
 def test_classes_on_bits_are_the_models_own(name):
     model = trained(name)
     assert isinstance(on_bits(model), PackedViT)

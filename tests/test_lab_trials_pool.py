@@ -193,7 +193,7 @@ def test_results_of_another_recipe_are_not_taken_for_this_one(tmp_path):
         read_result(trial, tmp_path)
     with pytest.warns(UserWarning, match=r"kept as .*\.outdated"):
         run_trials([trial], tmp_path, progress=False)
-    del values["recipe"]["workers"], values["scheme"]["rprelu"]  # fields that a later release added
+    del values["recipe"]["workers"], values["scheme"]["own_input"]  # fields that a later release added
     path.write_text(json.dumps(values))
     assert read_result(trial, tmp_path).trial == trial
     del values["recipe"]["eval_every"]  # a field that a later release added and set in this trial

@@ -53,13 +53,13 @@ RULES = {
     "bit/weight_bwn_row": Bwn(scale="channel"),
     "bibert/activation_qkv": Sign(window="open"),
     "bibert/map": ScoreSign(),
-    "bibert/weight": Sign(scale="row", center=True, bare_gradient=True),
+    "bibert/weight": Sign(scale="row", center=True, factor="bare"),
     "bivit/activation": Sign(window="open"),
     "bivit/weight": LearnedRow(),
     "bivit/weight_fixed_scale": Sign(scale="row", center=True, window="open"),
     "bivit-head/head_sign": HeadSign(),
     "bivit-head/head_sign_map": HeadSign(),
-    "bivit-head/weight": Sign(scale="row", bare_gradient=True),
+    "bivit-head/weight": Sign(scale="row", factor="bare"),
 }
 
 

@@ -14,8 +14,9 @@ from timm.layers.attention import Attention
 from torch import nn
 
 import binvit
-from binvit.nn import AttentionBias, Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv, RPReLU, rules
+from binvit.nn import AttentionBias, Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv, rules
 from binvit.nn.attention_rules import GsbAttention, HeadSign
+from binvit.nn.block_parts import LayerEnd, RPReLU
 from binvit.nn.schemes import PLACES
 
 SCHEMES = binvit.list_schemes()
@@ -38,11 +39,12 @@ def mlp_layer(scheme, width=12, **options):
 
 
 def disturb(module, seed=0):
-    """Move every parameter a little, so that shifts, biases and offsets are not at their neutral start."""
+    """Move every parameter a little, so that shifts, biases and offsets are not at their neutral start; scales grow."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.05)
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.05
+            parameter.add_(noise.abs() if name.endswith("binarizer.scale") else noise)
     return module
 
 
@@ -164,7 +166,7 @@ def test_rprelu_is_a_shifted_prelu_per_channel():
     y = layer(x)
     for i in np.ndindex(x.shape):
         c = i[-1]
-        moved = x[i] - layer.shift_in[c]
+        moved = x[i] + layer.shift_in[c]
         want = (moved if moved >= 0 else layer.slope[c] * moved) + layer.shift_out[c]
         assert y[i].item() == pytest.approx(want.item())
     assert torch.autograd.gradcheck(layer, x.requires_grad_())
@@ -229,9 +231,9 @@ def test_the_input_factor_of_a_patch_is_its_box_filtered_mean():
     torch.testing.assert_close(y, want)
 
 
-def test_a_shortcut_needs_widths_that_divide():
-    with pytest.raises(ValueError, match="one divides the other, got 8 and 5"):
-        BinaryLinear(nn.Linear(8, 5), rules.Bwn(), rules.Elastic(), shortcut=True)
+def test_an_own_input_needs_widths_that_divide():
+    with pytest.raises(ValueError, match="one of its widths divides the other, got 8 and 5"):
+        LayerEnd(8, 5, own_input=True)
 
 
 # --- attention bias
@@ -283,43 +285,65 @@ def binarized(binarizer, place, scheme, x):
     return oracle(x, np.zeros_like(x), *parameters).y
 
 
-def linear_oracle(layer, places, scheme, x):
+def layer_norm_oracle(weight, bias, eps, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight.numpy() + bias.numpy()
+
+
+def norm_oracle(norm, x, parts=1):
+    pieces = zip(*(np.split(t, parts, -1) for t in (norm.weight.detach(), norm.bias.detach(), x)), strict=True)
+    return np.concatenate([layer_norm_oracle(w, b, norm.eps, piece) for w, b, piece in pieces], -1)
+
+
+def linear_oracle(layer, places, scheme, x, parts=1):
     weight, input = places
     original = x
-    if layer.shift is not None:
-        x = x + layer.shift.detach().numpy()
+    if layer.norm is not None:
+        x = norm_oracle(layer.norm, x)
     w = layer.matrix.detach().numpy()
-    xb = binarized(layer.input_binarizer, input, scheme, x)
-    wb = binarized(layer.weight_binarizer, weight, scheme, w)
-    y = xb @ wb.T + (0.0 if layer.bias is None else layer.bias.detach().numpy())
-    if isinstance(layer.post, RPReLU):
-        y = rprelu_oracle(layer.post, y)
-    elif layer.post is not None:
-        y = shortcut_oracle(layer.post, y, original)
-    return y
+    if scheme.latent == "centred":
+        w = w - w.mean(1, keepdims=True)
+    w = w if scheme.latent == "free" else np.clip(w, -1, 1)
+    outputs = []
+    shifts = np.zeros(layer.in_features) if layer.shift is None else layer.shift.detach().numpy()
+    for i, rows in enumerate(np.split(w, layer.parts)):
+        xb = binarized(layer.input_binarizers[i], input, scheme, x + (shifts[i] if shifts.ndim == 2 else shifts))
+        outputs.append(xb @ binarized(layer.weight_binarizers[i], weight, scheme, rows).T)
+    y = np.concatenate(outputs, -1)
+    if layer.bias is not None:
+        y = y + layer.bias.detach().numpy()
+    return y if layer.post is None else end_oracle(layer.post, scheme, y, original, parts)
 
 
 def rprelu_oracle(layer, x):
     first, second, slope = (t.detach().numpy() for t in (layer.shift_in, layer.shift_out, layer.slope))
-    return np.where(x >= first, x - first, slope * (x - first)) + second
+    return np.where(x >= -first, x + first, slope * (x + first)) + second
 
 
-def shortcut_oracle(layer, y, x):
-    weight, bias = layer.norm.weight.detach().numpy(), layer.norm.bias.detach().numpy()
-    centred = y - y.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.norm.eps) * weight + bias
-    short = np.zeros_like(y)
-    for c in range(y.shape[-1]):
-        ratio = x.shape[-1] // y.shape[-1]
-        short[..., c] = x[..., c * ratio : (c + 1) * ratio].mean(-1) if ratio else x[..., c % x.shape[-1]]
-    return rprelu_oracle(layer.activation, normed + short)
+def end_oracle(end, scheme, y, x, parts=1):
+    if end.factor is not None:
+        y = y * end.factor.detach().numpy()
+    if scheme.norm == "after":
+        y = norm_oracle(end.norm, y, parts)
+    if end.own_input:
+        short = np.zeros_like(y)
+        for c in range(y.shape[-1]):
+            ratio = x.shape[-1] // y.shape[-1]
+            short[..., c] = x[..., c * ratio : (c + 1) * ratio].mean(-1) if ratio else x[..., c % x.shape[-1]]
+        y = y + short
+    y = {
+        "none": lambda y: y,
+        "clip": lambda y: np.clip(y, -1, 1),
+        "rprelu": lambda y: rprelu_oracle(end.activation, y),
+    }[scheme.layer_activation](y)
+    return y if end.scale is None else y * end.scale.alpha.detach().numpy() + end.scale.beta.detach().numpy()
 
 
 def attention_oracle(layer, scheme, x):
     b, n, width = x.shape
     heads, d = layer.num_heads, layer.head_dim
-    qkv = linear_oracle(layer.qkv, ("weight", "input"), scheme, x)
-    parts = {}
+    qkv = linear_oracle(layer.qkv, ("weight", "input"), scheme, x, parts=3)
+    parts, unshifted = {}, 0
     for i, place in enumerate(("query", "key", "value")):
         part = np.zeros((b, heads, n, d))
         for h in range(heads):
@@ -328,6 +352,7 @@ def attention_oracle(layer, scheme, x):
         if place != "value":
             norm = layer.q_norm if place == "query" else layer.k_norm
             part = norm(torch.tensor(part)).detach().numpy()
+        unshifted = unshifted + part
         shift = getattr(layer, f"{place}_shift")
         parts[place] = part if shift is None else part + shift.detach().numpy()
     q = binarized(layer.query_binarizer, "query", scheme, parts["query"])
@@ -339,15 +364,15 @@ def attention_oracle(layer, scheme, x):
     if layer.bias is not None:
         a = a + layer.bias().detach().numpy()
     y = np.einsum("bhij,bhjd->bihd", binarized(layer.attention_binarizer, "attention", scheme, a), v)
+    y = y.reshape(b, n, width)
     if scheme.context_residual:
-        y = y + sum(parts.values()).transpose(0, 2, 1, 3)
-    return linear_oracle(layer.proj, ("weight", "input"), scheme, y.reshape(b, n, width))
+        y = end_oracle(layer.context_end, scheme, y, unshifted.transpose(0, 2, 1, 3).reshape(b, n, width))
+    return linear_oracle(layer.proj, ("weight", "input"), scheme, y)
 
 
 def mlp_oracle(layer, scheme, x):
-    hidden = linear_oracle(layer.fc1, ("mlp_weight", "input"), scheme, x)
-    hidden = torch.tensor(hidden)
-    hidden = (hidden.relu() if scheme.activation == "relu" else nn.functional.gelu(hidden)).numpy()
+    hidden = torch.tensor(linear_oracle(layer.fc1, ("mlp_weight", "input"), scheme, x))
+    hidden = {"keep": nn.functional.gelu, "relu": torch.relu, "none": lambda x: x}[scheme.activation](hidden).numpy()
     if scheme.activation_limit is not None:
         hidden = np.clip(hidden, -scheme.activation_limit, scheme.activation_limit)
     return linear_oracle(layer.fc2, ("mlp_weight", "hidden"), scheme, hidden)
@@ -423,7 +448,7 @@ def test_the_activation_is_limited_where_the_scheme_says_so():
     layer = mlp_layer(binvit.scheme("gsb", activation_limit=0.5))
     x = torch.linspace(-20, 20, 101)
     assert layer.activate(x).max() == 0.5
-    assert mlp_layer(binvit.scheme("bnn")).activate(x).max() == 20
+    assert mlp_layer(binvit.scheme("bibert")).activate(x).max() == 20
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n != "float"])
@@ -440,9 +465,12 @@ def test_recorded_tensors_are_the_ones_multiplied(name):
     assert set(kept) == {"scores", "map", "binary", "query", "key", "value", "value_binary"}
     assert not any(t.requires_grad for t in kept.values())
     context = kept["binary"] @ kept["value_binary"]
+    context = context.transpose(1, 2).reshape(2, 5, 12)
     if scheme.context_residual:
-        context = context + kept["query"] + kept["key"] + kept["value"]
-    torch.testing.assert_close(layer.proj(context.transpose(1, 2).reshape(2, 5, 12)), y)
+        shifts = layer.query_shift, layer.key_shift, layer.value_shift
+        parts = [kept[place] - shift for place, shift in zip(("query", "key", "value"), shifts, strict=True)]
+        context = layer.context_end(context, sum(parts).transpose(1, 2).reshape(2, 5, 12))
+    torch.testing.assert_close(layer.proj(context), y)
     for place in ("query", "key", "value"):
         assert kept[place].shape == (2, 3, 5, 4)
     for place in ("scores", "map", "binary"):

@@ -141,7 +141,7 @@ def test_a_row_of_equal_weights_keeps_irnet_finite(sharpness):
     assert np.isfinite(got.dx).all()
 
 
-CENTRED = ("sign_mean_centred", "sign_mean_centred_open")
+CENTRED = ("sign_mean_centred", "sign_mean_centred_open", "sign_mean_exact")
 
 
 @pytest.mark.parametrize(

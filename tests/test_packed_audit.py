@@ -51,23 +51,23 @@ def audit_of(scheme, **options):
 
 def test_three_maps_are_three_products_and_comparisons():
     entries = 3 * 17 * 17
-    one, three = (audit_of(binvit.scheme("bnn", attention=rule)) for rule in ("half_max", "three_maps"))
+    one, three = (audit_of(binvit.scheme("bibert", attention=rule)) for rule in ("half_max", "three_maps"))
     assert (three - one).loc[PRODUCTS, "binary_ops"] == 2 * entries * 16
     assert (three - one).loc[SOFTMAX, "float_ops"] == 2 * entries
 
 
 def test_context_residuals_and_layer_scales_are_counted():
     elements = 17 * 48
-    plain, context = (audit_of(binvit.scheme("bnn", context_residual=on)) for on in (False, True))
+    plain, context = (audit_of(binvit.scheme("bibert", context_residual=on)) for on in (False, True))
     assert (context - plain).loc[STREAM, "float_ops"] == 3 * elements
-    assert (audit_of("bnn", init_values=0.1) - plain).loc["norms", "float_ops"] == 2 * elements
+    assert (audit_of("bibert", init_values=0.1) - plain).loc["norms", "float_ops"] == 2 * elements
 
 
 @pytest.mark.parametrize("include_prefix", [False, True])
 def test_attention_pooling_is_counted(include_prefix):
     width, tokens = 48, 17 if include_prefix else 16
-    pooled = audit_of("bnn", global_pool="map", pool_include_prefix=include_prefix)["float_ops"]
-    more = pooled - audit_of("bnn")["float_ops"]
+    pooled = audit_of("bibert", global_pool="map", pool_include_prefix=include_prefix)["float_ops"]
+    more = pooled - audit_of("bibert")["float_ops"]
     assert more["heads"] == (2 * tokens + 1 + 1 + 4 + 4) * width**2
     assert more["biases"] == (2 * tokens + 1 + 1 + 4 + 1) * width
     assert more[PRODUCTS] == 2 * tokens * width

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from packed_models import SIMPLE
 
 import binvit
 from binvit.lab.data.datasets import load_data
@@ -40,8 +41,8 @@ def images():
 @pytest.fixture(scope="module")
 def models():
     options = {"epochs": 8, "eval_every": 8}
-    biases = {"gsb": {"attention_bias": "relative"}}
-    trials = [Trial("digits", name, scheme_options=biases.get(name, ()), recipe_options=options) for name in SCHEMES]
+    changed = {"gsb": {"attention_bias": "relative"}, "reactnet": SIMPLE}
+    trials = [Trial("digits", name, scheme_options=changed.get(name, ()), recipe_options=options) for name in SCHEMES]
     return {trial.scheme: train_trial(trial).model for trial in trials}
 
 

@@ -120,7 +120,7 @@ def test_models_that_cannot_be_packed_are_refused():
         binvit.pack(vit())
     with pytest.raises(ValueError, match="got int"):
         binvit.pack(3)
-    model = trained("bnn", steps=1)
+    model = trained("bibert", steps=1)
     with pytest.raises(ValueError, match="5 classes, but 2 class names came"):
         binvit.pack(model, classes=["a", "b"])
     model.blocks[1].norm1.eps = 0.1

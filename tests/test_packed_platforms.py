@@ -9,16 +9,16 @@ import pytest
 
 PROGRAM = """
 import torch
-from packed_models import images, logits_of, trained
+from packed_models import SIMPLE, images, logits_of, trained
 
 import binvit
 
-for scheme in ("gsb", "reactnet", "xnor"):
-    options = {"attention_bias": "relative"} if scheme == "gsb" else {}
+SETTINGS = {"gsb": {"attention_bias": "relative"}, "reactnet": SIMPLE, "xnor": {"norm": "none"}, "binaryvit": {}}
+for scheme, options in SETTINGS.items():
     model = trained(binvit.scheme(scheme, **options), depth=1, steps=1)
     x = images(COUNT)
     fast, exact = binvit.pack(model), binvit.pack(model, exact=True)
-    assert not fast.reason
+    assert bool(fast.reason) == (scheme == "binaryvit")
     assert torch.equal(exact(x), logits_of(model, x)), scheme
     assert torch.equal(fast(x), logits_of(model, x)), scheme
 """

@@ -1,9 +1,10 @@
 """What trains: binarization rules, layers, schemes and the conversion of timm models."""
 
 from binvit.nn import functional
+from binvit.nn.block_parts import LayerEnd, RPReLU
 from binvit.nn.catalogue import CATALOGUE, list_schemes, scheme
-from binvit.nn.convert import binarize, calibrate, round_vectors, set_progress
-from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU, Shortcut
+from binvit.nn.convert import binarize, calibrate, init_latent_weights, round_vectors, set_progress
+from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
 from binvit.nn.official_gsb import load_official_gsb
 from binvit.nn.schemes import COMPONENTS, PLACES, Scheme
@@ -18,12 +19,13 @@ __all__ = [
     "BinaryLinear",
     "BinaryMlp",
     "BinaryPatchConv",
+    "LayerEnd",
     "RPReLU",
     "Scheme",
-    "Shortcut",
     "binarize",
     "calibrate",
     "functional",
+    "init_latent_weights",
     "list_schemes",
     "load_official_gsb",
     "round_vectors",

@@ -29,7 +29,7 @@ class MapThreshold(Rule):
 
     s is 1 or, with `mean_scale`, the mean of A over the kept entries of the row, a constant for the gradient. The
     mean is taken per row (a choice of this project) so that no image depends on another. Backward: dA = s g w(A -
-    share max), with the window w: "through" 1, "approx" and "clip" as for the sign.
+    share max), with a window w of `binvit.nn.rules.Sign`.
 
     References:
         The threshold of He et al., BiViT, 2023 (share 0.25). CNN binarizers define no rule for attention maps: share
@@ -143,21 +143,43 @@ class HeadSign(Rule):
 
 @dataclass(frozen=True)
 class ThreeMaps(Rule):
-    """BHViT's quantization decomposition: y = sum over s = 1, 2, 3 of 1[round(3 A) >= s - 1/2], dA = g.
+    """BHViT's quantization decomposition: y = a sum over s = 1, 2, 3 of 1[r >= s], r = round(3 A/a + z) per head.
+
+    Backward with w = 1[0 <= r <= 3], G = H/sqrt(3 n) for H heads, sums over the head: dA = 3 g w,
+    da = G sum(g (clip(r, 0, 3) - w 3 A/a)), dz = a G sum(g w). Init: a = 2 mean(3 A)/sqrt 3, z = 0.1 min(3 A).
 
     References:
-        Gao et al., BHViT: Binarized hybrid vision transformer, 2025.
+        Gao et al., BHViT: Binarized hybrid vision transformer, 2025, and its official code; z is not subtracted again.
     """
 
+    per: str = "head"
+
+    parameters: ClassVar[tuple[str, ...]] = ("scale", "offset")
     lowest: ClassVar[int] = 0
     groups: ClassVar[int] = 3
 
-    def planes(self, x: Tensor) -> list[Plane]:
-        third = (3 * x).round()
-        return [Plane((third >= s - 0.5).to(x.dtype), None) for s in (1, 2, 3)]
+    def default(self) -> tuple[float, ...]:
+        return (1.0, 0.0)
 
-    def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        return (g,)
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        scale = 2 * self._mean(3 * x) / 3**0.5
+        return scale.clamp(min=SMALLEST_SCALE), 0.1 * (3 * x).amin((0, 2, 3)).view(-1, 1, 1)
+
+    @staticmethod
+    def rounded(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        """Return the level of each entry before it is clipped to 0, ..., 3."""
+        return (3 * x / scale + offset).round()
+
+    def planes(self, x: Tensor, scale: Tensor, offset: Tensor) -> list[Plane]:
+        rounded = self.rounded(x, scale, offset)
+        return [Plane((rounded >= s).to(x.dtype), scale) for s in (1, 2, 3)]
+
+    def backward(self, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        rounded = self.rounded(x, scale, offset)
+        through = g * ((rounded >= 0) & (rounded <= 3))
+        share = x.shape[1] / (3 * x.numel()) ** 0.5
+        dscale = reduce_to(g * rounded.clamp(0, 3) - through * 3 * x / scale, scale.shape)
+        return 3 * through, share * dscale, share * scale * reduce_to(through, scale.shape)
 
 
 @dataclass(frozen=True)

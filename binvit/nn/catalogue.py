@@ -20,6 +20,16 @@ _GSB_PAPER = (
 _ELASTIC: dict[str, Any] = _everywhere(
     "elastic", hidden="elastic_unsigned", shift=True, attention_bias="full", activation_limit=10.0, weight="bwn"
 )
+_REACTNET: dict[str, Any] = {
+    "shift": True,
+    "separate_qkv": True,
+    "linear_bias": "never",
+    "norm": "after",
+    "own_input": True,
+    "layer_activation": "rprelu",
+    "context_residual": True,
+    "activation": "none",
+}
 _CATALOGUE = (
     Scheme(
         "float",
@@ -29,54 +39,81 @@ _CATALOGUE = (
     ),
     Scheme(
         "bnn",
-        "plain signs without any factor, straight-through gradient",
-        "Hubara et al., Binarized neural networks, 2016. The attention map (half of the row's maximum) is this "
-        "project's choice: the paper knows no attention.",
-        **_everywhere("sign", weight="sign", attention="half_max", value="sign"),
+        "plain signs without any factor, straight-through gradient, norms",
+        "Hubara et al., Binarized neural networks, 2016. The map (half of the row's maximum) is this project's choice, "
+        "as are LayerNorms where the nets have batch norms; the window of a sign is that of the Hardtanh before it; "
+        "latent weights are clipped as the paper says (in the released code that line reaches the biases only).",
+        norm="after",
+        activation="none",
+        latent="clipped",
+        **_everywhere("sign_open", weight="sign_through", attention="half_max", value="sign_open"),
     ),
     Scheme(
         "xnor",
-        "signs with a mean-absolute-value factor per output channel",
-        "Rastegari et al., XNOR-Net, 2016. Factors of the attention map (mean of the kept entries per row) and of the "
-        "value (mean |v| per head) are this project's choice.",
-        **_everywhere("sign", weight="sign_mean", attention="half_max_mean", value="sign_mean"),
+        "signs with a mean-absolute-value factor per output channel, a norm before every sign",
+        "Rastegari et al., XNOR-Net, 2016, with the weight gradient of the authors' released code. The map, its factor "
+        "(mean of the kept entries per row), that of the value (mean |v| per head) and LayerNorms where the nets have "
+        "batch norms are this project's choice.",
+        norm="before",
+        activation="none",
+        latent="centred",
+        **_everywhere("sign_open", weight="sign_mean", attention="half_max_mean", value="sign_mean"),
     ),
     Scheme(
         "xnor-k",
         "as xnor, with XNOR-Net's factor of the inputs: mean |x| per token",
-        "Rastegari et al., XNOR-Net, 2016, with the input factor K. A value scaled per token cannot be summed over "
-        "tokens as bits: that one product stays float.",
+        "Rastegari et al., XNOR-Net, 2016, with the input factor K, which no released code applies: the authors' does "
+        "not compute it, a reimplementation computes and drops it. Map and value as in xnor; a value scaled per token "
+        "cannot be summed over tokens as bits: that one product stays float.",
+        norm="before",
+        activation="none",
+        latent="centred",
         **_everywhere("sign_mean", weight="sign_mean", attention="half_max_mean", value="sign_mean_token"),
     ),
     Scheme(
         "xnor++",
-        "signs with one learned factor per output channel of every product",
-        "Bulat and Tzimiropoulos, XNOR-Net++: Improved binary neural networks, 2019. One learned factor each for map "
-        "and value is this project's choice.",
-        **_everywhere("sign", weight="sign_learned", attention="half_max_learned", value="sign_learned"),
+        "signs with one learned factor per output channel of every product, norms",
+        "Bulat and Tzimiropoulos, XNOR-Net++: Improved binary neural networks, 2019. No code came with the paper; as "
+        "in the first author's later library the factor multiplies the bias as well. One learned factor each for map "
+        "and value, and LayerNorms where the nets have batch norms, are this project's choice.",
+        output_factor=True,
+        norm="after",
+        activation="none",
+        **_everywhere("sign_open", weight="sign_open", attention="half_max_learned", value="sign_learned"),
     ),
     Scheme(
         "bireal",
-        "approximate sign gradient for activations, magnitude-aware weights",
-        "Liu et al., Bi-Real Net, 2018. The attention map is this project's choice, with the paper's gradient at the "
-        "distance from the threshold.",
+        "approximate sign gradient, the own input added to every layer's normalized output",
+        "Liu et al., Bi-Real Net, 2018. The attention map, with the paper's gradient at the distance from the "
+        "threshold, and LayerNorms where the nets have batch norms are this project's choice.",
+        linear_bias="never",
+        latent_init=(0.0, 0.001),
+        norm="after",
+        own_input=True,
+        activation="none",
         **_everywhere("sign_approx", weight="sign_mean_bare", attention="half_max_approx", value="sign_approx"),
     ),
     Scheme(
         "irnet",
-        "standardized weights and a gradient that sharpens over training",
+        "standardized weights, a gradient that sharpens over training, own inputs",
         "Qin et al., Forward and backward information retention for accurate binary neural networks, 2020. The "
-        "attention map is this project's choice, with the paper's gradient at the distance from the threshold.",
+        "attention map, with the paper's gradient at the distance from the threshold, and LayerNorms where the nets "
+        "have batch norms are this project's choice.",
+        linear_bias="never",
+        norm="after",
+        own_input=True,
+        layer_activation="clip",
+        activation="none",
         **_everywhere("sign_ede", weight="standardized", attention="half_max_ede", value="sign_ede"),
     ),
     Scheme(
         "reactnet",
-        "learned shifts before every sign and a shifted PReLU after every linear layer",
-        "Liu et al., ReActNet: Towards precise binary neural network with generalized activation functions, 2020. The "
-        "elastic attention map is this project's choice.",
-        shift=True,
-        rprelu=True,
-        **_everywhere("sign_approx", weight="sign_mean_bare", attention="elastic", value="sign_approx"),
+        "learned shifts before every sign, own inputs and a shifted PReLU after every linear layer",
+        "Liu et al., ReActNet: Towards precise binary neural network with generalized activation functions, 2020, in "
+        "the transformer version released with BinaryViT (Le and Li, 2023), whose weights are centred where those of "
+        "the convolutional code are not.",
+        **_REACTNET,
+        **_everywhere("sign_approx", weight="sign_mean_centred", attention="elastic_small", value="sign_approx"),
     ),
     Scheme(
         "bibert",
@@ -110,18 +147,23 @@ _CATALOGUE = (
     ),
     Scheme(
         "binaryvit",
-        "shortcuts and norms around every linear layer, query, key and value added to the context",
-        "Le and Li, BinaryViT: Pushing binary vision transformers towards convolutional models, 2023.",
-        shortcut=True,
-        context_residual=True,
-        **_everywhere("elastic", weight="bwn", attention="elastic_small", value="elastic"),
+        "own inputs, norms, shifted PReLUs and scales around every linear layer, pooling branches",
+        "Le and Li, BinaryViT: Pushing binary vision transformers towards convolutional models, 2023. LayerNorms where "
+        "the released scripts put batch norms over tokens, and no pyramid, are this project's choice.",
+        layer_scale=True,
+        branches="pool",
+        **_REACTNET,
+        **_everywhere("sign_approx", weight="sign_mean_centred", attention="elastic_small", value="sign_approx"),
     ),
     Scheme(
         "bhvit-qd",
-        "attention map decomposed into three binary maps, query, key and value added to the context",
-        "Gao et al., BHViT: Binarized hybrid vision transformer, 2025, arXiv 2503.02394; its decomposition alone.",
-        context_residual=True,
-        **_everywhere("elastic", weight="bwn", attention="three_maps", value="sign"),
+        "attention map decomposed into three binary maps, in BinaryViT's blocks with shifting branches",
+        "Gao et al., BHViT: Binarized hybrid vision transformer, 2025, arXiv 2503.02394; its decomposition and blocks "
+        "on a plain vision transformer, without the windows and convolutions of its first stages.",
+        layer_scale=True,
+        branches="shift",
+        **_REACTNET,
+        **_everywhere("sign_approx", weight="sign_mean_centred", attention="three_maps", value="sign_approx"),
     ),
     Scheme(
         "bit",

@@ -54,13 +54,13 @@ def _replace_parts(model: VisionTransformer, scheme: Scheme) -> None:
         weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
         # No shift: it would undo the normalization of the images.
         model.patch_embed.proj = _like(BinaryPatchConv(model.patch_embed.proj, weight, input), model.patch_embed.proj)
+    where = model.patch_embed.grid_size, model.num_prefix_tokens
     for block in model.blocks:
         if scheme.binarizes("mhsa"):
-            grid = model.patch_embed.grid_size
-            attention = BinaryAttention(block.attn, scheme, grid, model.num_prefix_tokens)
-            block.attn = _like(attention, block.attn.qkv)
+            block.attn = _like(BinaryAttention(block.attn, scheme, *where), block.attn.qkv)
         if scheme.binarizes("mlp"):
-            block.mlp = _like(BinaryMlp(block.mlp, scheme), block.mlp.fc1)
+            grid = None if model.num_prefix_tokens else model.patch_embed.grid_size
+            block.mlp = _like(BinaryMlp(block.mlp, scheme, grid), block.mlp.fc1)
     if scheme.binarizes("head"):
         for name in ("head", "head_dist"):
             head = getattr(model, name, None)
@@ -109,6 +109,12 @@ def _check_model(model: nn.Module, scheme: Scheme) -> None:
         raise ValueError("A learned attention bias needs a fixed image size; use dynamic_img_size=False.")
     if scheme.binarizes("mhsa") and scheme.attention_bias != "none" and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("A learned attention bias needs every patch in its place; use patch_drop_rate=0.")
+    branched = scheme.binarizes("mlp") and scheme.branches != "none" and not model.num_prefix_tokens
+    if branched and (model.dynamic_img_size or not isinstance(model.patch_drop, nn.Identity)):
+        raise ValueError(
+            "Branches that mix neighbouring patches need every patch of one image size; use dynamic_img_size=False and "
+            "patch_drop_rate=0."
+        )
     for i, block in enumerate(model.blocks):
         if type(block) is not Block:
             raise ValueError(f"Block {i} is a {type(block).__name__}; only timm's pre-norm Block can be binarized.")
@@ -135,6 +141,24 @@ def calibrate(model: VisionTransformer, images: torch.Tensor) -> VisionTransform
     model.train()
     model(images)
     return model.train(training)
+
+
+@torch.no_grad()
+def init_latent_weights(model: VisionTransformer) -> VisionTransformer:
+    """Draw the latent weights as the scheme's authors start a training from nothing, and return the model.
+
+    Without `latent_init` in its scheme the model stays as it is.
+
+    Args:
+        model: A binarized model.
+    """
+    scheme = getattr(model, "scheme", None)
+    if scheme is not None and scheme.latent_init is not None:
+        for block in model.blocks:
+            for layer in block.modules():
+                if isinstance(layer, BinaryLinear):
+                    layer.weight.uniform_(*scheme.latent_init)
+    return model
 
 
 @torch.no_grad()

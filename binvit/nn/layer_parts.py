@@ -1,4 +1,4 @@
-"""Parts of the binarized layers: a rule with its parameters, ReActNet's activation, the bias of the attention map."""
+"""Parts of the binarized layers: a rule with its parameters, the bias of the attention map."""
 
 from __future__ import annotations
 
@@ -93,64 +93,6 @@ class Binarizer(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.rule)
-
-
-class RPReLU(nn.Module):
-    """ReActNet's activation: y = PReLU_c(x - m1_c) + m2_c, one slope and two shifts per channel.
-
-    Args:
-        channels: Size of the last dimension.
-
-    References:
-        Liu et al., ReActNet, 2020.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.shift_in = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
-        self.shift_out = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
-        self.slope = nn.Parameter(torch.full((channels,), 0.25, dtype=torch.float32))
-
-    def forward(self, x: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Map x (..., channels) to the same shape; the layer's own input is not used."""
-        moved = x - self.shift_in
-        return torch.where(moved >= 0, moved, self.slope * moved) + self.shift_out
-
-
-class Shortcut(nn.Module):
-    """BinaryViT's end of a layer: y = RPReLU(norm(x) + the layer's own input, brought to the layer's width).
-
-    An input that is narrower is repeated, a wider one averaged over neighbouring features.
-
-    Args:
-        in_features: Width of the layer's input.
-        out_features: Width of its output; one must divide the other.
-
-    Raises:
-        ValueError: If neither width divides the other.
-
-    References:
-        Le and Li, BinaryViT: Pushing binary vision transformers towards convolutional models, 2023.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        if in_features % out_features and out_features % in_features:
-            raise ValueError(
-                f"A shortcut needs layer widths of which one divides the other, got {in_features} and {out_features}."
-            )
-        self.out_features = out_features
-        self.norm = nn.LayerNorm(out_features)
-        self.activation = RPReLU(out_features)
-
-    def forward(self, x: Tensor, layer_input: Tensor) -> Tensor:
-        """Map the layer's output x (..., out_features) and input (..., in_features) to (..., out_features)."""
-        width = layer_input.shape[-1]
-        if width > self.out_features:
-            layer_input = layer_input.unflatten(-1, (self.out_features, width // self.out_features)).mean(-1)
-        elif width < self.out_features:
-            layer_input = torch.cat([layer_input] * (self.out_features // width), dim=-1)
-        return self.activation(self.norm(x) + layer_input)
 
 
 class AttentionBias(nn.Module):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from binvit.nn.block_parts import Branches, LayerEnd, clip
 from binvit.nn.fused import autograd
-from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU, Shortcut
-from binvit.nn.products import attention_product, binary_product, superpose
+from binvit.nn.layer_parts import AttentionBias, Binarizer
+from binvit.nn.products import ReplaceValue, attention_product, binary_product, superpose
 from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
 
@@ -19,17 +17,12 @@ def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
-def _options(scheme: Scheme) -> dict[str, Any]:
-    """What the four linear layers of a block have in common besides their rules."""
-    return {name: getattr(scheme, name) for name in ("shift", "linear_bias", "rprelu", "shortcut")}
-
-
 class HeadNorm(nn.LayerNorm):
     """The LayerNorm over the features of a head that a scheme with `qk_norm` puts before query and key."""
 
 
 class BinaryLinear(nn.Module):
-    """Linear layer with binarized weights and inputs: y = b_x(x + shift) b_w(W)^T + bias.
+    """Linear layer with binarized weights and inputs: y = end(b_x(x + shift) b_w(W)^T + bias, x).
 
     Args:
         linear: The float layer (`nn.Linear`, or a convolution seen as one by `BinaryPatchConv`); its weights are
@@ -38,8 +31,12 @@ class BinaryLinear(nn.Module):
         input: Rule of the inputs.
         shift: Learn a shift per input feature, added before the inputs are binarized.
         linear_bias: "keep" the float layer's bias or lack of one, have one "always" or "never".
-        rprelu: Follow the layer with an `RPReLU`.
-        shortcut: Follow it with a `Shortcut` instead: a norm, the layer's own input and an `RPReLU`.
+        parts: The outputs are those of so many layers of equal width (query, key and value), each with binarizers and a
+            shift of its own.
+        latent: What happens to the latent weights before every training step's forward pass, for good: "free" nothing,
+            "clipped" to [-1, 1], "centred" over each row's fan-in, then clipped.
+        norm: Normalize the inputs first.
+        post: What follows, a `LayerEnd`.
     """
 
     def __init__(
@@ -50,41 +47,130 @@ class BinaryLinear(nn.Module):
         *,
         shift: bool = False,
         linear_bias: str = "keep",
-        rprelu: bool = False,
-        shortcut: bool = False,
+        parts: int = 1,
+        latent: str = "free",
+        norm: bool = False,
+        post: LayerEnd | None = None,
     ) -> None:
         super().__init__()
-        matrix = linear.weight.detach().flatten(1)
-        self.out_features, self.in_features = matrix.shape
+        self.out_features, self.in_features = linear.weight.detach().flatten(1).shape
+        self.parts, self.latent = parts, latent
         self.weight = _copy_of(linear.weight)
         bias = nn.Parameter(self.weight.new_zeros(self.out_features)) if linear.bias is None else _copy_of(linear.bias)
         has_bias = linear_bias == "always" or (linear_bias == "keep" and linear.bias is not None)
         self.bias = bias if has_bias else None
-        self.shift = nn.Parameter(matrix.new_zeros(self.in_features)) if shift and not input.is_float else None
-        self.weight_binarizer = Binarizer(weight, channels=self.out_features)
-        self.input_binarizer = Binarizer(input)
-        self.post = RPReLU(self.out_features) if rprelu else None
-        if shortcut:
-            self.post = Shortcut(self.in_features, self.out_features)
+        shape = (self.in_features,) if parts == 1 else (parts, self.in_features)
+        self.shift = nn.Parameter(self.weight.new_zeros(shape)) if shift and not input.is_float else None
+        rows = self.out_features // parts
+        if parts == 1:
+            self.weight_binarizer, self.input_binarizer = Binarizer(weight, channels=rows), Binarizer(input)
+        else:
+            self.weight_binarizer = nn.ModuleList(Binarizer(weight, channels=rows) for _ in range(parts))
+            self.input_binarizer = nn.ModuleList(Binarizer(input) for _ in range(parts))
+        self.norm = nn.LayerNorm(self.in_features) if norm else None
+        self.post = post
 
     @property
     def matrix(self) -> Tensor:
         """Latent weights, (out_features, in_features)."""
         return self.weight.flatten(1)
 
+    @property
+    def weight_binarizers(self) -> list[Binarizer]:
+        """The binarizer of each part's weights."""
+        return [self.weight_binarizer] if self.parts == 1 else list(self.weight_binarizer)
+
+    @property
+    def input_binarizers(self) -> list[Binarizer]:
+        """The binarizer of each part's inputs."""
+        return [self.input_binarizer] if self.parts == 1 else list(self.input_binarizer)
+
+    @property
+    def shifts(self) -> list[Tensor | None]:
+        """The learned shift of each part's inputs, (in_features,)."""
+        return [self.shift] * self.parts if self.shift is None or self.parts == 1 else list(self.shift)
+
+    def constrained(self) -> Tensor:
+        """Return the latent weights (out_features, in_features) that are binarized; in training mode they stay so."""
+        w = self.matrix
+        if self.latent == "free":
+            return w
+        fixed = w.detach()
+        if self.latent == "centred":
+            fixed = fixed - fixed.mean(1, keepdim=True)
+        fixed = fixed.clamp(-1, 1)
+        if not self.training:
+            return ReplaceValue.apply(w, fixed)
+        # Behind autograd's back: a second forward pass before the step changes nothing that the first has kept.
+        self.weight.data.copy_(fixed.view_as(self.weight))
+        return self.matrix
+
+    def products(self, x: Tensor) -> Tensor:
+        """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
+        products = []
+        weights = self.constrained().chunk(self.parts)
+        biases = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
+        for *places, w, shift, bias in zip(
+            self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
+        ):
+            rules = places[0].rule, places[1].rule
+            px, pw = places[0].values(x, shift), places[1].values(w)
+            if self.training and autograd.takes_linear(*rules, x, w, shift, bias):
+                products.append(autograd.elastic_linear(x, w, *rules, *px, pw, shift, bias))
+            else:
+                products.append(binary_product(x, w, *rules, px, pw, shift, bias))
+        return products[0] if self.parts == 1 else torch.cat(products, -1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        w = self.matrix
-        rules = self.input_binarizer.rule, self.weight_binarizer.rule
-        px, pw = self.input_binarizer.values(x, self.shift), self.weight_binarizer.values(w)
-        if self.training and autograd.takes_linear(*rules, x, w, self.shift, self.bias):
-            y = autograd.elastic_linear(x, w, *rules, *px, pw, self.shift, self.bias)
-        else:
-            y = binary_product(x, w, *rules, px, pw, self.shift, self.bias)
+        y = self.products(x if self.norm is None else self.norm(x))
         return y if self.post is None else self.post(y, x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+def scheme_linear(
+    linear: nn.Linear,
+    scheme: Scheme,
+    weight: str = "weight",
+    input: str = "input",
+    *,
+    parts: int = 1,
+    normed: bool = True,
+    last: bool = False,
+) -> BinaryLinear:
+    """Return a linear layer of a block with the parts that the scheme names.
+
+    Args:
+        linear: The float layer.
+        scheme: What is binarized and how.
+        weight: Which of the scheme's places holds for the weights.
+        input: Which of them holds for the inputs.
+        parts: Number of equal parts of the output: 3 for query, key and value.
+        normed: The block itself normalizes the inputs.
+        last: The layer ends a branch of the block, so that a scale of the branch belongs here.
+    """
+    outputs, inputs = linear.weight.shape
+    ends = {
+        "factor": scheme.output_factor,
+        "norm": scheme.norm == "after",
+        "own_input": scheme.own_input,
+        "activation": scheme.layer_activation,
+        "scale": scheme.layer_scale and last,
+    }
+    has_end = any(value not in (False, "none") for value in ends.values())
+    return BinaryLinear(
+        linear,
+        scheme.rule(weight),
+        scheme.rule(input),
+        shift=scheme.shift,
+        linear_bias=scheme.linear_bias,
+        parts=parts if scheme.separate_qkv else 1,
+        latent=scheme.latent,
+        norm=scheme.norm == "before" and not normed,
+        post=LayerEnd(inputs, outputs, parts=parts, **ends) if has_end else None,
+    )
 
 
 class BinaryPatchConv(BinaryLinear):
@@ -139,13 +225,11 @@ class BinaryAttention(nn.Module):
         heads = self.num_heads = attention.num_heads
         self.head_dim, self.attn_dim = attention.head_dim, attention.attn_dim
         self.register_buffer("factor", torch.tensor(self.head_dim**-0.5, dtype=torch.float32), persistent=False)
-        options = _options(scheme)
-        weight, input = scheme.rule("weight"), scheme.rule("input")
-        self.qkv = BinaryLinear(attention.qkv, weight, input, **options)
+        self.qkv = scheme_linear(attention.qkv, scheme, parts=3)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         if scheme.qk_norm and isinstance(self.q_norm, nn.Identity):
             self.q_norm, self.k_norm = HeadNorm(self.head_dim), HeadNorm(self.head_dim)
-        self.proj = BinaryLinear(attention.proj, weight, input, **options)
+        self.proj = scheme_linear(attention.proj, scheme, normed=False, last=True)
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
         for place in ("query", "key", "attention", "value"):
             self.add_module(f"{place}_binarizer", Binarizer(scheme.rule(place), heads=heads))
@@ -157,22 +241,18 @@ class BinaryAttention(nn.Module):
         self.softmax = scheme.attention != "scores"
         kind = scheme.attention_bias
         self.bias = None if kind == "none" else AttentionBias(kind, heads, grid, prefix)
-        self.context_residual = scheme.context_residual
+        self.context_end = None
+        if scheme.context_residual:
+            ends = {"norm": scheme.norm == "after", "activation": scheme.layer_activation}
+            self.context_end = LayerEnd(self.attn_dim, self.attn_dim, own_input=True, **ends)
         self.record = False
         self.last_attention: dict[str, Tensor] = {}
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, N, 3 * H * d) into query, key and value, each (B, H, N, d), normalized and shifted."""
+        """Split (B, N, 3 * H * d) into query, key and value, each (B, H, N, d), normalized."""
         b, n, _ = qkv.shape
         q, k, v = qkv.view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.query_shift is not None:
-            q = q + self.query_shift
-        if self.key_shift is not None:
-            k = k + self.key_shift
-        if self.value_shift is not None:
-            v = v + self.value_shift
-        return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return binarized query x key / sqrt(d), (B, H, N, N)."""
@@ -205,20 +285,27 @@ class BinaryAttention(nn.Module):
         return self.proj_drop(self.proj(self.norm(y)))
 
     def _by_steps(self, qkv: Tensor) -> Tensor:
-        q, k, v = self.split_heads(qkv)
+        split = self.split_heads(qkv)
+        shifts = self.query_shift, self.key_shift, self.value_shift
+        q, k, v = (x if shift is None else x + shift for x, shift in zip(split, shifts, strict=True))
         scores = self.scores(q, k)
         a = self.attn_drop(self.attention_map(scores))
         if self.record:
             self._keep(scores, a, q, k, v)
-        y = self.attend(a, v)
-        if self.context_residual:
-            y = y + q + k + v
-        return y.transpose(1, 2).reshape(*qkv.shape[:2], self.attn_dim)
+        y = self._merge_heads(self.attend(a, v))
+        if self.context_end is None:
+            return y
+        query, key, value = map(self._merge_heads, split)
+        return self.context_end(y, query + key + value)
+
+    @staticmethod
+    def _merge_heads(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
 
     def _can_fuse(self, qkv: Tensor) -> bool:
         """The fused core is for training; the first batch goes step by step, since it sets the scales."""
         binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
-        plain = self.training and self.softmax and not (self.record or self.context_residual or self.attn_drop.p)
+        plain = self.training and self.softmax and not (self.record or self.context_end or self.attn_drop.p)
         plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
         return plain and binarizers[2].is_set and autograd.takes_attention(*(b.rule for b in binarizers), qkv)
 
@@ -248,24 +335,28 @@ class BinaryMlp(nn.Module):
     Args:
         mlp: timm's MLP; its weights are copied.
         scheme: What is binarized and how.
+        grid: Patches along height and width, if the tokens are those patches alone; None leaves the scheme's branches
+            out.
     """
 
-    def __init__(self, mlp: nn.Module, scheme: Scheme) -> None:
+    def __init__(self, mlp: nn.Module, scheme: Scheme, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
-        options, weight = _options(scheme), scheme.rule("mlp_weight")
-        self.fc1 = BinaryLinear(mlp.fc1, weight, scheme.rule("input"), **options)
-        self.act = nn.ReLU() if scheme.activation == "relu" else mlp.act
+        self.fc1 = scheme_linear(mlp.fc1, scheme, "mlp_weight")
+        self.act = {"keep": mlp.act, "relu": nn.ReLU(), "none": nn.Identity()}[scheme.activation]
         self.drop1, self.norm = mlp.drop1, mlp.norm
-        self.fc2 = BinaryLinear(mlp.fc2, weight, scheme.rule("hidden"), **options)
+        self.fc2 = scheme_linear(mlp.fc2, scheme, "mlp_weight", "hidden", normed=False, last=True)
         self.drop2 = mlp.drop2
         self.limit = scheme.activation_limit
+        branched = grid is not None and scheme.branches != "none"
+        self.branches = Branches(scheme.branches, self.fc1.in_features, grid) if branched else None
 
     def activate(self, x: Tensor) -> Tensor:
         """Apply the activation and, if the scheme has one, its limit."""
         x = self.act(x)
-        return x if self.limit is None else F.hardtanh(x, -self.limit, self.limit)  # a clamp whose gradient is one pass
+        return x if self.limit is None else clip(x, self.limit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, D) to (B, N, D)."""
-        x = self.norm(self.drop1(self.activate(self.fc1(x))))
-        return self.drop2(self.fc2(x))
+        y = self.norm(self.drop1(self.activate(self.fc1(x))))
+        y = self.drop2(self.fc2(y))
+        return y if self.branches is None else y + self.branches(x)

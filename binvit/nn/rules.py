@@ -115,25 +115,26 @@ class Float(Rule):
 
 @dataclass(frozen=True)
 class Sign(Rule):
-    """Sign with an optional data-dependent factor that the gradient treats as a constant.
+    """Sign with an optional data-dependent factor: y = s sign(x), s = 1 or a mean of |x|.
 
-    Forward: y = s sign(c), with c = x or x minus its mean (`center`) and s = 1 or a mean of |x| (`scale`). Backward:
-    h = g s w(c), with the window w of `window`: "clip" 1[|c| <= 1] (Hubara et al. 2016), "open" 1[|c| < 1], "approx"
-    (2 - 2|c|) 1[|c| <= 1] (Liu et al. 2018); dx = h, or h minus its mean where the gradient passes through the
-    centring. With `bare_gradient` the factor s is left out of the gradient, as most codes do for their weights.
+    Backward: dx = g s w(x), with the window w and the factor's part in the gradient as the fields say; n is the length
+    of the last dimension.
 
     Attributes:
         scale: "none", "row" (mean over the last dimension: fan-in of a weight row, or the features of one token),
             "head" (mean over tokens and channels of one head of one image); of x itself, also where it is centred.
-        window: "clip", "open" or "approx".
-        center: Subtract the mean over the last dimension before the sign (BiBERT, BiViT, BinaryViT).
-        bare_gradient: Leave s out of the gradient.
+        window: "closed" 1[|x| <= 1] (Hubara et al. 2016), "open" 1[|x| < 1], "approx" (2 - 2|x|) 1[|x| <= 1] (Liu et
+            al. 2018) or "through" 1.
+        center: The sign is that of c = x - mean over the last dimension, whose gradient h gives dx = h - mean h.
+        factor: How s enters the gradient: "constant" dx = g s w; "bare" dx = g w, as Bi-Real Net, ReActNet, BiBERT and
+            BinaryViT do for their weights; "exact" dx = g s w + sign(x)/n sum(sign(x) g), the derivative of a mean
+            over the row, here that of |c|; "xnor" dx = g (s w + 1/n)(1 - 1/n), the released code of XNOR-Net.
     """
 
     scale: str = "none"
-    window: str = "clip"
+    window: str = "closed"
     center: bool = False
-    bare_gradient: bool = False
+    factor: str = "constant"
 
     @property
     def scale_per_token(self) -> bool:  # type: ignore[override]
@@ -142,15 +143,22 @@ class Sign(Rule):
     def _scale(self, x: Tensor) -> Tensor | None:
         if self.scale == "none":
             return None
+        x = centred(x) if self.center and self.factor == "exact" else x
         return x.abs().mean(-1 if self.scale == "row" else (-2, -1), keepdim=True)
 
     def planes(self, x: Tensor) -> list[Plane]:
         return [Plane(sign(centred(x) if self.center else x), self._scale(x))]
 
     def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        dx = g * window(centred(x) if self.center else x, self.window)
-        scale = None if self.bare_gradient else self._scale(x)
-        dx = dx if scale is None else dx * scale
+        c, n = centred(x) if self.center else x, x.shape[-1]
+        slope = window(c, self.window)
+        scale = None if self.factor == "bare" else self._scale(x)
+        if self.factor == "xnor" and scale is not None:
+            return (g * (scale * slope + 1 / n) * (1 - 1 / n),)
+        dx = g * slope if scale is None else g * slope * scale
+        if self.factor == "exact" and scale is not None:
+            levels = sign(c)
+            dx = dx + levels * (levels * g).mean(-1, keepdim=True)
         return (centred(dx) if self.center else dx,)
 
 
@@ -160,10 +168,13 @@ def centred(x: Tensor) -> Tensor:
 
 
 def window(x: Tensor, kind: str) -> Tensor:
-    """Return the slope used for sign(x): "clip" 1[|x| <= 1], "open" 1[|x| < 1], "approx" (2 - 2|x|) 1[|x| <= 1]."""
+    """Return the slope used for sign(x): 1[|x| < 1], 1[|x| <= 1], (2 - 2|x|) 1[|x| <= 1] or 1; see `Sign`."""
+    if kind == "through":
+        return torch.ones_like(x)
     size = x.abs()
-    inside = (size < 1 if kind == "open" else size <= 1).to(x.dtype)
-    return (2 - 2 * size) * inside if kind == "approx" else inside
+    if kind == "approx":
+        return (2 - 2 * size) * (size <= 1)
+    return (size < 1 if kind == "open" else size <= 1).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ class Elastic(Rule):
     da = sum((level - (x/a) 1[lo <= x/a <= hi]) g) / sqrt(n hi); with one step per channel the sum runs over the
     channel and n still counts the whole tensor, as released.
     With `gradient="bit"` the scale of the signed binarizer gets the gradient of BiT's released code, which has no
-    window: da = sum(sign(x) g) / sqrt(n).
+    window: da = sum(sign(x) g) / sqrt(n). With `gradient="sum"` da is not divided (BinaryViT).
     Init: a = 2 mean|x| (signed), 4 mean|x| ({0, 1}), 2 mean|x| / sqrt(hi) (more bits), or the constant `start`.
 
     References:
@@ -229,7 +240,7 @@ class Elastic(Rule):
         else:
             dscale = reduce_to(levels * g, scale.shape)
             dscale = dscale if bit else dscale - reduce_to(x * dx, scale.shape) / scale
-        return dx, dscale / (max(x.numel(), 1) * self.hi) ** 0.5
+        return dx, dscale if self.gradient == "sum" else dscale / (max(x.numel(), 1) * self.hi) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -264,7 +275,7 @@ class Bwn(Rule):
 class LearnedOutput(Rule):
     """XNOR-Net++'s learned factor: y = c sign(x), one c per output channel of a weight (or per tensor), init 1.
 
-    Backward: dx = g c 1[|x| <= 1], dc = sum of g sign(x) over what shares the c.
+    Backward: dx = g c 1[|x| < 1], dc = sum of g sign(x) over what shares the c.
 
     References:
         Bulat and Tzimiropoulos, XNOR-Net++, 2019.
@@ -282,7 +293,7 @@ class LearnedOutput(Rule):
         return [Plane(sign(x), scale)]
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        return g * scale * window(x, "clip"), reduce_to(g * sign(x), scale.shape)
+        return g * scale * window(x, "open"), reduce_to(g * sign(x), scale.shape)
 
 
 @dataclass(frozen=True)

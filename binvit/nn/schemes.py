@@ -20,6 +20,7 @@ from binvit.nn.attention_rules import (
     ThreeMaps,
     check_thresholds,
 )
+from binvit.nn.block_parts import BRANCHES, LAYER_ACTIVATIONS
 from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, LearnedRow, Rule, Sign
 
 COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
@@ -29,9 +30,12 @@ COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
 _FLOAT: dict[str, Callable[[Scheme], Rule]] = {"float": lambda s: Float()}
 WEIGHT_RULES = _FLOAT | {
     "sign": lambda s: Sign(),
-    "sign_mean": lambda s: Sign(scale="row"),
-    "sign_mean_bare": lambda s: Sign(scale="row", bare_gradient=True),
-    "sign_mean_centred": lambda s: Sign(scale="row", center=True, bare_gradient=True),
+    "sign_open": lambda s: Sign(window="open"),
+    "sign_through": lambda s: Sign(window="through"),
+    "sign_mean": lambda s: Sign(scale="row", window="open", factor="xnor"),
+    "sign_mean_exact": lambda s: Sign(scale="row", window="open", center=True, factor="exact"),
+    "sign_mean_bare": lambda s: Sign(scale="row", factor="bare"),
+    "sign_mean_centred": lambda s: Sign(scale="row", center=True, factor="bare"),
     "sign_mean_centred_open": lambda s: Sign(scale="row", center=True, window="open"),
     "sign_learned_centred": lambda s: LearnedRow(),
     "sign_learned": lambda s: LearnedOutput(),
@@ -45,7 +49,7 @@ WEIGHT_RULES = _FLOAT | {
 INPUT_RULES = _FLOAT | {
     "sign": lambda s: Sign(),
     "sign_open": lambda s: Sign(window="open"),
-    "sign_mean": lambda s: Sign(scale="row"),
+    "sign_mean": lambda s: Sign(scale="row", window="open"),
     "sign_approx": lambda s: Sign(window="approx"),
     "sign_ede": lambda s: Ede(),
     "elastic": lambda s: Elastic(),
@@ -65,13 +69,13 @@ ATTENTION_RULES = _FLOAT | {
     "three_maps": lambda s: ThreeMaps(),
     "head_sign": lambda s: HeadSign(),
     "elastic": lambda s: Elastic(lo=0),
-    "elastic_small": lambda s: Elastic(lo=0, start=0.005),
+    "elastic_small": lambda s: Elastic(lo=0, start=0.005, gradient="sum"),
     "gsb": lambda s: GsbAttention(**s.gsb_options()),
 }
 _PLAIN = ("float", "sign", "sign_open", "sign_approx", "sign_ede", "elastic", "elastic_bit")
 VALUE_RULES = {name: INPUT_RULES[name] for name in _PLAIN} | {
-    "sign_mean": lambda s: Sign(scale="head"),
-    "sign_mean_token": lambda s: Sign(scale="row"),
+    "sign_mean": lambda s: Sign(scale="head", window="open"),
+    "sign_mean_token": lambda s: Sign(scale="row", window="open"),
     "sign_learned": lambda s: LearnedOutput(per="tensor"),
     "head_sign": lambda s: HeadSign(),
     "gsb": lambda s: GsbValue(**s.gsb_options()),
@@ -89,6 +93,23 @@ PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
     "patch_input": INPUT_RULES,
     "head_weight": WEIGHT_RULES,
     "head_input": INPUT_RULES,
+}
+
+_SWITCHES = (
+    *("shift", "attention_shift", "separate_qkv", "qk_norm"),
+    *("output_factor", "own_input", "layer_scale", "context_residual"),
+)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "linear_bias": ("keep", "always", "never"),
+    "latent": ("free", "clipped", "centred"),
+    "norm": ("none", "before", "after"),
+    "layer_activation": LAYER_ACTIVATIONS,
+    "activation": ("keep", "relu", "none"),
+    "branches": BRANCHES,
+    "attention_bias": ("full", "relative", "none"),
+    "reduce": REDUCTIONS,
+    "gradient": ("official", "masked"),
+    "init": ("stacked", "official"),
 }
 
 
@@ -116,18 +137,31 @@ class Scheme:
         head_input: Rule of the inputs of the heads, a key of `INPUT_RULES`.
         shift: Learned shifts are added to every tensor before it is binarized.
         attention_shift: Query, key and value are among them; BiT's released code forgets theirs.
-        attention_bias: A learned bias is added to the attention map after the softmax, of every block, binarized or
-            not: "full", one value per head and pair of tokens; "relative", one per head and relative position of two
-            patches, and the rows of class and distillation token in full; "none".
-        activation: The activation of the binarized MLP: "keep" (the float model's) or "relu".
-        activation_limit: The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it
-            as it is.
+        separate_qkv: The projections to query, key and value are layers of their own, each with its shift and scales.
         qk_norm: A LayerNorm over the features of each head stands before query and key, as in timm's own models
             with such norms.
         linear_bias: Biases of the binarized linear layers: "keep" (as the float model has them), "always" or "never".
-        rprelu: A shifted PReLU (ReActNet) follows every binarized linear layer.
-        shortcut: A norm, the layer's own input and a shifted PReLU (BinaryViT) follow every binarized linear layer.
-        context_residual: Query, key and value are added to the product of map and value.
+        latent: What happens to the latent weights before each training step: nothing ("free"), "clipped" to [-1, 1], or
+            "centred" over the fan-in and clipped.
+        latent_init: A training from nothing draws the latent weights uniformly from these two bounds; None leaves them
+            as the float model starts. See `binvit.nn.init_latent_weights`.
+        output_factor: A learned factor per output, 1 at the start, multiplies what a 1-bit linear layer puts out.
+        norm: A LayerNorm stands "before" the 1-bit inputs that the block does not normalize (those of proj and fc2),
+            "after" every 1-bit linear layer (one each for query, key and value), or nowhere ("none").
+        own_input: The input of a 1-bit linear layer is added to its (normalized) output: repeated side by side where
+            the output is wider, averaged over neighbouring features where it is narrower.
+        layer_activation: What follows then: "none", "clip" to [-1, 1] or "rprelu", ReActNet's shifted PReLU.
+        layer_scale: proj and fc2 end with a learned factor (0.1 at the start) and offset per channel.
+        context_residual: Query, key and value are added to the product of map and value; the product is normalized and
+            an activation follows as after a linear layer.
+        activation: The activation of the binarized MLP: "keep" (the float model's), "relu" or "none".
+        activation_limit: The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it
+            as it is.
+        branches: Beside the MLP stand branches that mix neighbouring patches: "pool" (BinaryViT), "shift" (BHViT) or
+            "none". A model with a class token, or any other before the patches, has none.
+        attention_bias: A learned bias is added to the attention map after the softmax, of every block, binarized or
+            not: "full", one value per head and pair of tokens; "relative", one per head and relative position of two
+            patches, and the rows of class and distillation token in full; "none".
         thresholds: GSB: shares of the maximum above which groups 2, 3, ... start.
         reduce: GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row".
         gradient: GSB: "official" or "masked".
@@ -152,14 +186,21 @@ class Scheme:
     head_input: str = "int8"
     shift: bool = False
     attention_shift: bool = True
-    attention_bias: str = "none"
-    activation: str = "keep"
-    activation_limit: float | None = None
+    separate_qkv: bool = False
     qk_norm: bool = False
     linear_bias: str = "keep"
-    rprelu: bool = False
-    shortcut: bool = False
+    latent: str = "free"
+    latent_init: tuple[float, float] | None = None
+    output_factor: bool = False
+    norm: str = "none"
+    own_input: bool = False
+    layer_activation: str = "none"
+    layer_scale: bool = False
     context_residual: bool = False
+    activation: str = "keep"
+    activation_limit: float | None = None
+    branches: str = "none"
+    attention_bias: str = "none"
     thresholds: tuple[float, ...] = ()
     reduce: str = "row"
     gradient: str = "official"
@@ -179,16 +220,12 @@ class Scheme:
         object.__setattr__(self, "components", tuple(c for c in COMPONENTS if c in self.components))
         for place, rules in PLACES.items():
             check_name(f"rule for {place}", getattr(self, place), rules)
-        for name, kind in (
-            ("shift", bool),
-            ("attention_shift", bool),
-            ("qk_norm", bool),
-            ("rprelu", bool),
-            ("shortcut", bool),
-            ("context_residual", bool),
-        ):
-            if not isinstance(getattr(self, name), kind):
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
+        for name, choices in _CHOICES.items():
+            check_name(name, getattr(self, name), choices)
+        self._check_latent_init()
         limit = self.activation_limit
         if limit is not None and (
             isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf
@@ -197,12 +234,17 @@ class Scheme:
         if any(isinstance(t, bool) or not isinstance(t, int | float) for t in self.thresholds):
             raise ValueError(f"Scheme field thresholds must hold numbers, got {self.thresholds}.")
         check_thresholds(self.thresholds)
-        check_name("attention_bias", self.attention_bias, ("full", "relative", "none"))
-        check_name("reduce", self.reduce, REDUCTIONS)
-        check_name("activation", self.activation, ("keep", "relu"))
-        check_name("linear_bias", self.linear_bias, ("keep", "always", "never"))
-        check_name("gradient", self.gradient, ("official", "masked"))
-        check_name("init", self.init, ("stacked", "official"))
+
+    def _check_latent_init(self) -> None:
+        bounds = self.latent_init
+        if bounds is None:
+            return
+        numbers = isinstance(bounds, list | tuple) and len(bounds) == 2
+        if not numbers or any(isinstance(b, bool) or not isinstance(b, int | float) for b in bounds):
+            raise ValueError(f"Scheme field latent_init must be two numbers or None, got {bounds!r}.")
+        if not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise ValueError(f"Scheme field latent_init must be two finite numbers that increase, got {bounds!r}.")
+        object.__setattr__(self, "latent_init", tuple(bounds))
 
     def gsb_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("thresholds", "reduce", "gradient", "init")}

@@ -11,6 +11,7 @@ from safetensors.torch import save as serialize
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
+from binvit.nn.block_parts import Branches, LayerEnd
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.files import pack_header
 from binvit.packed.vit import PARTS, PackedViT, part_of
@@ -95,7 +96,10 @@ def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> Non
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             _count_linear(linear, tokens, binary, floats)
         _count_attention(block.attn, tokens, binary, floats)
-        floats["activation functions"] += tokens * block.mlp.fc1.out_features
+        if not isinstance(block.mlp.act, nn.Identity):
+            floats["activation functions"] += tokens * block.mlp.fc1.out_features
+        if getattr(block.mlp, "branches", None) is not None:
+            floats["branches"] += _branch_operations(block.mlp.branches) * tokens * width
         floats[STREAM] += 2 * tokens * width
         scaled = sum(not isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2))
         floats["norms"] += scaled * tokens * width
@@ -113,6 +117,7 @@ def _count_norm(name: str, module: nn.Module, vit: nn.Module, tokens: int) -> in
     if not hasattr(module, "normalized_shape"):
         return 0
     rows = {"fc_norm": 1, "attn_pool.norm": getattr(vit.attn_pool, "latent_len", 1)}.get(name, tokens)
+    rows *= getattr(module, "parts", 1)
     if name.endswith((".q_norm", ".k_norm")):
         rows *= vit.blocks[0].attn.num_heads
     return 4 * rows * module.normalized_shape[-1]  # mean, variance, normalization, weight and bias
@@ -144,16 +149,37 @@ def _count_linear(linear: nn.Module, tokens: int, binary: Counter, floats: Count
     else:
         binary["1-bit weights"] += products
     if isinstance(linear, PackedLinear):
-        if not linear.input_binarizer.rule.is_float:
-            floats["activation scales"] += tokens * linear.in_features  # the comparison that makes the bits
+        if not linear.input_rule.is_float:
+            # The comparison that makes the bits.
+            floats["activation scales"] += linear.parts * tokens * linear.in_features
         if linear.scale is not None:
             floats["weight scales"] += outputs
         if linear.shift is not None:
-            floats["shifts"] += tokens * linear.in_features
+            floats["shifts"] += tokens * linear.shift.numel()
         if linear.post is not None:
-            floats["activation functions"] += 3 * outputs
+            _count_end(linear.post, tokens * linear.in_features, outputs, floats)
     if linear.bias is not None:
         floats["biases"] += outputs
+
+
+def _count_end(end: LayerEnd, inputs: int, outputs: int, floats: Counter) -> None:
+    """Count what follows a product, but for its norm, which is a module among the others."""
+    if end.factor is not None:
+        floats["weight scales"] += outputs
+    if end.own_input:  # a wider input is averaged first
+        floats[STREAM] += outputs + (inputs if inputs > outputs else 0)
+    if end.clips:
+        floats["activation functions"] += 2 * outputs
+    if end.activation is not None:
+        floats["activation functions"] += 3 * outputs
+    if end.scale is not None:
+        floats["norms"] += 2 * outputs
+
+
+def _branch_operations(branches: Branches) -> int:
+    """Operations of all branches for one number of the map: sums and means, scales and offsets, the additions."""
+    axes = 2 * sum(size + 1 for size in branches.SIZES)
+    return axes + 3 * len(branches.scales)
 
 
 def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
@@ -177,5 +203,6 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
     for place, factor in (("query", 1), ("key", 1), ("value", groups["value"])):
         floats["activation scales"] += 0 if places[place] else factor * elements
         floats["shifts"] += elements if getattr(attention, f"{place}_shift") is not None else 0
-    if attention.context_residual:  # query, key and value
-        floats[STREAM] += 3 * elements
+    if attention.context_end is not None:
+        floats[STREAM] += 2 * elements  # the sum of query, key and value, which is then added
+        _count_end(attention.context_end, elements, elements, floats)

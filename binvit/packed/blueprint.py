@@ -220,6 +220,10 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     if model.dynamic_img_size:
         raise ValueError("A model with dynamic_img_size=True cannot be packed; a packed model has one image size.")
     width = model.embed_dim
+    activation = mlp.act
+    if isinstance(mlp, BinaryMlp) and model.scheme.activation != "keep":  # the scheme's, whatever timm's was
+        activation = next((m.act for m in model.modules() if isinstance(m, Mlp)), timm.layers.GELU())
+    biases = attention.proj.bias, mlp.fc1.bias, mlp.fc2.bias  # a scheme may leave out those of its layers
     return {
         "distilled": isinstance(model, VisionTransformerDistilled),
         "img_size": list(embed.img_size),
@@ -235,7 +239,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "qk_norm": not isinstance(attention.q_norm, nn.Identity | HeadNorm),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
-        "proj_bias": attention.proj.bias is not None or mlp.fc1.bias is not None,
+        "proj_bias": any(bias is not None for bias in biases),
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
         "class_token": model.cls_token is not None,
         "pos_embed": "none" if model.pos_embed is None else "learn",
@@ -247,7 +251,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
         "pool_include_prefix": model.pool_include_prefix,
         "norm": _name(block.norm1, _NORMS, "normalization"),
         "epsilon": block.norm1.eps,
-        "activation": _name(mlp.act, _ACTIVATIONS, "activation"),
+        "activation": _name(activation, _ACTIVATIONS, "activation"),
         "fused": True if float_attention is None else bool(float_attention.fused_attn),
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from binvit import bits
 from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
+from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryPatchConv
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
 from binvit.nn.rules import Plane, Rule
@@ -50,37 +51,62 @@ class PackedLinear(nn.Module):
 
     def __init__(self, layer: BinaryLinear, weight: Tensor, scale: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.input_binarizer, self.weight_rule = layer.input_binarizer, layer.weight_binarizer.rule
-        self.bias, self.shift, self.post = layer.bias, layer.shift, layer.post
+        self.in_features, self.out_features, self.parts = layer.in_features, layer.out_features, layer.parts
+        self.input_binarizer, self.weight_rule = layer.input_binarizer, layer.weight_binarizers[0].rule
+        self.bias, self.shift, self.norm, self.post = layer.bias, layer.shift, layer.norm, layer.post
         self.scale = scale
         self.words = weight.numpy() if weight.dtype == torch.uint64 else None
-        self.on_bits = self.words is not None and is_binary(self.input_binarizer.rule)
+        self.on_bits = self.words is not None and is_binary(self.input_rule)
         if self.words is None:
             self.levels = weight
         elif not self.on_bits:
             self.levels = torch.from_numpy(bits.unpack_signs(self.words, self.in_features))
 
+    @property
+    def input_binarizers(self) -> list[Binarizer]:
+        """The binarizer of each part's inputs."""
+        return [self.input_binarizer] if self.parts == 1 else list(self.input_binarizer)
+
+    @property
+    def input_rule(self) -> Rule:
+        """The rule of the inputs."""
+        return self.input_binarizers[0].rule
+
     @cached_property
-    def _prepared(self) -> bits.PreparedWeights:
-        return bits.prepare_weights(self.words)
+    def _prepared(self) -> list[bits.PreparedWeights]:
+        return [bits.prepare_weights(words) for words in np.split(self.words, self.parts)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        rule = self.input_binarizer.rule
-        (plane,) = self.input_binarizer.planes(x if self.shift is None else x + self.shift)
+        normed = x if self.norm is None else self.norm(x)
+        if self.parts == 1:
+            shifted = normed if self.shift is None else normed + self.shift
+            (plane,) = self.input_binarizer.planes(shifted)
+            return self.finish(self._product(0, plane.levels), plane.scale, x)
+        products = []
+        for i, binarizer in enumerate(self.input_binarizers):
+            (plane,) = binarizer.planes(normed if self.shift is None else normed + self.shift[i])
+            scale = None if self.scale is None else self.scale[i]
+            y = apply_scales(self._product(i, plane.levels), plane.scale, scale)
+            products.append(y if self.bias is None else y.add_(self.bias.chunk(self.parts)[i]))
+        y = torch.cat(products, -1)
+        return y if self.post is None else self.post(y, x)
+
+    def _product(self, part: int, levels: Tensor) -> Tensor:
+        """Multiply the levels of the inputs (..., in_features) with those of one part's weights."""
+        rule = self.input_rule
         if self.on_bits:
-            rows = plane.levels.reshape(-1, self.in_features).numpy()
+            rows = levels.reshape(-1, self.in_features).numpy()
             unsigned = rule.lowest == 0
             packed = bits.pack_levels(rows) if unsigned else bits.pack_signs(rows)
-            product = torch.from_numpy(bits.binary_matmul(packed, self._prepared, self.in_features, unsigned=unsigned))
-            y = product.float().reshape(*x.shape[:-1], self.out_features)
-        else:
-            floats = rule.is_float or self.weight_rule.is_float
-            exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
-            y = few_rows_product(plane.levels, self.levels) if exact and not floats else None
-            y = integer_product(plane.levels, self.levels.float(), exact) if y is None else y
-        return self.finish(y, plane.scale, x)
+            weights = self._prepared[part]
+            product = torch.from_numpy(bits.binary_matmul(packed, weights, self.in_features, unsigned=unsigned))
+            return product.float().reshape(*levels.shape[:-1], -1)
+        weights = self.levels.chunk(self.parts)[part]
+        floats = rule.is_float or self.weight_rule.is_float
+        exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
+        y = few_rows_product(levels, weights) if exact and not floats else None
+        return integer_product(levels, weights.float(), exact) if y is None else y
 
     def finish(self, product: Tensor, input_scale: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Turn integer products (..., out_features), overwritten, and the input x into the layer's output."""
@@ -211,10 +237,19 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
+def fold_weight(layer: BinaryLinear) -> Plane:
+    """Return levels (out_features, in_features) and scale of a layer's weights; a scale of each part if it has some."""
+    weights = layer.constrained().chunk(layer.parts)
+    planes = [b.planes(w)[0] for b, w in zip(layer.weight_binarizers, weights, strict=True)]
+    if layer.parts == 1:
+        return planes[0]
+    scale = None if planes[0].scale is None else torch.stack([plane.scale for plane in planes])
+    return Plane(torch.cat([plane.levels for plane in planes]), scale)
+
+
 def _take_weight(name: str, layer: BinaryLinear, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Take a layer's weight and its scale, None where the rule has none, out of the tensors of a file."""
-    binarizer = layer.weight_binarizer
-    dtype, names = weight_dtype(binarizer.rule), (f"{name}.weight", f"{name}.weight_scale")
+    dtype, names = weight_dtype(layer.weight_binarizers[0].rule), (f"{name}.weight", f"{name}.weight_scale")
     weight, scale = (tensors.pop(key, None) for key in names)
     words = dtype == torch.uint64
     columns = bits.word_count(layer.in_features) if words else layer.in_features
@@ -225,9 +260,8 @@ def _take_weight(name: str, layer: BinaryLinear, tensors: dict[str, Tensor]) -> 
             f"The packed model does not fit its header: the tensor {names[0]} has bits past its {layer.in_features} "
             "columns."
         )
-    parameters = [getattr(binarizer, parameter).to("meta") for parameter in binarizer.rule.parameters]
-    (plane,) = binarizer.rule.planes(layer.matrix.to("meta"), *parameters)
-    _check_tensor(names[1], scale, FLOATS[:1], None if plane.scale is None else plane.scale.shape)
+    expected = fold_weight(layer).scale
+    _check_tensor(names[1], scale, FLOATS[:1], None if expected is None else expected.shape)
     return weight if words else _aligned(weight), None if scale is None else _aligned(scale)
 
 

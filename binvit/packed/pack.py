@@ -15,7 +15,7 @@ from binvit.nn.convert import VECTORS
 from binvit.nn.layers import Binarizer, BinaryLinear
 from binvit.nn.precision import on_cpu
 from binvit.packed.blueprint import Blueprint, check_same, describe
-from binvit.packed.exact import weight_dtype
+from binvit.packed.exact import fold_weight, weight_dtype
 from binvit.packed.vit import PackedViT, as_tensor
 
 
@@ -99,11 +99,11 @@ def _fold_tensors(model: VisionTransformer) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if not isinstance(module, BinaryLinear):
             continue
-        for parameter in module.weight_binarizer.rule.parameters:
-            del folded[f"{name}.weight_binarizer.{parameter}"]
-        (plane,) = module.weight_binarizer.planes(module.matrix)
+        for key in [key for key in folded if key.startswith(f"{name}.weight_binarizer.")]:
+            del folded[key]
+        plane = fold_weight(module)
         levels = plane.levels.detach().cpu()
-        dtype = weight_dtype(module.weight_binarizer.rule)
+        dtype = weight_dtype(module.weight_binarizers[0].rule)
         words = dtype == torch.uint64
         folded[f"{name}.weight"] = (
             torch.from_numpy(bits.pack_signs(levels.numpy())) if words else levels.to(dtype, copy=True).contiguous()

@@ -27,6 +27,7 @@ PARTS = (
     "norms",
     "biases",
     "activation functions",
+    "branches",
     "float weights",
 )
 """What the bytes and operations of a model are counted by."""
@@ -172,15 +173,17 @@ def part_of(name: str, tensor: Tensor) -> str:
         return "position embedding and tokens"
     if name.endswith("attn.bias.values"):
         return "attention bias"
-    if last == "weight_scale":
+    if ".branches." in name:
+        return "branches"
+    if last == "weight_scale" or name.endswith(".post.factor"):
         return "weight scales"
     if "_binarizer." in name:
         return "activation scales"
     if last == "shift" or last.endswith("_shift"):
         return "shifts"
-    if ".post." in name:
+    if ".activation." in name:
         return "activation functions"
-    if "norm" in name or ".ls1." in name or ".ls2." in name:
+    if "norm" in name or ".ls1." in name or ".ls2." in name or ".scale." in name:
         return "norms"
     if last == "bias":
         return "biases"

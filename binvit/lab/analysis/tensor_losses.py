@@ -137,7 +137,9 @@ def _binarized_tensors(model: VisionTransformer, images: Tensor) -> list[tuple[B
     linears = [module for module in inside if isinstance(module, BinaryLinear)]
 
     def keep(layer: BinaryLinear, inputs: tuple[Tensor, ...]) -> None:
-        found.append((layer.input_binarizer, inputs[0] if layer.shift is None else inputs[0] + layer.shift))
+        x = inputs[0] if layer.norm is None else layer.norm(inputs[0])
+        for binarizer, shift in zip(layer.input_binarizers, layer.shifts, strict=True):
+            found.append((binarizer, x if shift is None else x + shift))
 
     hooks = [linear.register_forward_pre_hook(keep) for linear in linears]
     for attention in attentions:
@@ -145,7 +147,9 @@ def _binarized_tensors(model: VisionTransformer, images: Tensor) -> list[tuple[B
     try:
         with torch.no_grad():
             model(images)
-        found += [(linear.weight_binarizer, linear.matrix.detach()) for linear in linears]
+        for linear in linears:
+            weights = linear.constrained().detach().chunk(linear.parts)
+            found += zip(linear.weight_binarizers, weights, strict=True)
         for attention in attentions:
             seen = attention.last_attention
             for place, name in (("query", "query"), ("key", "key"), ("attention", "map"), ("value", "value")):

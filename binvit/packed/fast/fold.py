@@ -6,7 +6,6 @@ every integer that a product of signs can take, so that a folded bit is exactly 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from binvit.bits.attention.bias import Bias, full_bias, no_bias, relative_bias
 from binvit.bits.attention.scores import MAX_HEAD_WIDTH
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
 from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, MapThreshold, ScoreSign, ThreeMaps
-from binvit.nn.layer_parts import AttentionBias, Binarizer, RPReLU
+from binvit.nn.block_parts import LayerEnd
+from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryMlp
 from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
 from binvit.packed.exact import PackedAttention, PackedLinear
@@ -47,9 +47,12 @@ def fold_block(block: nn.Module, grid: tuple[int, int], prefix: int) -> dict[str
     attention, mlp = block.attn, block.mlp
     _require(isinstance(attention, PackedAttention), "attention is float")
     _require(isinstance(mlp, BinaryMlp), "the MLP is float")
-    _require(not attention.context_residual, "query, key and value are added to the context")
+    _require(attention.context_end is None, "query, key and value are added to the context")
+    _require(mlp.branches is None, "there are branches beside the MLP")
     for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
-        _require(linear.post is None or isinstance(linear.post, RPReLU), "there are shortcuts around linear layers")
+        _require(linear.parts == 1, "query, key and value are layers of their own")
+        _require(linear.norm is None, "there are norms before linear layers")
+        _require_simple(linear.post)
     for name, module in (("query", attention.q_norm), ("attention", attention.norm), ("hidden", mlp.norm)):
         _require(isinstance(module, nn.Identity), f"there is a norm of the {name}")
     norms = [_fold_norm(block.norm1, attention.qkv.shift), _fold_norm(block.norm2, mlp.fc1.shift)]
@@ -74,6 +77,14 @@ def fold_block(block: nn.Module, grid: tuple[int, int], prefix: int) -> dict[str
 def _require(holds: bool, reason: str) -> None:
     if not holds:
         raise NotFoldable(reason)
+
+
+def _require_simple(post: LayerEnd | None) -> None:
+    if post is not None:
+        _require(post.norm is None, "there are norms after linear layers")
+        _require(not post.own_input, "the inputs of linear layers are added to their outputs")
+        _require(post.factor is None and post.scale is None, "there are scales after linear layers")
+        _require(not post.clips, "the outputs of linear layers are clipped")
 
 
 def _constant_scale(place: str, binarizer: Binarizer, unsigned: bool = False) -> Tensor | None:
@@ -104,8 +115,9 @@ def _fold_post(linear: PackedLinear, scale: nn.Module) -> tuple[np.ndarray, bool
     return np.stack([*rows, _vector(gain, size, 1.0)]), post is not None or gain is not None
 
 
-def _rprelu(post: RPReLU) -> list[np.ndarray]:
-    return [_vector(x, len(x)) for x in (post.shift_in, post.slope, post.shift_out)]
+def _rprelu(post: LayerEnd) -> list[np.ndarray]:
+    activation = post.activation
+    return [_vector(x, len(x)) for x in (-activation.shift_in, activation.slope, activation.shift_out)]
 
 
 def _affine(linear: PackedLinear, input_scale: Tensor | None) -> np.ndarray:
@@ -236,6 +248,11 @@ def over_batch(block: nn.Module) -> bool:
 def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
     rule = binarizer.rule
+    if isinstance(rule, ThreeMaps):
+        scale, offset = (x.flatten() for x in (binarizer.scale, binarizer.offset))
+        _require(bool((scale > 0).all()), "a scale of the map is not positive")
+        cuts = [[_largest_unset(rule, a, z, s) for s in (1, 2, 3)] for a, z in zip(scale, offset, strict=True)]
+        return np.array(cuts, np.float32), np.zeros(3, np.float32), np.tile(scale.numpy()[:, None], 3)
     _require(rule.per == "tensor", f"the attention map is {rule}")
     scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters if rule.learned] or [1.0]
     shares = [0.0]
@@ -245,9 +262,6 @@ def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray,
         cuts, shares = [0.0], [rule.share]
     elif isinstance(rule, ScoreSign):
         cuts = [0.0]
-    elif isinstance(rule, ThreeMaps):
-        cuts = [_largest_unset(lambda x, i=i: rule.planes(x)[i].levels) for i in range(3)]
-        shares, scales = [0.0] * 3, [1.0] * 3
     elif isinstance(rule, Elastic) and (rule.lowest, rule.highest) == (0, 1):
         cuts = [0.5 * scales[0]]
     else:
@@ -256,14 +270,21 @@ def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray,
     return rows[0], np.array(shares, np.float32), rows[1]
 
 
-def _largest_unset(level: Callable[[Tensor], Tensor]) -> float:
-    """Bisect all non-negative float32 numbers for the largest whose level is 0."""
-    low, high = 0, int(np.float32(1e30).view(np.int32))
+def _largest_unset(rule: ThreeMaps, scale: Tensor, offset: Tensor, level: int) -> float:
+    """Bisect all finite float32 numbers for the largest entry of the map below a level."""
+    largest = int(np.float32(1e30).view(np.int32))
+    low, high = -largest, largest
     while high - low > 1:
         middle = (low + high) // 2
-        number = torch.tensor([middle], dtype=torch.int32).view(torch.float32)
-        low, high = (low, middle) if bool(level(number)) else (middle, high)
-    return float(np.int32(low).view(np.float32))
+        number = torch.tensor([_ordered(middle)], dtype=torch.float32)
+        low, high = (low, middle) if bool(rule.rounded(number, scale, offset) >= level) else (middle, high)
+    return _ordered(low)
+
+
+def _ordered(place: int) -> float:
+    """Return the float32 number at a place in their order, 0 at 0."""
+    size = float(np.int32(abs(place)).view(np.float32))
+    return size if place >= 0 else -size
 
 
 def _fold_value(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, bool]:
