@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from golden_methods import check
+import torch
+from golden_methods import check, close, golden, load, official
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 import binvit
+from binvit.nn.block_parts import PartNorm
 from binvit.nn.layers import BinaryAttention, BinaryMlp
 
 GRID = (3, 3)
@@ -86,19 +88,95 @@ def map_names(scheme: str, theirs: str, ours: str) -> dict[str, str]:
 
 # In BinaryViT's and BHViT's codes the first shift of the PReLU is subtracted.
 SUBTRACTED = ("move1",)
+PARTS = [
+    ("reactnet", "reactnet/deit_block", 0, 4.0, ("ln", "bn")),
+    ("binaryvit", "binaryvit/block", 0, 2.0, ("ln", "bn")),
+    ("binaryvit", "binaryvit/block_no_pool", 1, 2.0, ("",)),
+    ("bhvit-qd", "bhvit-qd/block", 0, 2.0, ("ln",)),
+    ("bhvit-qd", "bhvit-qd/block_no_shift", 1, 2.0, ("",)),
+]
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm over everything but the last dimension, as the released scripts have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def with_norm(module: nn.Module, kind: str) -> nn.Module:
+    """Return the module, its norms replaced by batch norms over the tokens if the kind is "bn"."""
+    for name, norm in list(module.named_modules()):
+        if kind == "bn" and isinstance(norm, nn.LayerNorm | PartNorm):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, TokenBatchNorm(len(norm.weight)).to(norm.weight.dtype))
+    return module
 
 
 @pytest.mark.parametrize(
-    ("scheme", "part", "prefix", "ratio"),
+    ("scheme", "part", "prefix", "ratio", "norm"), [(*fields, norm) for *fields, norms in PARTS for norm in norms]
+)
+def test_blocks(scheme, part, prefix, ratio, norm):
+    names, part = block_names(scheme, prefix), f"{part}_{norm}".strip("_")
+    check(with_norm(block_of(scheme, ratio, prefix), norm), part, names, negated=SUBTRACTED)
+    block = with_norm(block_of(scheme, ratio, prefix).float(), norm)
+    check(block, part, names, negated=SUBTRACTED, tolerance=5e-5)
+
+
+def attention_of(scheme: str, last: bool = True) -> BinaryAttention:
+    attention = block_of(scheme, 2.0).attn
+    if not last:
+        attention.proj = nn.Identity()
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("scheme", "part", "norm"),
     [
-        ("reactnet", "reactnet/deit_block_ln", 0, 4.0),
-        ("binaryvit", "binaryvit/block_ln", 0, 2.0),
-        ("binaryvit", "binaryvit/block_no_pool", 1, 2.0),
-        ("bhvit-qd", "bhvit-qd/block_ln", 0, 2.0),
-        ("bhvit-qd", "bhvit-qd/block_no_shift", 1, 2.0),
+        ("binaryvit", "binaryvit/attention_ln", "ln"),
+        ("bhvit-qd", "bhvit-qd/attention_ln", "ln"),
+        ("bhvit-qd", "bhvit-qd/self_attention_ln", "ln"),
+        ("bhvit-qd", "bhvit-qd/self_attention_bn", "bn"),
     ],
 )
-def test_blocks(scheme, part, prefix, ratio):
-    names = block_names(scheme, prefix)
-    check(block_of(scheme, ratio, prefix), part, names, negated=SUBTRACTED)
-    check(block_of(scheme, ratio, prefix).float(), part, names, negated=SUBTRACTED, tolerance=5e-5)
+def test_attention(scheme, part, norm):
+    last = "self" not in part
+    names = attention_part_names(scheme, last)
+    check(with_norm(attention_of(scheme, last), norm), part, names, negated=SUBTRACTED)
+
+
+def attention_part_names(scheme: str, last: bool) -> dict[str, str | tuple[str, ...]]:
+    root = "attention." if scheme == "bhvit-qd" and last else ""
+    names = attention_names(True, "", root) | map_names(scheme, f"{root}attention.", "")
+    return names if last else {ours: theirs for ours, theirs in names.items() if not ours.startswith("proj.")}
+
+
+@pytest.mark.parametrize("part", ["block_ln", "block_no_shift", "attention_ln", "self_attention_ln"])
+def test_the_first_pass_of_bhvit(part):
+    first, arrays = golden(f"bhvit-qd/{part}_init"), golden(f"bhvit-qd/{part}")
+    prefix = int(part == "block_no_shift")
+    if "block" in part:
+        module, names = block_of("bhvit-qd", 2.0, prefix), block_names("bhvit-qd", prefix)
+    else:
+        last = not part.startswith("self")
+        module, names = attention_of("bhvit-qd", last), attention_part_names("bhvit-qd", last)
+    load(module, {ours: official(arrays, "param", theirs, SUBTRACTED) for ours, theirs in names.items()})
+    for name, buffer in module.named_buffers():
+        if name.endswith("initialized"):
+            buffer.fill_(False)
+    close(module(first["x"].double()), first["y"])
+    for ours, theirs in names.items():
+        if theirs in first:
+            close(module.get_parameter(ours), first[theirs], what=theirs)
+
+
+def test_parts_start_as_those_of_binaryvit():
+    block, start = block_of("binaryvit", 2.0), golden("binaryvit/init")
+    block.attn.attention_binarizer.values(torch.rand(1, 2, 9, 9))
+    parameters, seen = dict(block.named_parameters()), set()
+    for ours, theirs in block_names("binaryvit", 0).items():
+        for name in (theirs,) if isinstance(theirs, str) else theirs:
+            if name in start:
+                seen.add(name)
+                assert torch.allclose(parameters[ours], start[name].to(parameters[ours].dtype)), name
+    assert seen == set(start)
