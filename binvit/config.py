@@ -151,7 +151,7 @@ def plain(value: Any) -> Any:
     """Return a value with numpy's and torch's numbers and arrays as Python's numbers and lists, at any depth."""
     if type(value).__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {plain(name): plain(item) for name, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(plain(item) for item in value)

@@ -34,7 +34,7 @@ def test_few_images_are_trained_as_long_as_many():
         assert abs(steps - 120) <= 0.05 * 120
         assert given.eval_every == given.epochs
     whole = limited_samples.sample_runs("digits", ["float"], [5], [0])
-    assert trials(whole)[0].recipe_options == ()
+    assert trials(whole)[0].recipe_options == {}
 
 
 def test_changes_of_the_recipe_count():

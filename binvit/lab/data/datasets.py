@@ -12,7 +12,8 @@ import numpy as np
 
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.label_noise import disturbed, noise_weights
-from binvit.lab.data.sources import SOURCES, Statistics, read_source
+from binvit.lab.data.names import KINDS
+from binvit.lab.data.sources import Statistics, read_source
 
 STATISTICS_IMAGES = 2000  # enough for three decimals of a mean, and decoded within seconds
 
@@ -68,7 +69,7 @@ class ImageData:
 
 def list_datasets() -> list[str]:
     """Return the names that `load_data` knows; "folder" and "parquet" are followed by ":PATH"."""
-    return list(SOURCES)
+    return list(KINDS)
 
 
 def load_data(

@@ -16,6 +16,7 @@ import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from binvit.lab.data.images import ImageSet
+from binvit.lab.data.names import split_name
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -299,10 +300,7 @@ _NEEDS = {
 
 def _locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:
     """Return the kind of a data set and where it lies."""
-    kind, colon, path = str(name).partition(":")
-    if kind not in SOURCES or (colon and (not path or kind == "digits")):
-        valid = ", ".join(f"{known}:PATH" if known in ("folder", "parquet") else known for known in SOURCES)
-        raise ValueError(f"Unknown data set {name!r}; valid names are {valid}.")
+    kind, path = split_name(name)
     location = Path(root, path) if root is not None else Path(path) if path else None
     if location is None and kind != "digits":
         needs = _NEEDS.get(kind, "root=FOLDER, the folder that holds it or that it shall be downloaded to")

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from binvit.config import read_yaml, show
+from binvit.lab.data.names import split_name
 from binvit.lab.training.recipes import list_recipes
 from binvit.lab.training.recipes import recipe as get_recipe
-from binvit.lab.trials.trial import Trial
 
 _PART = re.compile(r"(?P<samples>[1-9]\d*) per class|(?P<seeds>[1-9]\d*) seeds?|recipe (?P<recipe>\w+)")
 
@@ -51,7 +50,7 @@ class Images:
             found |= given
         if found.get("recipe", "smoke") not in list_recipes():
             raise ValueError(f"Unknown recipe {found['recipe']!r}; valid recipes are {', '.join(list_recipes())}.")
-        Trial(dataset)  # refuses unknown data sets
+        split_name(dataset)  # refuses unknown data sets
         samples, seeds = (int(found[name]) if name in found else None for name in ("samples", "seeds"))
         return cls(dataset, samples, found.get("recipe"), seeds)
 
@@ -99,10 +98,7 @@ def _value(name: str, text: str) -> Any:
         return float(text)  # YAML takes 1e-2 for a text
     except ValueError:
         pass
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # what looks like a date is read as one, even 2024-99-99
-        raise ValueError(f"The changes of the recipe set {name} to {text!r}, which is no value in YAML.") from None
+    return read_yaml(text, f"The value {show(text)}, which the changes of the recipe set {name} to,")
 
 
 def refuse_twice(names: Sequence[str], what: str) -> None:

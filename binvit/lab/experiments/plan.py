@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from binvit.config import freeze
 from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
-from binvit.lab.training.recipe import Recipe, freeze
+from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial

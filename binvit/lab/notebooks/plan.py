@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from binvit.config import read_yaml
 from binvit.lab.notebooks.parameters import convert
 from binvit.lab.project import project_dir
 
@@ -32,15 +33,13 @@ def read_values(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no mapping of names to values.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no parameter file {path}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The parameter file {path} is not valid YAML: {reason}.") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The parameter file {path} is no readable YAML ({error}).") from None
+    values = read_yaml(text, f"The parameter file {path}")
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"The parameter file {path} has to map parameter names to values.")
@@ -49,16 +48,14 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def parse(name: str, text: str, annotation: str) -> Any:
     """Read the text of a parameter from a command line as its declared type; lists are written as in YAML."""
-    import yaml
-
     if annotation == "str":
         return text
     with contextlib.suppress(ValueError):
         if "float" in annotation and "list" not in annotation:
             return convert(name, float(text), annotation)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text, name)
+    except ValueError:
         value = text
     return convert(name, value, annotation)
 

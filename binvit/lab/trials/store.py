@@ -6,17 +6,22 @@ import dataclasses
 import json
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, SkipValidation
 from safetensors import safe_open
+from typing_extensions import TypedDict
 
+from binvit.config import Config, Number, Text, Whole, read_json
 from binvit.files import atomic_write, set_aside
 from binvit.lab.training.checkpoint import is_checkpoint, load_checkpoint
 from binvit.lab.training.model import CheckpointInfo
+from binvit.lab.training.recipe import Recipe, Share
 from binvit.lab.trials.trial import Trial, options_text
+from binvit.nn.schemes import Scheme
 
 
 def load_model(trial: Trial, results_dir: str | Path = "results") -> torch.nn.Module:
@@ -89,56 +94,61 @@ def _is_record(record: Any, trial: Trial) -> bool:
 
 
 _FORMAT = "binvit result"
-_EPOCH = {"stage", "epoch", "train_loss", "train_accuracy", "test_accuracy", "lr"}  # fields of a history's record
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """What a finished trial measured.
+class Epoch(TypedDict):
+    """One record of a training's history."""
 
-    Args:
-        trial: its configuration.
-        test_accuracy: share of test images classified rightly, 0 to 1.
-        train_accuracy: share of training images classified as labelled, 0 to 1, without augmentation.
-        clean_train_accuracy: share of training images classified as their true class; None without label noise.
-        memorized: share of wrongly labelled training images classified as their wrong label; None without label noise.
-        seconds: time of training and evaluation.
-        parameters: trained numbers of the model.
-        history: one record per epoch: stage, epoch, train_loss, train_accuracy (of the augmented batches),
-            test_accuracy (None where not evaluated), lr.
-        recipe: the recipe in full, as JSON types.
-        scheme: the scheme in full, as JSON types.
-        versions: of python, torch, timm, numpy and binvit.
-        threads: torch threads that trained.
-        device: "cpu" or "cuda".
-        model: the trained model in evaluation mode; None if the result was read from a file.
-        info: what `save_checkpoint` needs beside the model; None if the result was read from a file.
-    """
+    stage: Annotated[Whole, Field(ge=0)]
+    epoch: Annotated[Whole, Field(ge=1)]
+    train_loss: Number
+    train_accuracy: Share
+    test_accuracy: Share | None
+    lr: Number
+
+
+class TrialResult(Config):
+    """What a finished trial measured."""
 
     trial: Trial
-    test_accuracy: float
-    train_accuracy: float
-    clean_train_accuracy: float | None
-    memorized: float | None
-    seconds: float
-    parameters: int
-    history: list[dict[str, Any]]
-    recipe: dict[str, Any]
-    scheme: dict[str, Any]
-    versions: dict[str, str]
-    threads: int
-    device: str
-    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)
-    info: CheckpointInfo | None = field(default=None, compare=False, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON types, without the model."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.compare}
-        return {"format": _FORMAT, "id": self.trial.id} | values | {"trial": self.trial.to_dict()}
+    """Its configuration."""
+    test_accuracy: Share
+    """Share of test images classified rightly."""
+    train_accuracy: Share
+    """Share of training images classified as labelled, without augmentation."""
+    clean_train_accuracy: Share | None
+    """Share of training images classified as their true class; None without label noise."""
+    memorized: Share | None
+    """Share of wrongly labelled training images classified as their wrong label; None without label noise."""
+    seconds: Annotated[Number, Field(ge=0)]
+    """Time of training and evaluation."""
+    parameters: Annotated[Whole, Field(ge=1)]
+    """Trained numbers of the model."""
+    history: Annotated[tuple[Epoch, ...], Field(min_length=1)]
+    """One record per epoch: stage, epoch, train_loss, train_accuracy (of the augmented batches), test_accuracy (None
+    where not evaluated), lr."""
+    recipe: Recipe
+    """The recipe in full."""
+    scheme: Scheme
+    """The scheme in full."""
+    versions: dict[str, Text]
+    """Of python, torch, timm, numpy and binvit."""
+    threads: Annotated[Whole, Field(ge=1)]
+    """Torch threads that trained."""
+    device: Text
+    """"cpu" or "cuda"."""
+    model: Annotated[SkipValidation[torch.nn.Module | None], Field(exclude=True)] = field(
+        default=None, compare=False, repr=False
+    )
+    """The trained model in evaluation mode; None if the result was read from a file."""
+    info: Annotated[SkipValidation[CheckpointInfo | None], Field(exclude=True)] = field(
+        default=None, compare=False, repr=False
+    )
+    """What `save_checkpoint` needs beside the model; None if the result was read from a file."""
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""
-        row = {item.name: getattr(self.trial, item.name) for item in dataclasses.fields(Trial)}
+        row = {name: getattr(self.trial, name) for name in Trial.field_names()}
         row |= {name: options_text(row[name]) for name in ("scheme_options", "recipe_options")}
         missing = {"clean_train_accuracy": self.clean_train_accuracy, "memorized": self.memorized}
         row |= {"test_accuracy": self.test_accuracy, "train_accuracy": self.train_accuracy}
@@ -153,7 +163,8 @@ def result_path(trial: Trial, results_dir: str | Path = "results") -> Path:
 
 def write_result(result: TrialResult, results_dir: str | Path = "results") -> Path:
     """Write a result's file in one step."""
-    return atomic_write(result_path(result.trial, results_dir), json.dumps(result.to_dict(), indent=1) + "\n")
+    values = {"format": _FORMAT, "id": result.trial.id} | result.to_dict()
+    return atomic_write(result_path(result.trial, results_dir), json.dumps(values, indent=1) + "\n")
 
 
 class OutdatedResult(ValueError):
@@ -176,56 +187,29 @@ def read_result(trial: Trial, results_dir: str | Path = "results") -> TrialResul
         ValueError: the file is corrupt.
     """
     path = result_path(trial, results_dir)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no result of the trial {trial.describe()} ({path}); run it by run_trials.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            values.pop("format") != _FORMAT
-            or values.pop("id") != trial.id
-            or values.pop("trial") != _as_stored(trial, path)
-        ):
+        content = path.read_bytes()
+    except FileNotFoundError:
+        sentence = f"There is no result of the trial {trial.describe()} ({path}); run it by run_trials."
+        raise FileNotFoundError(sentence) from None
+    try:
+        values = read_json(content, "it")
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT or values.pop("id", None) != trial.id:
             raise ValueError("it belongs to another trial")
-        result = TrialResult(trial=trial, **values)
-        _check_records(result)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The result file {path} is corrupt ({type(error).__name__}: {error}).") from None
-    for what, stored, record in (
+        result = TrialResult.from_dict(values)
+        if dataclasses.replace(result.trial, root=trial.root) != trial:
+            raise ValueError("it belongs to another trial")
+    except ValueError as error:
+        raise ValueError(f"The result file {path} is corrupt: {error}") from None
+    for what, stored, now in (
         ("recipe", result.recipe, trial.get_recipe()),
         ("scheme", result.scheme, trial.get_scheme()),
     ):
-        current = json.loads(json.dumps(record.to_dict()))
-        # A field that came later than the result had its default then.
-        stored = _defaults(type(record)) | stored
-        for name in stored.keys() & current.keys() - {"description", "reference"}:
-            if stored[name] != current[name]:
-                raise OutdatedResult(
-                    f"The result file {path} was made with another {what}: its {name} was {stored[name]!r}, "
-                    f"now {current[name]!r}."
-                )
+        if stored != now:
+            compared = [item.name for item in dataclasses.fields(stored) if item.compare]
+            changed = next(name for name in compared if getattr(stored, name) != getattr(now, name))
+            raise OutdatedResult(
+                f"The result file {path} was made with another {what}: its {changed} was {getattr(stored, changed)!r}, "
+                f"now {getattr(now, changed)!r}."
+            )
     return result
-
-
-def _check_records(result: TrialResult) -> None:
-    """Raise a ValueError or TypeError if a result's records or numbers are not those of a training."""
-    for name in ("recipe", "scheme", "versions"):
-        if not isinstance(getattr(result, name), dict):
-            raise ValueError(f"its {name} is no record")
-    if not isinstance(result.history, list) or not result.history:
-        raise ValueError("its history is no list of epochs")
-    if not all(isinstance(epoch, dict) and epoch.keys() >= _EPOCH for epoch in result.history):
-        raise ValueError("an epoch of its history is no record")
-    if not all(0 <= value <= 1 for value in (result.test_accuracy, result.train_accuracy)):
-        raise ValueError("its numbers are out of range")
-
-
-def _defaults(record: type) -> dict[str, Any]:
-    """Return the defaults of a dataclass's fields as JSON types."""
-    given = {item.name: item.default for item in dataclasses.fields(record) if item.default is not dataclasses.MISSING}
-    return json.loads(json.dumps(given))
-
-
-def _as_stored(trial: Trial, path: Path) -> dict[str, Any]:
-    """Return the trial's record as its file has it: the root may differ from machine to machine."""
-    stored = json.loads(path.read_text(encoding="utf-8"))["trial"]
-    return trial.to_dict() | {"root": stored["root"]}

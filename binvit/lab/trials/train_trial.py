@@ -1,6 +1,5 @@
 """One trial from its data to its files: trained, measured, kept."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,8 +153,8 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         seconds=training.seconds,
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         history=history,
-        recipe=training.recipe.to_dict(),
-        scheme=json.loads(json.dumps(trial.get_scheme().to_dict())),
+        recipe=training.recipe,
+        scheme=trial.get_scheme(),
         versions=versions(),
         threads=torch.get_num_threads(),
         device=training.device,

@@ -1,79 +1,84 @@
-"""Trials: the configuration of one training run, its result, and the file that keeps both."""
+"""Trials: the configuration of one training run."""
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator
 
 import binvit
-from binvit.lab.data.datasets import list_datasets
-from binvit.lab.training.recipe import Options, Recipe, freeze
-from binvit.lab.training.recipes import recipe
+from binvit.config import Config, Number, Options, OptionsField, Text, Whole, show, thaw
+from binvit.lab.data.names import split_name
+from binvit.lab.training.recipe import Count, Recipe
+from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.nn.schemes import Scheme
 
+Confusion = tuple[tuple[float, ...], ...]
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run: a model, a data set and a seed.
 
-    Args:
-        dataset: a name that `load_data` knows.
-        scheme: a name of `binvit.list_schemes`.
-        recipe: a name of `list_recipes`.
-        seed: decides initialization, order, augmentation, sampling of images and wrong labels.
-        samples_per_class: training images drawn per class; None takes all.
-        label_noise: share of wrong training labels, at least 0 and below 1.
-        noise: how labels go wrong: "symmetric", "pairs" or a confusion matrix, as `load_data` takes it.
-        scheme_options: fields of the scheme to change, a mapping or pairs; kept as sorted pairs.
-        recipe_options: fields of the recipe to change, the same.
-        root: folder of data sets that are files; no part of the trial's identity.
+def _noise(noise: Any) -> str | Confusion:
+    if isinstance(noise, str) and noise in ("symmetric", "pairs"):
+        return noise
+    try:
+        rows = tuple(tuple(float(value) for value in row) for row in noise)
+    except (OverflowError, TypeError, ValueError):
+        rows = ()
+    square = not isinstance(noise, str) and rows and all(len(row) == len(rows) for row in rows)
+    if not square or not all(0 <= value < float("inf") for row in rows for value in row):
+        wanted = "'symmetric', 'pairs' or a square confusion matrix of numbers from 0"
+        raise ValueError(f"The trial's noise must be {wanted}, got {show(noise)}.")
+    return rows
 
-    Raises:
-        ValueError: a name is unknown, or a value has a wrong type or is out of range.
-    """
 
-    dataset: str
-    scheme: str = "gsb"
-    recipe: str = "smoke"
-    seed: int = 0
-    samples_per_class: int | None = None
-    label_noise: float = 0.0
-    noise: str | tuple[tuple[float, ...], ...] = "symmetric"
-    scheme_options: Options = ()
-    recipe_options: Options = ()
-    root: str | None = field(default=None, compare=False)
+class Trial(Config):
+    """One training run: a model, a data set and a seed."""
+
+    dataset: Text
+    """A name that `load_data` knows."""
+    scheme: Text = "gsb"
+    """A name of `binvit.list_schemes`."""
+    recipe: Text = "smoke"
+    """A name of `list_recipes`."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """Decides initialization, order, augmentation, sampling of images and wrong labels."""
+    samples_per_class: Count | None = None
+    """Training images drawn per class; None takes all."""
+    label_noise: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of wrong training labels."""
+    noise: Annotated[str | Confusion, PlainValidator(_noise), PlainSerializer(thaw)] = "symmetric"
+    """How labels go wrong: "symmetric", "pairs" or a confusion matrix, as `load_data` takes it."""
+    scheme_options: OptionsField = Options()
+    """Fields of the scheme to change, a mapping or pairs."""
+    recipe_options: OptionsField = Options()
+    """Fields of the recipe to change, the same."""
+    root: Annotated[Text | None, BeforeValidator(lambda path: str(path) if isinstance(path, os.PathLike) else path)] = (
+        dataclasses.field(default=None, compare=False)
+    )
+    """Folder of data sets that are files; no part of the trial's identity."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        split_name(name)
+        return name
 
     def __post_init__(self) -> None:
-        for name in ("dataset", "scheme", "recipe"):
-            if not isinstance(value := getattr(self, name), str):
-                raise ValueError(f"A trial's {name} must be a name, got {value!r}.")
-        if not _is_whole(self.seed, 0):
-            raise ValueError(f"A trial's seed must be a whole number of at least 0, got {self.seed!r}.")
-        if self.samples_per_class is not None and not _is_whole(self.samples_per_class, 1):
-            wanted = "a whole number of at least 1 or None"
-            raise ValueError(f"A trial's samples_per_class must be {wanted}, got {self.samples_per_class!r}.")
-        object.__setattr__(self, "noise", _noise(self.noise))
-        noise = self.label_noise
-        if not isinstance(noise, (int, float)) or isinstance(noise, bool) or not 0 <= noise < 1:
-            raise ValueError(f"A trial's label_noise must be a number in [0, 1), got {noise!r}.")
-        object.__setattr__(self, "label_noise", float(noise))
-        object.__setattr__(self, "root", None if self.root is None else str(self.root))
-        _check_dataset(self.dataset)
         for name, resolve in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
-            options = _pairs(getattr(self, name), name)
+            options = getattr(self, name)
             record = resolve(options)
             # The record has coerced the values: 1 and 1.0, list and tuple are the same trial.
-            object.__setattr__(self, name, tuple(sorted((key, freeze(getattr(record, key))) for key in options)))
+            object.__setattr__(self, name, Options({key: getattr(record, key) for key in options}))
 
     def _scheme(self, options: Mapping[str, Any]) -> Scheme:
         return binvit.scheme(self.scheme, **options)
 
     def _recipe(self, options: Mapping[str, Any]) -> Recipe:
-        return recipe(self.recipe, **options)
+        return get_recipe(self.recipe, **options)
 
     def get_scheme(self, **overrides: Any) -> Scheme:
         """Return the scheme with this trial's options, then `overrides`, applied."""
@@ -82,30 +87,6 @@ class Trial:
     def get_recipe(self) -> Recipe:
         """Return the recipe with this trial's options applied."""
         return self._recipe(dict(self.recipe_options))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the trial as JSON types."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        values["noise"] = self.noise if isinstance(self.noise, str) else [list(row) for row in self.noise]
-        given = self.get_recipe().to_dict()
-        scheme_options = json.loads(json.dumps(dict(self.scheme_options)))
-        recipe_options = {name: given[name] for name, _ in self.recipe_options}
-        return values | {"scheme_options": scheme_options, "recipe_options": recipe_options}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
-        """Build a trial from `to_dict`'s result.
-
-        Raises:
-            ValueError: a field is unknown or missing, or a value is wrong.
-        """
-        valid = [item.name for item in dataclasses.fields(cls)]
-        for name in values:
-            if name not in valid:
-                raise ValueError(f"Unknown trial field {name!r}; valid fields are {', '.join(valid)}.")
-        if "dataset" not in values:
-            raise ValueError("A trial needs the field dataset.")
-        return cls(**values)
 
     @property
     def id(self) -> str:
@@ -128,9 +109,9 @@ class Trial:
         return ", ".join(parts)
 
 
-def options_text(options: Options) -> str:
+def options_text(options: Mapping[str, Any]) -> str:
     """Return options as "name=value, name=value"."""
-    return ", ".join(f"{name}={value}" for name, value in options)
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 def teacher_trial(trial: Trial) -> Trial:
@@ -145,40 +126,11 @@ def teacher_trial(trial: Trial) -> Trial:
     given = trial.get_recipe()
     taught = ("distillation", "temperature", "alpha", "similarity", "teacher_epochs", "teacher_pretrained")
     dropped = (*taught, "stages", "lr_binary")
-    options = {name: value for name, value in trial.recipe_options if name not in dropped}
+    options = {name: value for name, value in trial.recipe_options.items() if name not in dropped}
     options |= {
         "distillation": "none",
         "stages": (),
         "epochs": given.teacher_epochs or given.epochs + sum(stage.epochs for stage in given.stages),
         "pretrained": given.teacher_pretrained,
     }
-    return dataclasses.replace(trial, scheme="float", scheme_options=(), recipe_options=options)
-
-
-def _pairs(options: Any, name: str) -> dict[str, Any]:
-    try:
-        return dict(options)
-    except (TypeError, ValueError):
-        raise ValueError(f"A trial's {name} must be a mapping of field names to values, got {options!r}.") from None
-
-
-def _check_dataset(name: str) -> None:
-    kind, colon, path = name.partition(":")
-    if kind not in list_datasets() or (colon and not path):
-        raise ValueError(f"Unknown data set {name!r}; valid names are {', '.join(list_datasets())}.")
-
-
-def _noise(noise: Any) -> str | tuple[tuple[float, ...], ...]:
-    if noise in ("symmetric", "pairs"):
-        return noise
-    try:
-        rows = tuple(tuple(float(value) for value in row) for row in noise)
-    except (TypeError, ValueError):
-        rows = ()
-    if isinstance(noise, str) or not rows or any(len(row) != len(rows) for row in rows):
-        raise ValueError(f"A trial's noise must be 'symmetric', 'pairs' or a square confusion matrix, got {noise!r}.")
-    return rows
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return dataclasses.replace(trial, scheme="float", scheme_options={}, recipe_options=options)
