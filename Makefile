@@ -4,6 +4,8 @@
 # make clean       removes what the other targets made
 #
 # PYTHON chooses the interpreter that the environment in .venv is made of: make test PYTHON=python3.13
+# CONSTRAINTS fixes versions, the archived results' for instance: make test CONSTRAINTS=constraints.txt
+# PIP_OPTIONS goes to pip as it is: make test PIP_OPTIONS="--extra-index-url ADDRESS"
 
 # Only for an environment that is empty altogether.
 PATH ?= /usr/local/bin:/usr/bin:/bin
@@ -13,6 +15,9 @@ PYTHON ?= python3
 SIZE   ?= smoke
 OUT    ?= report
 
+CONSTRAINTS ?=
+PIP_OPTIONS ?=
+
 BIN   := .venv/bin
 READY := .venv/.ready
 
@@ -21,16 +26,19 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 
 .PHONY: test reproduce notebooks clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "binvit needs Python 3.11 or newer; choose one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) \
+	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
 	touch $@
 
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks
 
@@ -41,5 +49,5 @@ notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks.refresh notebooks/*.ipynb
 
 clean:
-	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find binvit tests notebooks -name __pycache__ -prune -exec rm -rf {} +
