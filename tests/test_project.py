@@ -51,8 +51,9 @@ def test_one_version():
     }
 
 
-def test_style_file_comes_with_the_package():
+def test_files_beside_the_modules_come_with_the_package():
     assert "font" in (files("binvit.lab.figures") / "binvit.mplstyle").read_text()
+    assert "font" in (files("binvit.lab.notebooks") / "templates" / "report.css").read_text()
 
 
 def test_readme_names_the_commands():
