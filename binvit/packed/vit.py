@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -121,12 +121,6 @@ class PackedViT:
             int64 (B,), indices into `classes`.
         """
         return self(images, threads).argmax(-1)
-
-    def __reduce__(self) -> tuple[Callable[[bytes], PackedViT], tuple[bytes]]:
-        # As small as the file: without scratch, folded blocks and compiled code.
-        from binvit.packed.files import from_bytes, to_bytes
-
-        return from_bytes, (to_bytes(self),)
 
     def _path(self) -> str:
         if self.exact:
