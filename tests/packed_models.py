@@ -8,7 +8,7 @@ import binvit
 
 IMAGE = (3, 16, 16)
 # ReActNet without the parts that the fast path has no kernels for: what is left are shifts and shifted PReLUs.
-SIMPLE = {"norm": "none", "own_input": False, "context_residual": False, "separate_qkv": False}
+SIMPLE = dict.fromkeys(("own_input", "context_norm", "context_residual", "separate_qkv"), False) | {"norm": "none"}
 CLASSES = 5
 
 

@@ -3,11 +3,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from golden_methods import close, golden
 from test_lab_training_loop import TINY, numbers, same_weights, tiny
 from torch import nn
 
 import binvit
-from binvit.lab.training.distillation import check_comparable, recorded_projections, similarity_loss
+from binvit.lab.training.distillation import (
+    check_comparable,
+    one_bit_weights,
+    recorded_projections,
+    similarity_loss,
+    weight_penalty,
+)
 from binvit.lab.training.model import build_model
 from binvit.lab.training.recipes import recipe
 from binvit.lab.trials.train_trial import train_trial
@@ -145,3 +152,30 @@ def test_trials_without_it_keep_their_names():
     assert Trial("digits", "bit", recipe_options={"distillation": "hard"}).id == "digits-bit-smoke-0-9a742cb7f12d"
     taught = teacher_trial(Trial("digits", "bit", recipe_options={"distillation": "hard"}))
     assert taught.id == "digits-float-smoke-0-a876817a039a"
+
+
+def test_the_penalty_of_bhvit_is_the_official_one():
+    arrays = golden("bhvit-qd/penalty")
+    weights = [arrays[name].requires_grad_() for name in ("query", "dense")]
+    loss = weight_penalty(weights)
+    loss.backward()
+    close(loss, arrays["loss"])
+    for w, name in zip(weights, ("gquery", "gdense"), strict=True):
+        close(w.grad, arrays[name])
+
+
+def test_the_penalty_is_on_1_bit_matrices_alone():
+    model = binvit.binarize(build_model(recipe("smoke"), 10, 16), "bhvit-qd")
+    square, expanding, reducing = (48, 48), (96, 48), (48, 96)
+    assert [tuple(w.shape) for w in one_bit_weights(model)] == 3 * [*4 * [square], expanding, reducing]
+    assert one_bit_weights(build_model(recipe("smoke"), 10, 16)) == []
+
+
+def test_the_penalty_pulls_the_weights_in_the_last_tenth_of_the_epochs():
+    options = {"epochs": 10, "eval_every": 10, "weight_decay": 0.0}
+    plain, pulled = (train_trial(tiny("bhvit-qd", weight_penalty=share, **options)) for share in (0.0, 0.9))
+    losses = [[record["train_loss"] for record in result.history] for result in (plain, pulled)]
+    assert losses[0][:9] == losses[1][:9]
+    assert losses[0][9] != losses[1][9]
+    far, near = (weight_penalty(one_bit_weights(result.model)).item() for result in (plain, pulled))
+    assert near < far

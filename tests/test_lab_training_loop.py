@@ -252,3 +252,11 @@ def test_public_names_exist():
         assert getattr(lab, name) is not None
     with pytest.raises(AttributeError, match="attribute nonsense"):
         _ = lab.nonsense
+
+
+def test_a_training_from_nothing_starts_from_the_latent_weights_of_its_scheme():
+    still = {"lr_binary": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "epochs": 1}
+    low, high = binvit.scheme("bireal").latent_init
+    layers = [train_trial(tiny(name, **still)).model.blocks[0].mlp.fc1.weight for name in ("bireal", "irnet")]
+    assert low <= layers[0].min() < layers[0].max() <= high
+    assert layers[1].min() < low < high < layers[1].max()

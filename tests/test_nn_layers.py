@@ -323,7 +323,7 @@ def rprelu_oracle(layer, x):
 def end_oracle(end, scheme, y, x, parts=1):
     if end.factor is not None:
         y = y * end.factor.detach().numpy()
-    if scheme.norm == "after":
+    if end.norm is not None:
         y = norm_oracle(end.norm, y, parts)
     if end.own_input:
         short = np.zeros_like(y)
@@ -365,7 +365,7 @@ def attention_oracle(layer, scheme, x):
         a = a + layer.bias().detach().numpy()
     y = np.einsum("bhij,bhjd->bihd", binarized(layer.attention_binarizer, "attention", scheme, a), v)
     y = y.reshape(b, n, width)
-    if scheme.context_residual:
+    if scheme.context_norm or scheme.context_residual:
         y = end_oracle(layer.context_end, scheme, y, unshifted.transpose(0, 2, 1, 3).reshape(b, n, width))
     return linear_oracle(layer.proj, ("weight", "input"), scheme, y)
 
@@ -466,6 +466,8 @@ def test_recorded_tensors_are_the_ones_multiplied(name):
     assert not any(t.requires_grad for t in kept.values())
     context = kept["binary"] @ kept["value_binary"]
     context = context.transpose(1, 2).reshape(2, 5, 12)
+    if scheme.context_norm and not scheme.context_residual:
+        context = layer.context_end(context)
     if scheme.context_residual:
         shifts = layer.query_shift, layer.key_shift, layer.value_shift
         parts = [kept[place] - shift for place, shift in zip(("query", "key", "value"), shifts, strict=True)]

@@ -35,6 +35,7 @@ overrides = st.fixed_dictionaries(
         "layer_activation": st.sampled_from(["none", "clip", "rprelu"]),
         "layer_scale": st.booleans(),
         "branches": st.sampled_from(["none", "pool", "shift"]),
+        "context_norm": st.booleans(),
         "context_residual": st.booleans(),
         "attention_bias": st.sampled_from(["full", "relative", "none"]),
         "activation_limit": st.none() | st.floats(0.1, 100),

@@ -27,6 +27,7 @@ _REACTNET: dict[str, Any] = {
     "norm": "after",
     "own_input": True,
     "layer_activation": "rprelu",
+    "context_norm": True,
     "context_residual": True,
     "activation": "none",
 }

@@ -242,9 +242,9 @@ class BinaryAttention(nn.Module):
         kind = scheme.attention_bias
         self.bias = None if kind == "none" else AttentionBias(kind, heads, grid, prefix)
         self.context_end = None
-        if scheme.context_residual:
-            ends = {"norm": scheme.norm == "after", "activation": scheme.layer_activation}
-            self.context_end = LayerEnd(self.attn_dim, self.attn_dim, own_input=True, **ends)
+        if scheme.context_norm or scheme.context_residual:
+            ends = {"norm": scheme.context_norm, "own_input": scheme.context_residual}
+            self.context_end = LayerEnd(self.attn_dim, self.attn_dim, activation=scheme.layer_activation, **ends)
         self.record = False
         self.last_attention: dict[str, Tensor] = {}
 
@@ -295,6 +295,8 @@ class BinaryAttention(nn.Module):
         y = self._merge_heads(self.attend(a, v))
         if self.context_end is None:
             return y
+        if not self.context_end.own_input:
+            return self.context_end(y)
         query, key, value = map(self._merge_heads, split)
         return self.context_end(y, query + key + value)
 

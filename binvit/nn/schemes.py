@@ -97,7 +97,7 @@ PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
 
 _SWITCHES = (
     *("shift", "attention_shift", "separate_qkv", "qk_norm"),
-    *("output_factor", "own_input", "layer_scale", "context_residual"),
+    *("output_factor", "own_input", "layer_scale", "context_norm", "context_residual"),
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "linear_bias": ("keep", "always", "never"),
@@ -152,8 +152,8 @@ class Scheme:
             the output is wider, averaged over neighbouring features where it is narrower.
         layer_activation: What follows then: "none", "clip" to [-1, 1] or "rprelu", ReActNet's shifted PReLU.
         layer_scale: proj and fc2 end with a learned factor (0.1 at the start) and offset per channel.
-        context_residual: Query, key and value are added to the product of map and value; the product is normalized and
-            an activation follows as after a linear layer.
+        context_norm: A LayerNorm follows the product of map and value, and what `layer_activation` says.
+        context_residual: Query, key and value are added to that (normalized) product before the activation.
         activation: The activation of the binarized MLP: "keep" (the float model's), "relu" or "none".
         activation_limit: The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it
             as it is.
@@ -196,6 +196,7 @@ class Scheme:
     own_input: bool = False
     layer_activation: str = "none"
     layer_scale: bool = False
+    context_norm: bool = False
     context_residual: bool = False
     activation: str = "keep"
     activation_limit: float | None = None

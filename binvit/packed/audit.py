@@ -204,5 +204,6 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
         floats["activation scales"] += 0 if places[place] else factor * elements
         floats["shifts"] += elements if getattr(attention, f"{place}_shift") is not None else 0
     if attention.context_end is not None:
-        floats[STREAM] += 2 * elements  # the sum of query, key and value, which is then added
+        # The sum of query, key and value, which is then added.
+        floats[STREAM] += 2 * elements if attention.context_end.own_input else 0
         _count_end(attention.context_end, elements, elements, floats)

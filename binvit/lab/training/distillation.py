@@ -1,4 +1,4 @@
-"""The training loss: labels, a teacher's answers, and its similarities between queries, keys and values of tokens."""
+"""The training loss: labels, a teacher's answers and similarities of tokens, the distance of weights from signs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binvit.lab.training.recipe import Recipe
+from binvit.nn.layers import BinaryLinear
 
 
 def training_loss(
@@ -53,6 +54,32 @@ def training_loss(
         heads = teacher.blocks[0].attn.num_heads
         loss = loss + recipe.similarity * similarity_loss(projections, taught_projections, heads)
     return loss
+
+
+def weight_penalty(weights: Sequence[Tensor]) -> Tensor:
+    """Return how far latent weights are from -1 and +1: the mean over matrices of mean | |W| - 1 |.
+
+    Args:
+        weights: latent weights, each (out, in).
+
+    Returns:
+        A number, shape ().
+
+    References:
+        Gao et al., BHViT: Binarized hybrid vision transformer, 2025, arXiv 2503.02394: the loss is 0.9 times the others
+        and 0.1 times this penalty in the last tenth of the epochs; the released code has a switch for a resumed run.
+    """
+    return torch.stack([(w.abs() - 1).abs().mean() for w in weights]).mean()
+
+
+def one_bit_weights(model: nn.Module) -> list[Tensor]:
+    """Return the latent weights of a model's layers with 1-bit weights, those of separate parts apart."""
+    layers = [module for module in model.modules() if isinstance(module, BinaryLinear)]
+    rules = [layer.weight_binarizers[0].rule for layer in layers]
+    binary = [not rule.is_float and (rule.lowest, rule.highest) == (-1, 1) for rule in rules]
+    return [
+        w for layer, is_binary in zip(layers, binary, strict=True) if is_binary for w in layer.matrix.chunk(layer.parts)
+    ]
 
 
 def recorded(model: VisionTransformer, recipe: Recipe) -> AbstractContextManager[Sequence[Tensor]]:

@@ -16,12 +16,13 @@ from binvit.lab.data.loader import Batches
 from binvit.lab.data.transforms import eval_transform, train_transform
 from binvit.lab.randomness import seed_all
 from binvit.lab.training.checkpoint import save_checkpoint
-from binvit.lab.training.distillation import check_comparable, recorded, training_loss
+from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
 from binvit.lab.training.evaluation import Classifier, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import Position, read_state, versions, write_state
+from binvit.nn.convert import init_latent_weights
 from binvit.nn.schemes import Scheme
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -154,6 +155,8 @@ class Training:
         if earlier is None:
             # A pretrained start is overwritten when a state is resumed, but then the weights lie in timm's cache.
             self.model = new_model(info, pretrained=recipe.pretrained)
+            if not recipe.pretrained:
+                init_latent_weights(self.model)
         else:
             self.model = new_model(info)
             weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in self.latent}
@@ -174,6 +177,9 @@ class Training:
         seed_all(self.seed, self.position.stage, epoch)
         epochs, steps = self.stages[self.position.stage][0], len(self.batches)
         losses, hits, seen, rate = [], 0, 0, 0.0
+        share = self.recipe.weight_penalty
+        late = self.position.stage + 1 == len(self.stages) and epoch + 1 > 0.9 * epochs
+        pulled = one_bit_weights(self.model) if share and late else []
         number = len(self.position.history)  # counted over all stages, so that no order comes twice
         for step, (images, targets, _) in enumerate(self.batches.epoch(number)):
             images, targets = images.to(self.device), targets.to(self.device)
@@ -186,6 +192,8 @@ class Training:
             with recorded(self.model, self.recipe) as projections:
                 outputs = self.model(images)
             loss = training_loss(outputs, images, targets, self.recipe, self.teacher, projections)
+            if pulled:
+                loss = (1 - share) * loss + share * weight_penalty(pulled)
             value = loss.item()
             if not np.isfinite(value):
                 raise self._diverged(value, epoch, step, rate)

@@ -101,6 +101,9 @@ class Recipe(Config):
     """Weight of the distillation loss, 0 to 1; the labels' loss has the rest."""
     similarity: Amount = 0.0
     """Weight of BiBERT's similarity distillation, added to the loss whatever `distillation` is; 0 is off."""
+    weight_penalty: Share = 0.0
+    """Share of BHViT's penalty, which pulls 1-bit weights to -1 and +1, in the loss of the last tenth of epochs of the
+    last stage, 0 to 1; 0 is off, 0.1 in the paper."""
     teacher: Text = ""
     """Checkpoint of the teacher; "" trains a float twin of the model on the same data first."""
     teacher_epochs: Count | None = None
