@@ -42,9 +42,11 @@ _CATALOGUE = (
         "bnn",
         "plain signs without any factor, straight-through gradient, norms",
         "Hubara et al., Binarized neural networks, 2016. The map (half of the row's maximum) is this project's choice, "
-        "as are LayerNorms where the nets have batch norms; the window of a sign is that of the Hardtanh before it; "
-        "latent weights are clipped as the paper says (in the released code that line reaches the biases only).",
+        "as are LayerNorms where the nets have batch norms, the product of map and value included; the window of a "
+        "sign is that of the Hardtanh before it; latent weights are clipped as the paper says (in the released code "
+        "that line reaches the biases only).",
         norm="after",
+        context_norm=True,
         activation="none",
         latent="clipped",
         **_everywhere("sign_open", weight="sign_through", attention="half_max", value="sign_open"),
