@@ -210,10 +210,10 @@ def test_third_split_is_kept_as_validation(parquet):
         (lambda rows: rows[5].update(label=-1), r"label -1 in row 5 of .* out of range"),
         (lambda rows: rows[5].update(label=7), r"label 7 in row 5 of .* 0 to 3"),
         (lambda rows: rows[20].update(label=3), r"label 3 in row 20 of .* 3 classes with training images"),
-        (lambda rows: [row.update(label=str(row["label"])) for row in rows], r"label '0' in row 0 .* not an integer"),
+        (lambda rows: [row.update(label=[row["label"]]) for row in rows], r"label \[0\] in row 0 .* not an integer"),
         (lambda rows: rows[2].update(label=None), r"label 0\.0 in row 0 .* not an integer"),
-        (lambda rows: [row.pop("split") for row in rows], r"lacks the column 'split'; it has image, label"),
-        (lambda rows: rows[1].update(split="dev"), r"holds 'dev'; expected train, test or val"),
+        (lambda rows: [row.pop("label") for row in rows], r"lacks the column 'label'; it has image, split"),
+        (lambda rows: rows[1].update(split="extra"), r"holds 'extra'; expected train, test or val"),
         (lambda rows: [row.update(split="train") for row in rows], r"holds no test images"),
         (lambda rows: rows[0].update(image=encode(flat(0, (9, 9)))), r"not squares of one size; give the image_size"),
     ],
@@ -239,7 +239,7 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         load_data(f"parquet:{path}")
-    with pytest.raises(FileNotFoundError, match=r"y\.parquet .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"y\.parquet does not exist"):
         load_data(f"parquet:{tmp_path / 'y.parquet'}")
 
 
@@ -306,9 +306,13 @@ def test_chaoyang_folder(chaoyang):
         (lambda lists: lists["train"][2].update(name="train/../../x"), ValueError, r"no path inside"),
         (lambda lists: lists["train"][2].update(name="/etc/passwd"), ValueError, r"'/etc/passwd'.* no path inside"),
         (lambda lists: lists["train"][2].update(name=None), ValueError, r"None.* no path inside"),
-        (lambda lists: lists["train"][2].update(name="train/x.png"), FileNotFoundError, r"train/x\.png .*entry 2"),
+        (
+            lambda lists: lists["train"][2].update(name="train/x.png"),
+            FileNotFoundError,
+            r"entry 2 .*x\.png does not exist",
+        ),
         (lambda lists: lists.update(train={"name": []}), ValueError, r"train\.json must be a list of"),
-        (lambda lists: lists.pop("test"), FileNotFoundError, r"test\.json .* does not exist"),
+        (lambda lists: lists.pop("test"), FileNotFoundError, r"test\.json does not exist"),
     ],
 )
 def test_spoiled_chaoyang_folder_gets_one_sentence(chaoyang, change, error, sentence):

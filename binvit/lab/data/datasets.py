@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ import numpy as np
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.label_noise import disturbed, noise_weights
 from binvit.lab.data.names import KINDS
-from binvit.lab.data.sources import Statistics, read_source
+from binvit.lab.data.sources import read_source
+from binvit.lab.data.splits import TEST_SHARE, UNDIVIDED, Statistics, divided
 
 STATISTICS_IMAGES = 2000  # enough for three decimals of a mean, and decoded within seconds
 
@@ -90,12 +92,14 @@ def load_data(
         name: "digits" (embedded; a fixed stratified split of 60 % train and 40 % test), "cifar10", "cifar100",
             "flowers102" (the official training split of 10 images per class; the validation split is `.val`), "pets",
             "fashion_mnist", "chaoyang", "folder:PATH" (PATH/train/CLASS/IMAGE, likewise test or val) or "parquet:FILE"
-            (columns image: encoded bytes, label, split: train, test or val; class names in FILE's stem
-            + ".classes.json").
+            (columns image: encoded bytes, label: numbers or class names, split: train, test or val; names of numbered
+            classes in FILE's stem + ".classes.json" or in the Hugging Face metadata). A split "val" may be called
+            valid, validation or dev. In a Parquet file without splits, the seed draws a fifth of each class for
+            testing, and a warning says so. `~` and environment variables in a path are replaced.
         samples_per_class: number of training images of every class; None keeps all.
         label_noise: share of the training labels that are made wrong, in [0, 1). The number of wrong labels is exact:
             the share of all images, spread over the classes in proportion to their sizes.
-        seed: decides samples and noise, never the split.
+        seed: decides samples and noise, and the split where the data have none.
         root: folder of the data set, which torchvision's sets are downloaded to if they are absent. Paths after a
             colon are relative to it.
         image_size: side in pixels that images are resized to (bicubic, centre square); None keeps the native size
@@ -117,6 +121,11 @@ def load_data(
     """
     _check_arguments(samples_per_class, label_noise, seed, image_size)
     source = read_source(name, root)
+    if UNDIVIDED in source.splits:
+        source = divided(source, seed)
+        counts = " and ".join(f"{len(images)} {split}" for split, images in source.splits.items())
+        sentence = f"{name} has no split: seed {seed} draws {TEST_SHARE:.0%} of each class for testing"
+        warnings.warn(f"{sentence} ({counts} images).", stacklevel=2)
     size = image_size or source.image_size or _native_size(source.splits, name)
     for images in source.splits.values():
         images.image_size = int(size)

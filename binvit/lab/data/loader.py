@@ -90,7 +90,7 @@ class Batches:
 
         Raises:
             ValueError: an image cannot be decoded.
-            FileNotFoundError: an image has disappeared.
+            OSError: an image has disappeared or may not be read.
         """
         if self._loader is None:
             order = self.order(epoch)
@@ -139,7 +139,7 @@ class _Steps(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Batch | Exception:
         try:
             return self.batches.batch(*key)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             return error  # raised in the worker, its sentence would come back wrapped in a traceback
 
 
