@@ -10,6 +10,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,7 +55,7 @@ def reproduce(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the report, {out}, is a file.")
-    values = {}
+    values: dict[str, Any] = {}
     for file in files:
         values |= read_values(file)
     plan = plan_.plan(notebooks or project.folder("notebooks"), size, only, values, dict(texts))

@@ -12,6 +12,7 @@ from binvit.lab.analysis import attention
 from binvit.lab.experiments import information_loss, plan
 from binvit.lab.experiments.information_loss import LOSSES, distributions, loss_panels
 from binvit.lab.notebooks.plan import Job, check
+from binvit.lab.training.classifier import Classifier
 from binvit.lab.trials.trial import Trial
 
 
@@ -61,7 +62,7 @@ def test_trained_losses_are_paired_by_seed(monkeypatch):
     rows[1]["test_accuracy"] = 0.6
     plain = table()[["tensor", "binarizer", "accuracy_drop"]].head(len(information_loss.CASES))
     monkeypatch.setattr(information_loss, "one_tensor_at_a_time", lambda *args, **options: plain)
-    monkeypatch.setattr(information_loss, "load_trained", lambda *args: type("Trained", (), {"model": None}))
+    monkeypatch.setattr(information_loss, "load_trained", lambda *args: Classifier(None, (), 8, (), ()))
     runs = [plan.Run("float", "digits", Trial("digits", "float", seed=seed)) for seed in (0, 1)]
     found = information_loss.measure(runs, pd.DataFrame(rows), "nowhere")
     np.testing.assert_allclose(found["trained_drop"], [0.3] + [0.2] * (2 * len(information_loss.CASES) - 1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -39,7 +42,7 @@ class Emitter:
         arguments: its LLVM arguments.
     """
 
-    def __init__(self, context, builder: ir.IRBuilder, signature, arguments):
+    def __init__(self, context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> None:
         self.context, self.builder = context, builder
         self.signature, self.arguments = signature, arguments
 
@@ -55,9 +58,9 @@ class Emitter:
         )
         size = self.context.get_abi_sizeof(self.context.get_data_type(self.signature.args[position].dtype))
         strides = cgutils.unpack_tuple(self.builder, array.strides)
-        indices = [ir.Constant(_INDEX, i) if isinstance(i, int) else i for i in indices]
-        offset = self.builder.mul(indices[-1], ir.Constant(_INDEX, size))
-        for i, stride in zip(indices[:-1], strides, strict=False):
+        values = [ir.Constant(_INDEX, i) if isinstance(i, int) else i for i in indices]
+        offset = self.builder.mul(values[-1], ir.Constant(_INDEX, size))
+        for i, stride in zip(values[:-1], strides, strict=False):
             offset = self.builder.add(offset, self.builder.mul(i, stride))
         return cgutils.pointer_add(self.builder, array.data, offset)
 
@@ -133,7 +136,7 @@ class Emitter:
         """
         return self.call(f"llvm.vector.reduce.{operation}.{_suffix(vector.type)}", vector.type.element, vector)
 
-    def halve(self, vector: ir.Value, combine) -> ir.Value:
+    def halve(self, vector: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
         """Combines all lanes of a vector by halves: LLVM's own reductions of floats go lane by lane.
 
         Args:
@@ -164,7 +167,7 @@ class Emitter:
             vector, lambda low, high: builder.select(builder.fcmp_ordered(predicate, high, low), high, low)
         )
 
-    def accumulate(self, steps: ir.Value, step) -> list[ir.Value]:
+    def accumulate(self, steps: ir.Value, step: Callable[..., list[ir.Value]]) -> list[ir.Value]:
         """Emits a loop over at least one step whose sums stay in registers.
 
         Args:
@@ -193,7 +196,7 @@ class Emitter:
                 phi.add_incoming(again, last_block)
         return totals
 
-    def fold(self, first: int, steps: ir.Value, value: ir.Value, step) -> ir.Value:
+    def fold(self, first: int, steps: ir.Value, value: ir.Value, step: Callable[..., ir.Value]) -> ir.Value:
         """Emits a loop over any number of steps that carries one value in a register.
 
         Args:

@@ -8,6 +8,8 @@ conversion. LLVM lowers the same code to AVX-512, to shuffles on AVX2 and SSE, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -23,7 +25,7 @@ _LANES = 16
 _VECTORS = PANEL // _LANES
 
 
-def _tile_twin(signed: bool, vectors: int):
+def _tile_twin(signed: bool, vectors: int) -> Callable:
     columns = vectors * _LANES
 
     def tile(a, row, last, panels, panel, steps, length, out, out_row, out_column):
@@ -82,7 +84,7 @@ def clamped_rows(emit: Emitter, row: ir.Value, last: ir.Value) -> list[ir.Value]
     return [emit.builder.select(emit.builder.icmp_signed("<", r, last), r, last) for r in rows]
 
 
-def _make_tile(signed: bool, vectors: int):
+def _make_tile(signed: bool, vectors: int) -> Callable:
     @vector_code(twin=_tile_twin(signed, vectors))
     def tile(typing_context, a, row, last, panels, panel, steps, length, out, out_row, out_column):
         check_arrays("a register tile", {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3)})

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-from PIL.Image import Image
-from torch import Tensor
-
 from binvit.lab.data.images import open_image
-from binvit.lab.data.transforms import eval_transform
 from binvit.lab.training.checkpoint import load_checkpoint
+from binvit.lab.training.classifier import Classifier
 from binvit.nn import round_vectors
 from binvit.packed import PackedViT, load, pack, save
 from binvit.packed.files import is_packed
@@ -36,21 +31,6 @@ def image_files(path: Path) -> list[Path]:
     return [path]
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A model in evaluation mode with everything that images need on their way through it.
-
-    Args:
-        network: float32 (B, 3, S, S) -> logits (B, classes).
-        transform: an RGB image -> float32 (3, S, S).
-        classes: class names.
-    """
-
-    network: Callable[[Tensor], Tensor]
-    transform: Callable[[Image], Tensor]
-    classes: Sequence[str]
-
-
 def open_model(path: Path) -> Classifier:
     """Open a model that `binvit train` has kept or `binvit pack` has packed.
 
@@ -60,7 +40,7 @@ def open_model(path: Path) -> Classifier:
     """
     if not is_packed(path):
         network, info = load_checkpoint(path)
-        return Classifier(network, eval_transform(info.image_size, info.mean, info.std), info.classes)
+        return Classifier(network, info.classes, info.image_size, info.mean, info.std)
     packed = load(path)
     channels, height, width = packed.blueprint.image_shape
     mean, std = packed.blueprint.mean, packed.blueprint.std
@@ -70,7 +50,7 @@ def open_model(path: Path) -> Classifier:
             "image files need square RGB images and a known normalization."
         )
     classes = packed.classes or [f"class {number}" for number in range(packed.blueprint.vit["num_classes"])]
-    return Classifier(packed, eval_transform(height, mean, std), classes)
+    return Classifier(packed, classes, height, mean, std)
 
 
 def open_packed(path: Path) -> PackedViT:
@@ -108,7 +88,6 @@ def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool =
     return packed
 
 
-@torch.inference_mode()
 def predict_files(
     classifier: Classifier, images: Iterable[Path], top: int = 1
 ) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
@@ -129,7 +108,7 @@ def predict_files(
         ValueError: an image cannot be read.
     """
     for path in images:
-        logits = classifier.network(classifier.transform(open_image(path))[None])  # (1, classes)
-        probabilities, classes = logits.softmax(dim=-1)[0].topk(min(top, len(classifier.classes)))
+        single = classifier.probabilities([open_image(path)])[0]
+        probabilities, classes = single.topk(min(top, len(classifier.classes)))
         found = zip(classes.tolist(), probabilities.tolist(), strict=True)
         yield path, [(classifier.classes[number], probability) for number, probability in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
 import torch
@@ -72,6 +73,10 @@ class PackedViT:
             sizes[part_of(name, tensor)] += tensor.numel() * tensor.element_size()
         return {part: size for part, size in sizes.items() if size}
 
+    @overload
+    def __call__(self, images: Tensor, threads: int | None = None) -> Tensor: ...
+    @overload
+    def __call__(self, images: np.ndarray, threads: int | None = None) -> np.ndarray: ...
     def __call__(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
         """Compute the logits of normalized images.
 
@@ -114,6 +119,10 @@ class PackedViT:
                 return self._model(images)
         return self._fast(images, threads)
 
+    @overload
+    def predict(self, images: Tensor, threads: int | None = None) -> Tensor: ...
+    @overload
+    def predict(self, images: np.ndarray, threads: int | None = None) -> np.ndarray: ...
     def predict(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
         """Compute the likeliest class of normalized images; the arguments are those of a call.
 

@@ -96,7 +96,13 @@ def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bia
     return _bias(runs=runs, prefix_rows=_padded(rows), prefix_keys=np.ascontiguousarray(keys), width=w)
 
 
-def _bias(full=None, runs=None, prefix_rows=None, prefix_keys=None, width=0) -> Bias:
+def _bias(
+    full: np.ndarray | None = None,
+    runs: np.ndarray | None = None,
+    prefix_rows: np.ndarray | None = None,
+    prefix_keys: np.ndarray | None = None,
+    width: int = 0,
+) -> Bias:
     nothing, flat = np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.float32)
     return Bias(
         nothing if full is None else full,

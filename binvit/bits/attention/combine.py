@@ -23,7 +23,9 @@ def _term(emit: Emitter, twice: ir.Value, once: ir.Value, factor: ir.Value) -> i
     return builder.fmul(builder.sitofp(counts, _FLOATS), emit.splat(factor))
 
 
-def _listed(emit: Emitter, entries: int, panels: int, group, start, length, page) -> ir.Value:
+def _listed(
+    emit: Emitter, entries: int, panels: int, group: int, start: ir.Value, length: ir.Value, page: ir.Value
+) -> ir.Value:
     """Sums the signs of some entries over those of 64 queries in whose group their tokens are."""
     builder, zeros = emit.builder, ir.Constant(_INTEGERS, None)
 

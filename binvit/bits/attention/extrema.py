@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -12,7 +14,7 @@ from binvit.jit import kernel, vector_code
 _INDEX = ir.IntType(64)
 
 
-def _make_extremum(predicate: str, twin):
+def _make_extremum(predicate: str, twin: Callable) -> Callable:
     """Makes the intrinsic that returns the least or largest of the first `length` >= 16 floats of each of some rows."""
 
     @vector_code(twin=lambda array, row, rows, length: twin(array[row : row + rows, :length]))

@@ -6,6 +6,8 @@ indices of their first lane; their last axis is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -40,7 +42,7 @@ def floats_not_below(typing_context, array, row, start, number):
     return signature, codegen
 
 
-def _make_plane_writer(dtype: types.Type, predicate: str, compare):
+def _make_plane_writer(dtype: types.Type, predicate: str, compare: Callable) -> Callable:
     """Makes the intrinsic that writes the bits ``array[row] <predicate> number`` down one column of a panel."""
 
     def twin(array, row, number, panels, panel, column, steps):

@@ -13,6 +13,8 @@ kernels, see `binvit.bits.linear`. Layouts, for T tokens, P = ceil(T / 64) panel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -36,7 +38,7 @@ def _count_rows_twin(queries, row, last, first, keys, panel, panels, steps, coun
             counts[r, 64 * p : 64 * p + 64] = values
 
 
-def _make_count_rows(panels: int):
+def _make_count_rows(panels: int) -> Callable:
     def twin(queries, row, last, first, keys, panel, steps, counts):
         _count_rows_twin(queries, row, last, first, keys, panel, panels, steps, counts)
 

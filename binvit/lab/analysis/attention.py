@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from binvit.nn.rules import Elastic
 
 
 @torch.no_grad()
-def attention_weights(model: nn.Module, images: Tensor) -> Tensor:
+def attention_weights(model: VisionTransformer, images: Tensor) -> Tensor:
     """Return what each block of a model multiplies the value with.
 
     Args:
@@ -30,7 +31,7 @@ def attention_weights(model: nn.Module, images: Tensor) -> Tensor:
         (blocks, B, heads, N, N): the softmax of a float block, the binarized and scaled map of a binary one.
     """
     layers = [block.attn for block in model.blocks]
-    found: list[Tensor | None] = [None] * len(layers)
+    found: dict[int, Tensor] = {}
 
     def keep(index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found[index] = _softmax_map(layer, inputs[0])
@@ -52,7 +53,7 @@ def attention_weights(model: nn.Module, images: Tensor) -> Tensor:
         for layer in layers:
             if isinstance(layer, BinaryAttention):
                 layer.record, layer.last_attention = False, {}
-    return torch.stack(found)
+    return torch.stack([found[index] for index in range(len(layers))])
 
 
 def _softmax_map(layer: Attention, x: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def binarized_views(
     Raises:
         ValueError: `tensor` is neither.
     """
-    groups = {"thresholds": tuple(thresholds), "reduce": reduce}
+    groups: dict[str, Any] = {"thresholds": tuple(thresholds), "reduce": reduce}
     rules = {
         "attention map": {"1-bit": Elastic(lo=0), "GSB": GsbAttention(**groups)},
         "value": {"1-bit": Elastic(), "GSB": GsbValue(**groups)},

@@ -223,8 +223,7 @@ def check_value(
     Raises:
         ValueError: if a number comes without a finite bound or a bool with one.
     """
-    bounds = {"at least": at_least, "at most": at_most}
-    bounds = {k: v for k, v in bounds.items() if v is not None}
+    bounds = {k: v for k, v in {"at least": at_least, "at most": at_most}.items() if v is not None}
     if value is None:
         return Claim(sentence, "undecided", "not run")
     if isinstance(value, (bool, np.bool_)):
@@ -307,11 +306,9 @@ def show(claims: Sequence[Claim]) -> None:
 
 
 def _interval_evidence(e: Estimate, margin: float, percent: bool) -> str:
-    is_difference = isinstance(e, Difference)
-    factor, unit = (100, " points" if is_difference else " %") if percent else (1, "")
-    sign = "+" if is_difference else ""
+    sign, name, unit = ("+", f"{e.a} - {e.b}: ", " points") if isinstance(e, Difference) else ("", "", " %")
+    factor, unit = (100, unit) if percent else (1, "")
     spec = f"{sign}.1f" if percent else f"{sign}.3g"
-    name = f"{e.a} - {e.b}: " if is_difference else ""
     seeds = f"{e.n} seed{'' if e.n == 1 else 's'}"
     if math.isnan(e.low):
         spread = "interval unknown"
@@ -365,7 +362,8 @@ def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
     p = (max(yes for yes, _ in known), min(1.0, len(parts) * min(no for _, no in known))) if known else None
     if len(known) < len(parts) and p is not None:
         p = (1.0, p[1])  # a part that was not run cannot be borne out
-    for verdict, words in (("no", ("fails", "fail")), ("undecided", ("is undecided", "are undecided"))):
+    told: dict[Verdict, tuple[str, str]] = {"no": ("fails", "fail"), "undecided": ("is undecided", "are undecided")}
+    for verdict, words in told.items():
         found = [part for part in parts if part.verdict == verdict]
         if found and not (verdict == "no" and p is not None and _verdict(p) != "no"):
             word = words[len(found) > 1]

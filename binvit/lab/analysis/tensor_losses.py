@@ -80,7 +80,8 @@ def binarize_tensor(
     if least_squares:
         learned = [module for module in binary.modules() if isinstance(module, Binarizer) and module.rule.parameters]
         for binarizer in learned:
-            binarizer.values = functools.partial(_fitted_values, binarizer)  # in the one forward pass that follows
+            values = functools.partial(_fitted_values, binarizer)
+            binarizer.values = values  # type: ignore[method-assign] # in the one forward pass that follows
         with torch.no_grad():
             binary(images)
         for binarizer in learned:
@@ -253,6 +254,10 @@ def one_tensor_at_a_time(
         options = single_tensor_options(tensor, superposed, thresholds=tuple(thresholds), reduce=reduce)
         binary = binarize_tensor(model, binvit.scheme("gsb", **options), calibration, least_squares)
         reached = accuracy(binary)
-        row = {"tensor": tensor, "binarizer": "GSB" if superposed else "1-bit", "test_accuracy": reached}
+        row: dict[str, Any] = {
+            "tensor": tensor,
+            "binarizer": "GSB" if superposed else "1-bit",
+            "test_accuracy": reached,
+        }
         rows.append(row | {"accuracy_drop": reference - reached} | tensor_losses(binary, measured))
     return pd.DataFrame(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -51,7 +51,7 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
             a, w = (np.where(rng.random(shape) < 0.5, -1.0, 1.0).astype(np.float32) for shape in ((m, k), (n, k)))
             packed, weights = bits.pack_signs(a), bits.prepare_weights(bits.pack_signs(w))
             x, y = torch.from_numpy(a), torch.from_numpy(w).t()
-            contenders = {}
+            contenders: dict[str, Callable[[], object]] = {}
             for label, dtype, multiply in (
                 ("torch float32", torch.float32, torch.mm),
                 ("torch bfloat16", torch.bfloat16, torch.mm),
@@ -59,8 +59,8 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
             ):
                 out = torch.empty(m, n, dtype=torch.int32 if dtype == torch.int8 else dtype)
                 contenders[label] = functools.partial(multiply, x.to(dtype), y.to(dtype), out=out)
-            out = bits.aligned_empty((m, n), np.int32)
-            contenders["binvit 1-bit"] = functools.partial(bits.binary_matmul, packed, weights, k, out=out)
+            sums = bits.aligned_empty((m, n), np.int32)
+            contenders["binvit 1-bit"] = functools.partial(bits.binary_matmul, packed, weights, k, out=sums)
             if JIT:
                 contenders["population count"] = run_in_registers
             medians = {label: float(np.median(t)) for label, t in interleave(contenders, seconds).items()}

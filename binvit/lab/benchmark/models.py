@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,10 +120,16 @@ def benchmark_growth(
     Returns:
         The rows of `benchmark_models` for one image, with the column "grows" ("tokens" or "width").
     """
-    options = {"peers": ["timm float32"], "variants": ["binvit gsb"], "threads": threads, "seconds": seconds}
-    sizes = dict.fromkeys([(side, 384) for side in sides] + [(224, width) for width in widths])
-    for side, width in sizes:
-        sizes[side, width] = benchmark_models((1,), image_size=side, width=width, depth=depth, **options)
+    options: dict[str, Any] = {
+        "peers": ["timm float32"],
+        "variants": ["binvit gsb"],
+        "threads": threads,
+        "seconds": seconds,
+    }
+    sizes = {}
+    for side, width in [(side, 384) for side in sides] + [(224, width) for width in widths]:
+        if (side, width) not in sizes:
+            sizes[side, width] = benchmark_models((1,), image_size=side, width=width, **options)
     tables = [sizes[side, 384].assign(grows="tokens") for side in sides]
     tables += [sizes[224, width].assign(grows="width") for width in widths]
     return pd.concat(tables, ignore_index=True)
@@ -170,7 +177,7 @@ def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def run() -> None:
-        loss = sum(F.cross_entropy(logits, labels) for logits in model(images)) / 2
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits in model(images)]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

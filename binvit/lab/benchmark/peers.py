@@ -87,7 +87,7 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
 }
 
 
-def _torch(model: nn.Module, images: Tensor) -> Run:
+def _torch(model: Callable[[Tensor], Tensor], images: Tensor) -> Run:
     def run() -> Tensor:
         with torch.inference_mode():
             return model(images)

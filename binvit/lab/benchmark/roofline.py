@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def roofline(
     require_columns(points, ["name", "intensity", "rate"])
     fig, ax = figure_with(ax, 6.0, 3.6)
     families = points["family"] if "family" in points else points["name"]
-    colors = colors or colors_of(families)
+    palette = colors or colors_of(families)
     highest = max([*compute_limits.values(), points["rate"].max()])
     ridge = highest / bandwidth
     left = min(points["intensity"].min(), ridge) / 2
@@ -95,7 +96,7 @@ def roofline(
         ax.plot(x, np.minimum(limit, x * bandwidth), color=GREY, lw=1.1, zorder=1, solid_joinstyle="miter")
         ax.annotate(name, (right, limit), (-2, 3), textcoords="offset points", ha="right", fontsize=7, color=GREY)
     for (_, point), family in zip(points.iterrows(), families, strict=True):
-        ax.plot(point["intensity"], point["rate"], "o", color=colors[family], ms=6.5, mec="white", mew=0.9)
+        ax.plot(point["intensity"], point["rate"], "o", color=palette[family], ms=6.5, mec="white", mew=0.9)
         ax.annotate(
             point["name"],
             (point["intensity"], point["rate"]),
@@ -103,14 +104,14 @@ def roofline(
             textcoords="offset points",
             va="center",
             size=7.5,
-            color=readable(colors[family]),
+            color=readable(palette[family]),
         )
     ax.set(xscale="log", yscale="log", xlim=(left, right), xlabel=xlabel, ylabel=ylabel, title=title)
     ax.set_ylim(points["rate"].min() / 3, highest * 2)
     named = points.groupby(families)["rate"].max().sort_values().index if "family" in points else ()
     for line, family in enumerate(named):
-        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "size": 8}
-        ax.annotate(family, (1, 0), (-6, 8 + 12 * line), color=readable(colors[family]), weight="bold", **place)
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "size": 8}
+        ax.annotate(family, (1, 0), (-6, 8 + 12 * line), color=readable(palette[family]), weight="bold", **place)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))

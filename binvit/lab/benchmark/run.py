@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -52,7 +53,7 @@ def run_benchmarks(
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the tables, {out}, is a file.")
     say(f"The kernels took {bits.warm_up():.1f} s to compile or to load; no measurement includes it.")
-    options = {"threads": threads, "seconds": seconds}
+    options: dict[str, Any] = {"threads": threads, "seconds": seconds}
     runs: dict[str, Callable[[], pd.DataFrame]] = {
         "kernels": lambda: benchmark_kernels(**options),
         "models": lambda: benchmark_models(batches or (1, 8, 32), say=say, **options),

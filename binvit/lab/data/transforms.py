@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -28,7 +28,7 @@ class Normalize:
         std: divided by, per channel.
     """
 
-    def __init__(self, image_size: int, mean: tuple[float, float, float], std: tuple[float, float, float]):
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]):
         self.image_size = image_size
         self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
@@ -43,7 +43,7 @@ class Normalize:
         return values.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
-def eval_transform(image_size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Normalize:
+def eval_transform(image_size: int, mean: Sequence[float], std: Sequence[float]) -> Normalize:
     """Return the transform of evaluation and prediction.
 
     Args:
@@ -59,8 +59,8 @@ def eval_transform(image_size: int, mean: tuple[float, float, float], std: tuple
 
 def train_transform(
     image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Sequence[float],
+    std: Sequence[float],
     auto_augment: str = "",
     erasing: float = 0.0,
     crop: float = 1.0,

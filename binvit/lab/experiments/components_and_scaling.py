@@ -1,6 +1,7 @@
 """Which components may be 1-bit, and do scaling factors help: the design and the claims of that experiment."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -28,7 +29,7 @@ def design(components: Sequence[str] = tuple(COMPONENTS), factors: Sequence[str]
     """
     found = [Condition(NOTHING, "float")]
     for component in components:
-        options = {"components": COMPONENTS[component]}
+        options: dict[str, Any] = {"components": COMPONENTS[component]}
         found += [Condition(f"{component}, {factor}", FACTORS[factor][0], options) for factor in factors]
     for factor in factors:
         scheme, weight, patches = FACTORS[factor]

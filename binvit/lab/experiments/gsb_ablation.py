@@ -149,7 +149,7 @@ def measure_batches(
             continue
         trained = load_trained(run.trial, results_dir)
         if run.data not in seen:
-            data = load_data(run.trial.dataset, root=run.trial.root, image_size=trained.info.image_size)
+            data = load_data(run.trial.dataset, root=run.trial.root, image_size=trained.image_size)
             seen[run.data] = sample_images(data, "test", images)
         together = min(batch_size, len(seen[run.data]) // 2)  # it takes two batches to change a batch's company
         found = batch_dependence(trained.model, seen[run.data], together, run.trial.seed)

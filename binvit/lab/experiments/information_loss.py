@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -77,7 +78,7 @@ def measure(
         one row per data, seed, tensor and binarizer: the columns of `analysis.one_tensor_at_a_time`, and trained_drop,
         what a model loses that was trained with this one binary tensor, if such models were trained.
     """
-    options = {"thresholds": thresholds, "reduce": reduce, "least_squares": least_squares}
+    options: dict[str, Any] = {"thresholds": thresholds, "reduce": reduce, "least_squares": least_squares}
     parts = []
     for run in runs:
         if run.condition == "float":
@@ -122,8 +123,8 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
     for tensor in SUPERPOSED:
         sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
         if "trained_drop" in losses:
-            others = [other for other in TENSORS if other != tensor]
-            checked.append(costs_more(sentence, "trained_drop", tensor, others))
+            rest = [other for other in TENSORS if other != tensor]
+            checked.append(costs_more(sentence, "trained_drop", tensor, rest))
         else:
             checked.append(Claim(sentence, "undecided", "not run"))
     for tensor in SUPERPOSED:

@@ -152,7 +152,7 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     fig = subplot_grid(table, list(panels), draw, title)
     if (table["labels"] == "class-conditional").any():
-        caption(fig, fig._supxlabel.get_text() + "; line: symmetric noise, ◇: class-conditional noise")
+        caption(fig, fig.get_supxlabel() + "; line: symmetric noise, ◇: class-conditional noise")
     return fig
 
 

@@ -84,7 +84,7 @@ def plan(
             own = condition.recipe_options
             own = own(given) if callable(own) else own
             plain = Trial(part.dataset, condition.scheme, base.name)
-            options = {
+            options: dict[str, Any] = {
                 "scheme_options": _changed(condition.scheme_options, plain.get_scheme()),
                 "recipe_options": _changed({**shared, **own}, base),
             }

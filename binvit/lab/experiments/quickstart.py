@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save as serialize
 
 from binvit.lab.benchmark.timing import interleave
-from binvit.lab.trials.trained import Trained
+from binvit.lab.training.classifier import Classifier
 from binvit.packed import load, pack, save
 
 
 def deploy(
-    models: Mapping[str, Trained], pictures: Sequence[Image.Image], folder: Path, seconds: float = 0.3
+    models: Mapping[str, Classifier], pictures: Sequence[Image.Image], folder: Path, seconds: float = 0.3
 ) -> pd.DataFrame:
     """Pack trained models, save and load them, and compare them with what was trained.
 
@@ -38,11 +38,11 @@ def deploy(
             continue
         images = trained.tensor(list(pictures))
         path = folder / f"{name}.packed.safetensors"
-        save(pack(trained.model, classes=trained.info.classes, mean=trained.info.mean, std=trained.info.std), path)
+        save(pack(trained.model, classes=trained.classes, mean=trained.mean, std=trained.std), path)
         fast, exact = load(path), load(path, exact=True)
         with torch.inference_mode():
             expected = trained.model(images)
-            contenders = {
+            contenders: dict[str, Callable[[], object]] = {
                 "trained": functools.partial(_forward, trained.model, images[:1]),
                 "packed": functools.partial(fast, images[:1]),
             }
@@ -68,8 +68,7 @@ def _forward(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return model(images)
 
 
-@torch.inference_mode()
-def predictions(models: Mapping[str, Trained], picture: Image.Image) -> pd.DataFrame:
+def predictions(models: Mapping[str, Classifier], picture: Image.Image) -> pd.DataFrame:
     """Classify one picture with several models.
 
     Args:
@@ -81,9 +80,9 @@ def predictions(models: Mapping[str, Trained], picture: Image.Image) -> pd.DataF
     """
     rows = []
     for name, trained in models.items():
-        probabilities = trained.model(trained.tensor([picture])).softmax(dim=1)[0]
+        probabilities = trained.probabilities([picture])[0]
         best = int(probabilities.argmax())
-        rows.append((name, trained.info.classes[best], float(probabilities[best])))
+        rows.append((name, trained.classes[best], float(probabilities[best])))
     return pd.DataFrame(rows, columns=["model", "class", "probability"])
 
 

@@ -63,8 +63,9 @@ def attention_maps(
         ax.grid(visible=False)
     for ax, heading in zip(axes[0], ["image", *columns], strict=True):
         ax.set_title(heading, loc="center", fontsize=8.5, color=SCHEME_COLORS.get(heading, INK), pad=4)
-    for ax, name in zip(axes[:, 0], names or [], strict=False):
-        upright = max(map(len, names)) <= 4
+    names = names or []
+    upright = max(map(len, names), default=0) <= 4
+    for ax, name in zip(axes[:, 0], names, strict=False):
         ax.set_ylabel(
             name, fontsize=8, color=INK, **({"rotation": 0, "ha": "right", "va": "center"} if upright else {})
         )

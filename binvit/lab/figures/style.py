@@ -4,7 +4,7 @@ import functools
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -79,13 +79,13 @@ def colors_of(names: Iterable[object]) -> dict[object, str]:
     Returns:
         name -> colour.
     """
-    names = list(dict.fromkeys(names))
-    found = {name: SCHEME_COLORS[name] for name in names if name in SCHEME_COLORS}
+    unique = list(dict.fromkeys(names))
+    found: dict[str, str] = {name: SCHEME_COLORS[name] for name in unique if name in SCHEME_COLORS}
     with plt.style.context(STYLE):
         cycle = [f"#{c.lstrip('#')}" for c in mpl.rcParams["axes.prop_cycle"].by_key()["color"]]
     free = [c for c in cycle if c not in found.values()] or cycle
-    others = [name for name in names if name not in found]
-    return {**found, **{name: free[i % len(free)] for i, name in enumerate(others)}}
+    others = [name for name in unique if name not in found]
+    return found | {name: free[i % len(free)] for i, name in enumerate(others)}
 
 
 def readable(color: str, contrast: float = 3.6) -> str:
@@ -98,10 +98,10 @@ def readable(color: str, contrast: float = 3.6) -> str:
     Returns:
         the colour as ``#rrggbb``.
     """
-    rgb = np.array(to_rgb(color))
-    while 1.05 / (_luminance(rgb) + 0.05) < contrast:
-        rgb = rgb * 0.97
-    return to_hex(rgb)
+    red, green, blue = to_rgb(color)
+    while 1.05 / (_luminance(np.array([red, green, blue])) + 0.05) < contrast:
+        red, green, blue = 0.97 * red, 0.97 * green, 0.97 * blue
+    return to_hex((red, green, blue))
 
 
 def _luminance(rgb: np.ndarray) -> float:
@@ -148,7 +148,7 @@ def save_figure(fig: Figure, name: str, directory: str | Path) -> None:
 def figure_with(ax: Axes | None, width: float = 6.4, height: float = 3.2) -> tuple[Figure, Axes]:
     """The given axes and its figure, or new ones of the given size in inches."""
     if ax is not None:
-        return ax.figure, ax
+        return cast(Figure, ax.figure), ax
     return plt.subplots(figsize=(width, height))
 
 
@@ -222,7 +222,7 @@ def label_ends(
     """
     if not ends:
         return
-    fig = ax.figure
+    fig = cast(Figure, ax.figure)
     # Constrained layout makes room for the labels by narrowing the axes: heights, which the labels need, stay the same.
     fig.draw_without_rendering()
     points = 72 / fig.dpi

@@ -61,8 +61,8 @@ def _cell_problems(cell: dict[str, Any]) -> list[str]:
     lines = joined(cell["source"]).count("\n") + 1
     if cell["cell_type"] == "code" and lines > MAX_LINES:
         found.append(f"{lines} lines of code, allowed are {MAX_LINES}: logic belongs in the library")
-    if _MACHINE_PATH.search(joined(cell["source"])):
-        found.append(f"a machine's path in its source: {_MACHINE_PATH.search(joined(cell['source'])).group()}")
+    if machine := _MACHINE_PATH.search(joined(cell["source"])):
+        found.append(f"a machine's path in its source: {machine.group()}")
     for output in cell.get("outputs", []):
         if output["output_type"] == "error":
             found.append(f"an error in its output: {output['ename']}")

@@ -51,7 +51,7 @@ def _mathml(latex: str, display: str) -> str:
         return f"<code>{html.escape(latex)}</code>"
 
 
-def markdown(text: str, attachments: Mapping[str, Any] | None = None) -> Markup:
+def markdown(text: str, attachments: dict[str, Any] | None = None) -> Markup:
     """Turn Markdown into HTML.
 
     Args:

@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
@@ -35,8 +35,9 @@ class Between:
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def _annotation(text: str) -> ast.expr:
+def _annotation(text: str) -> Any:
     """Parse a type such as `list[int]`; what papermill cannot read is refused, since it would not be checked."""
+    node: ast.expr | None
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
@@ -55,7 +56,7 @@ def _annotation(text: str) -> ast.expr:
     return node
 
 
-def _describe(node: ast.expr) -> str:
+def _describe(node: Any) -> str:
     if isinstance(node, ast.Name):
         return _WORDS[node.id]
     if node.value.id == "Optional":
@@ -63,10 +64,10 @@ def _describe(node: ast.expr) -> str:
     return f"a list in which each entry is {_describe(node.slice)}"
 
 
-def _fit(value: Any, node: ast.expr) -> Any:
+def _fit(value: Any, node: Any) -> Any:
     """Return `value` as the type asks for it, or raise TypeError."""
     if isinstance(node, ast.Subscript):
-        if node.value.id == "Optional":
+        if ast.unparse(node.value) == "Optional":
             return None if value is None else _fit(value, node.slice)
         if not isinstance(value, list | tuple):
             raise TypeError
@@ -130,8 +131,10 @@ def _check_recipe(name: str) -> None:
     recipe(name)
 
 
+Rule = Callable[[Any], None] | range | Between | Collection[Any]
+
 # Parameters of these names mean the same in every notebook; a list of them carries the plural's "s".
-_RULES: dict[str, Callable[[Any], None] | Container] = {
+_RULES: dict[str, Rule] = {
     "dataset": _check_dataset,
     "scheme": _check_scheme,
     "recipe": _check_recipe,
@@ -145,19 +148,19 @@ _RULES: dict[str, Callable[[Any], None] | Container] = {
 }
 
 
-def _rule(name: str, valid: Mapping[str, Container]) -> Callable[[Any], None] | Container | None:
+def _rule(name: str, valid: Mapping[str, Rule]) -> Rule | None:
     if name in valid:
         return valid[name]
     return _RULES.get(name, _RULES.get(name.removesuffix("s")))
 
 
-def _words(valid: Container) -> str:
+def _words(valid: range | Between | Collection[Any]) -> str:
     if isinstance(valid, range):
         return f"integers from {valid.start} to {valid.stop - 1}"
     return str(valid) if isinstance(valid, Between) else ", ".join(map(repr, valid))
 
 
-def _check_value(name: str, value: Any, rule: Callable[[Any], None] | Container | None) -> None:
+def _check_value(name: str, value: Any, rule: Rule | None) -> None:
     if isinstance(value, list):
         if not value:
             raise ValueError(f"The parameter {name} is an empty list; it needs at least one entry.")
@@ -190,9 +193,12 @@ def declared_types(source: str) -> dict[str, str]:
     except SyntaxError:  # a cell with a magic
         return {}
     body = [line for line in body if not (isinstance(line, ast.ImportFrom) and line.module == "typing")]
-    if not all(isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value for line in body):
-        return {}
-    return {line.target.id: ast.unparse(line.annotation) for line in body}
+    found = {}
+    for line in body:
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
+            return {}
+        found[line.target.id] = ast.unparse(line.annotation)
+    return found
 
 
 def _annotated_types(namespace: Mapping[str, Any]) -> dict[str, str]:
@@ -215,7 +221,7 @@ def _injected_names(source: str) -> list[str]:
     return [target.id for line in lines for target in line.targets if isinstance(target, ast.Name)]
 
 
-def check_parameters(namespace: Mapping[str, Any], **valid: Container) -> Any:
+def check_parameters(namespace: Mapping[str, Any], **valid: Rule) -> Any:
     """Check all parameters of the running notebook and return them as a frozen dataclass.
 
     Names and types come from the notebook's parameters cell, the one that consists of annotated literals. Parameters

@@ -1,44 +1,17 @@
-"""Looking into trained models: their curves, what their attention multiplies the value with, what they predict."""
+"""Trained models reloaded: the model that a trial has kept, and the curves of its training."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
-import torch
-from PIL import Image
-from torch import Tensor, nn
 
-from binvit.lab.data.transforms import eval_transform
-from binvit.lab.training.model import CheckpointInfo
+from binvit.lab.training.classifier import Classifier
 from binvit.lab.trials.store import load_kept, read_result
 from binvit.lab.trials.trial import Trial, options_text
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained model with what is needed to use it on pictures.
-
-    Args:
-        model: in evaluation mode.
-        info: its classes, image size and statistics.
-    """
-
-    model: nn.Module
-    info: CheckpointInfo
-
-    def tensor(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Turn RGB pictures into the model's input, float32 (B, 3, H, W)."""
-        transform = eval_transform(self.info.image_size, self.info.mean, self.info.std)
-        return torch.stack([transform(picture) for picture in pictures])
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return tuple(self.model.patch_embed.grid_size)
-
-
-def load_trained(trial: Trial, results_dir: str | Path) -> Trained:
+def load_trained(trial: Trial, results_dir: str | Path) -> Classifier:
     """Return the model that a trial has trained, ready for pictures.
 
     Args:
@@ -46,13 +19,14 @@ def load_trained(trial: Trial, results_dir: str | Path) -> Trained:
         results_dir: the folder `run_trials` wrote to.
 
     Returns:
-        The model and its description.
+        The model with what its pictures need.
 
     Raises:
         FileNotFoundError: no model of this trial is kept there.
         ValueError: the checkpoint is damaged.
     """
-    return Trained(*load_kept(trial, results_dir))
+    model, info = load_kept(trial, results_dir)
+    return Classifier(model, info.classes, info.image_size, info.mean, info.std)
 
 
 def histories(trials: Iterable[Trial], results_dir: str | Path) -> pd.DataFrame:
