@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.label_noise import disturbed, noise_weights
-from binvit.lab.data.names import KINDS
-from binvit.lab.data.sources import read_source
+from binvit.lab.data.sources import SOURCES, read_source
 from binvit.lab.data.splits import TEST_SHARE, UNDIVIDED, Statistics, divided
 
+VALIDATION_SHARE = 0.2
+_VALIDATION_SEED = [2, 24]  # one part for all seeds and releases
 STATISTICS_IMAGES = 2000  # enough for three decimals of a mean, and decoded within seconds
 
 
@@ -28,9 +30,10 @@ class ImageData:
         name: as given to `load_data`.
         classes: class names in the order of the labels.
         train: training images; `.labels` as a model sees them, `.clean_labels` without noise.
-        test: all test images.
+        test: all test images; none where a model is measured on validation images.
         image_size: side in pixels.
-        val: validation images, where the data set has a third split. Nothing in binvit trains on them.
+        val: validation images, where the data set has a third split or the model is evaluated on them. Nothing in
+            binvit trains on them.
         known_statistics: published mean and standard deviation; None has them computed from `train`.
     """
 
@@ -41,6 +44,11 @@ class ImageData:
     image_size: int
     val: ImageSet | None = None
     known_statistics: Statistics | None = None
+
+    @property
+    def evaluated(self) -> ImageSet:
+        """The images that a model is measured on."""
+        return self.test if len(self.test) or self.val is None else self.val
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -71,7 +79,7 @@ class ImageData:
 
 def list_datasets() -> list[str]:
     """Return the names that `load_data` knows; "folder" and "parquet" are followed by ":PATH"."""
-    return list(KINDS)
+    return list(SOURCES)
 
 
 def load_data(
@@ -82,6 +90,7 @@ def load_data(
     root: str | Path | None = None,
     image_size: int | None = None,
     noise: str | Sequence[Sequence[float]] | np.ndarray = "symmetric",
+    evaluate_on: Literal["test", "val"] = "test",
 ) -> ImageData:
     """Load a data set, optionally with few training images per class and with wrong training labels.
 
@@ -107,6 +116,8 @@ def load_data(
         noise: where wrong labels go: "symmetric", any other class with equal probability; "pairs", the next class; or
             a confusion matrix (C, C) whose row i weighs the labels that images of class i get. Its diagonal does not
             count, and a row without confusions is taken as symmetric.
+        evaluate_on: "test", or "val" to choose something: the official validation images, else a fifth of the training
+            images, the same for every seed and not trained on; the test images are not loaded then.
 
     Returns:
         the data set.
@@ -120,18 +131,24 @@ def load_data(
         Patrini et al., Making deep neural networks robust to label noise, CVPR 2017 (class-conditional noise).
     """
     _check_arguments(samples_per_class, label_noise, seed, image_size)
-    source = read_source(name, root)
+    if evaluate_on not in ("test", "val"):
+        raise ValueError(f"evaluate_on must be 'test' or 'val', but {evaluate_on!r} was given.")
+    source = read_source(name, root, test=evaluate_on == "test")
     if UNDIVIDED in source.splits:
         source = divided(source, seed)
         counts = " and ".join(f"{len(images)} {split}" for split, images in source.splits.items())
         sentence = f"{name} has no split: seed {seed} draws {TEST_SHARE:.0%} of each class for testing"
         warnings.warn(f"{sentence} ({counts} images).", stacklevel=2)
+    if evaluate_on == "val":
+        source.splits["test"] = ImageSet([], [], source.splits["test"].origin)
+        if "val" not in source.splits:
+            source.splits.update(_held_out(source.splits["train"], source.classes))
     size = image_size or source.image_size or _native_size(source.splits, name)
     for images in source.splits.values():
         images.image_size = int(size)
     train = source.splits["train"]
     if samples_per_class is not None:
-        train = train.select(_balanced(train.labels, source.classes, int(samples_per_class), seed))
+        train = train.select(balanced(train.labels, source.classes, int(samples_per_class), seed))
     weights = noise_weights(noise, len(source.classes))
     if label_noise:
         train.clean_labels = train.labels
@@ -156,7 +173,7 @@ def _check_arguments(samples_per_class: object, label_noise: object, seed: objec
 
 
 def _native_size(splits: dict[str, ImageSet], name: str) -> int:
-    sizes = {images.stored_size or images.common_size() for images in splits.values()}
+    sizes = {images.stored_size or images.common_size() for images in splits.values() if len(images)}
     if len(sizes) > 1 or None in sizes:
         raise ValueError(f"The images of {name} are not squares of one size; give the image_size they shall have.")
     size = sizes.pop()
@@ -165,7 +182,19 @@ def _native_size(splits: dict[str, ImageSet], name: str) -> int:
     return size
 
 
-def _balanced(labels: np.ndarray, classes: list[str], count: int, seed: int) -> np.ndarray:
+def _held_out(images: ImageSet, classes: list[str]) -> dict[str, ImageSet]:
+    """Divide training images into a fifth of each class for validation and the others; a single image is trained on."""
+    generator = np.random.default_rng(_VALIDATION_SEED)
+    chosen = np.zeros(len(images), dtype=bool)
+    for label in range(len(classes)):
+        members = generator.permutation(np.flatnonzero(images.labels == label))
+        chosen[members[: max(round(VALIDATION_SHARE * len(members)), min(1, len(members) - 1))]] = True
+    if not chosen.any():
+        raise ValueError(f"{images.origin} has no validation images, and no class has two training images to take one.")
+    return {name: images.select(np.flatnonzero(rows)) for name, rows in (("train", ~chosen), ("val", chosen))}
+
+
+def balanced(labels: np.ndarray, classes: list[str], count: int, seed: int) -> np.ndarray:
     """Return the indices of `count` images of every class, in the order of the data set."""
     generator = np.random.default_rng([seed, 0])
     chosen = []

@@ -34,10 +34,14 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (str(path.parent), path.name))
 
 
-def read_folder(location: Path) -> Source:
+def read_folder(location: Path, test: bool = True) -> Source:
     """Read a folder with the layout train/CLASS/IMAGE and the same for test or val, or both.
 
     Labels follow the names in train/, whichever classes the other splits lack.
+
+    Args:
+        location: the folder.
+        test: False leaves its test images unread.
 
     Raises:
         FileNotFoundError: the folder, or train/ in it, is missing.
@@ -58,7 +62,7 @@ def read_folder(location: Path) -> Source:
         images: list[Path] = []
         labels: list[int] = []
         for label, class_name in enumerate(classes):
-            if class_name in folders[split]:
+            if class_name in folders[split] and (test or split != "test"):
                 found = _images(folders[split][class_name])
                 images += found
                 labels += [label] * len(found)

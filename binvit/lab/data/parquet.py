@@ -21,11 +21,15 @@ from binvit.lab.data.splits import (
 )
 
 
-def read_parquet(location: Path) -> Source:
+def read_parquet(location: Path, test: bool = True) -> Source:
     """Read a Parquet file with the columns image, label and, unless its images are undivided, split.
 
     Class names are those of FILE's stem + ".classes.json", else those of the Hugging Face metadata, else the texts of
     the labels, else their numbers.
+
+    Args:
+        location: the file.
+        test: False leaves its test images unread.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -45,7 +49,9 @@ def read_parquet(location: Path) -> Source:
         for name in columns:
             if schema.names.count(name) > 1:
                 raise ValueError(f"{location} has the column {name!r} more than once.")
-        values = pyarrow.parquet.read_table(location, columns=columns).to_pydict()
+        wanted = None if test or "split" not in columns else [("split", "!=", "test")]
+        values = pyarrow.parquet.read_table(location, columns=columns, filters=wanted).to_pydict()
+        unread = pyarrow.parquet.read_metadata(location).num_rows - len(values["label"])
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -59,7 +65,7 @@ def read_parquet(location: Path) -> Source:
                 raise ValueError(f"{what} is no text; expected train, test or val.")
             numbers.setdefault(split, []).append(row)
         names = split_names(numbers, f"The column split of {location}")
-        rows_of = {names[split]: rows for split, rows in numbers.items()}
+        rows_of = {names[split]: rows for split, rows in numbers.items()} | ({"test": []} if unread else {})
     else:
         rows_of = {UNDIVIDED: list(range(len(values["label"])))}
     trained = rows_of.get("train", rows_of.get(UNDIVIDED, []))

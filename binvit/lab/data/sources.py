@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from binvit.config import show
 from binvit.lab.data.folders import read_folder
 from binvit.lab.data.images import ImageSet, require_regular
-from binvit.lab.data.names import split_name
 from binvit.lab.data.parquet import read_parquet
 from binvit.lab.data.splits import Source, Statistics, checked_labels, finished, read_json, shortened
 
@@ -33,7 +33,7 @@ def _digits(location: Path | None) -> Source:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # sixteen gray levels, 8x8
     # One split for everybody: results of different seeds are compared on the same 719 test images.
-    parts = train_test_split(np.arange(len(images)), test_size=0.4, stratify=digits.target, random_state=0)
+    parts = train_test_split(np.arange(len(images)), test_size=0.4, stratify=digits.target, random_state=1)
     splits = {
         name: ImageSet(list(images[rows]), digits.target[rows], "digits", rows.tolist(), stored_size=8)
         for name, rows in zip(("train", "test"), parts, strict=True)
@@ -145,7 +145,7 @@ def _inside(folder: Path, name: object, row: int, origin: Path) -> Path:
     return folder / path
 
 
-SOURCES: dict[str, Callable[[Any], Source]] = {
+SOURCES: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
@@ -164,17 +164,35 @@ _NEEDS = {
 }
 
 
+def split_name(name: Any) -> tuple[str, str]:
+    """Return the kind of a data set and the path behind the colon, which may be empty.
+
+    Args:
+        name: what `load_data` takes.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    kind, colon, path = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in SOURCES or (colon and (not path or kind == "digits")):
+        valid = ", ".join(f"{known}:PATH" if known in ("folder", "parquet") else known for known in SOURCES)
+        raise ValueError(f"Unknown data set {show(name)}; valid names are {valid}.")
+    return kind, path
+
+
 def expanded(path: str | Path) -> Path:
     """Return a path with `~` and environment variables replaced."""
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def _locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:
+def locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:
     """Return the kind of a data set and where it lies."""
     kind, path = split_name(name)
+    if kind == "digits":  # embedded
+        return kind, None
     given = [expanded(part) for part in (root, path) if part not in (None, "")]
     location = Path(*given) if given else None
-    if location is None and kind != "digits":
+    if location is None:
         needs = _NEEDS.get(kind, "root=FOLDER, the folder that holds it or that it shall be downloaded to")
         raise ValueError(f"The data set {kind} needs {needs}.")
     return kind, location
@@ -187,17 +205,26 @@ def require_files(name: str, root: str | Path | None = None) -> None:
         ValueError: the name is unknown or lacks a path.
         FileNotFoundError: there is no such file or folder.
     """
-    kind, location = _locate(name, root)
+    kind, location = locate(name, root)
     if kind in _NEEDS and location is not None and not location.exists():
         raise FileNotFoundError(f"{location} (the data set {name}) does not exist.")
 
 
-def read_source(name: str, root: str | Path | None = None) -> Source:
+def read_source(name: str, root: str | Path | None = None, test: bool = True) -> Source:
     """Read the data set called `name`, which is one of `SOURCES`, optionally with a path: "parquet:FILE".
+
+    Args:
+        name: the data set.
+        root: folder of its files.
+        test: False leaves the split "test" empty; folders and Parquet files do not load it then.
 
     Raises:
         ValueError: the name is unknown, or the data are not what they should be.
         FileNotFoundError: the files are missing and cannot be downloaded.
     """
-    kind, location = _locate(name, root)
-    return finished(SOURCES[kind](location), name if location is None else str(location))
+    kind, location = locate(name, root)
+    options = {} if test or kind not in ("folder", "parquet") else {"test": False}
+    source = SOURCES[kind](location, **options)
+    if not test and "test" in source.splits:
+        source.splits["test"] = ImageSet([], [], source.splits["test"].origin)
+    return finished(source, name if location is None else str(location), test)

@@ -42,8 +42,13 @@ class Source:
     statistics: Statistics | None = None
 
 
-def finished(source: Source, origin: str) -> Source:
+def finished(source: Source, origin: str, test: bool = True) -> Source:
     """Take the validation images as test images where there are no others, and refuse what cannot be learned from.
+
+    Args:
+        source: what was read.
+        origin: what it was read from, for the sentences.
+        test: whether the test images were read, too.
 
     Raises:
         ValueError: a split is missing or empty, or a class name is empty or comes twice.
@@ -57,7 +62,7 @@ def finished(source: Source, origin: str) -> Source:
             if split not in splits:
                 raise ValueError(f"{origin} holds no {split} images; expected the splits train and test (or val).")
     for split, images in splits.items():
-        if not len(images):
+        if not len(images) and (test or split != "test"):
             where = origin if split == UNDIVIDED else f"The split {split} of {origin}"
             raise ValueError(f"{where} holds no images.")
     return replace(source, splits=splits)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from binvit.config import read_yaml, show
-from binvit.lab.data.names import split_name
+from binvit.lab.data.sources import split_name
 from binvit.lab.training.recipes import list_recipes
 from binvit.lab.training.recipes import recipe as get_recipe
 

@@ -78,7 +78,7 @@ class Training:
         self.batches = Batches(data.train, transform, batch_size, shuffle=True, drop_last=True, **ordered)
         whole = eval_transform(*sizes)
         self.train_images = Batches(data.train, whole, recipe.eval_batch_size, workers=recipe.workers)
-        self.test_images = Batches(data.test, whole, recipe.eval_batch_size, workers=recipe.workers)
+        self.test_images = Batches(data.evaluated, whole, recipe.eval_batch_size, workers=recipe.workers)
         self.stages = list(zip([*(stage.epochs for stage in recipe.stages), recipe.epochs], schemes, strict=True))
         # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
         self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
@@ -215,7 +215,7 @@ class Training:
         if last or (epoch + 1) % self.recipe.eval_every == 0:
             self.classifier = on_bits(self.model)
             predictions = classify(self.classifier, self.test_images, self.device)
-            test_accuracy = float(np.mean(predictions == self.data.test.labels))
+            test_accuracy = float(np.mean(predictions == self.data.evaluated.labels))
         return {
             "stage": self.position.stage,
             "epoch": len(self.position.history) + 1,

@@ -1,6 +1,8 @@
 """What lets a killed training continue with the same bits: random numbers that need no memory, and the saved state."""
 
+import contextlib
 import dataclasses
+import functools
 import io
 import platform
 from dataclasses import dataclass, field
@@ -20,6 +22,16 @@ def versions() -> dict[str, str]:
     """Return the versions of what computed a result."""
     modules = {"torch": torch, "timm": timm, "numpy": np, "binvit": binvit}
     return {"python": platform.python_version()} | {name: str(item.__version__) for name, item in modules.items()}
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """Return the kind of this machine's CPU."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @dataclass

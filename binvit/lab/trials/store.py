@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import warnings
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +22,7 @@ from binvit.files import atomic_write, set_aside
 from binvit.lab.training.checkpoint import is_checkpoint, load_checkpoint
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.training.recipe import Recipe, Share
+from binvit.lab.trials.identity import IDLE
 from binvit.lab.trials.trial import Trial, options_text
 from binvit.nn.schemes import Scheme
 
@@ -60,6 +63,7 @@ def model_path(trial: Trial, results_dir: str | Path = "results") -> Path:
 
 def finished_result(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:
     """Return a finished trial's result; a file that cannot be used is set aside, and None returned."""
+    _tell_of_old_results(Path(results_dir))
     try:
         result = read_result(trial, results_dir)
     except FileNotFoundError:
@@ -70,10 +74,21 @@ def finished_result(trial: Trial, results_dir: str | Path, keep_model: bool) -> 
             kept = set_aside(result_path(trial, results_dir), label)
         except FileNotFoundError:  # another process was faster
             return None
-        model_path(trial, results_dir).unlink(missing_ok=True)
         warnings.warn(f"{error} It is kept as {kept.name}, and the trial is run again.", stacklevel=3)
         return None
     return result if not keep_model or _keeps_model(trial, results_dir) else None
+
+
+@functools.cache
+def _tell_of_old_results(folder: Path) -> None:
+    """Say once that results which do not name their images are not read."""
+    old = [path.name for path in sorted(folder.glob("*.json")) if re.fullmatch(r".+-\d+-[0-9a-f]{12}\.json", path.name)]
+    if old:
+        warnings.warn(
+            f"The folder {folder} holds {len(old)} results of an earlier release, such as {old[0]}; they do not say "
+            "which images they belong to, so they are not read and their trials are run again.",
+            stacklevel=4,
+        )
 
 
 def _keeps_model(trial: Trial, results_dir: str | Path) -> bool:
@@ -89,11 +104,11 @@ def _keeps_model(trial: Trial, results_dir: str | Path) -> bool:
 
 
 def _is_record(record: Any, trial: Trial) -> bool:
-    """Say whether a file's record is of this trial; the root may differ from machine to machine."""
-    return isinstance(record, dict) and record | {"root": None} == trial.to_dict() | {"root": None}
+    """Say whether a checkpoint's record is of this trial on these images."""
+    return isinstance(record, dict) and record.get("id") == trial.id
 
 
-_FORMAT = "binvit result"
+_FORMAT = "binvit result 2"  # 1 did not say which images a result belongs to
 
 
 class Epoch(TypedDict):
@@ -137,6 +152,10 @@ class TrialResult(Config):
     """Torch threads that trained."""
     device: Text
     """"cpu" or "cuda"."""
+    fingerprint: Text
+    """Of the data set; "sampled:..." says that only a part of its images was hashed."""
+    cpu: Text
+    """Kind of CPU."""
     model: Annotated[SkipValidation[torch.nn.Module | None], Field(exclude=True)] = field(
         default=None, compare=False, repr=False
     )
@@ -146,6 +165,11 @@ class TrialResult(Config):
     )
     """What `save_checkpoint` needs beside the model; None if the result was read from a file."""
 
+    @property
+    def id(self) -> str:
+        """The identity of its trial on its data."""
+        return self.trial.identity(self.fingerprint)
+
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""
         row = {name: getattr(self.trial, name) for name in Trial.field_names()}
@@ -153,7 +177,7 @@ class TrialResult(Config):
         missing = {"clean_train_accuracy": self.clean_train_accuracy, "memorized": self.memorized}
         row |= {"test_accuracy": self.test_accuracy, "train_accuracy": self.train_accuracy}
         row |= {name: math.nan if value is None else value for name, value in missing.items()}
-        return row | {"parameters": self.parameters, "seconds": self.seconds, "id": self.trial.id}
+        return row | {"parameters": self.parameters, "seconds": self.seconds, "id": self.id}
 
 
 def result_path(trial: Trial, results_dir: str | Path = "results") -> Path:
@@ -163,8 +187,28 @@ def result_path(trial: Trial, results_dir: str | Path = "results") -> Path:
 
 def write_result(result: TrialResult, results_dir: str | Path = "results") -> Path:
     """Write a result's file in one step."""
-    values = {"format": _FORMAT, "id": result.trial.id} | result.to_dict()
-    return atomic_write(result_path(result.trial, results_dir), json.dumps(values, indent=1) + "\n")
+    values = {"format": _FORMAT, "id": result.id} | result.to_dict()
+    return atomic_write(Path(results_dir) / f"{result.id}.json", json.dumps(values, indent=1) + "\n")
+
+
+def read_result_file(path: Path) -> TrialResult:
+    """Read the result that a file holds, whichever trial it is of.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt.
+    """
+    try:
+        values = read_json(path.read_bytes(), "it")
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise ValueError("it has another format")
+        belongs = values.pop("id", None)
+        result = TrialResult.from_dict(values)
+        if not belongs == result.id == path.stem:
+            raise ValueError("it belongs to another trial")
+    except ValueError as error:
+        raise ValueError(f"The result file {path} is corrupt: {error}") from None
+    return result
 
 
 class OutdatedResult(ValueError):
@@ -188,28 +232,22 @@ def read_result(trial: Trial, results_dir: str | Path = "results") -> TrialResul
     """
     path = result_path(trial, results_dir)
     try:
-        content = path.read_bytes()
+        result = read_result_file(path)
     except FileNotFoundError:
         sentence = f"There is no result of the trial {trial.describe()} ({path}); run it by run_trials."
         raise FileNotFoundError(sentence) from None
-    try:
-        values = read_json(content, "it")
-        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT or values.pop("id", None) != trial.id:
-            raise ValueError("it belongs to another trial")
-        result = TrialResult.from_dict(values)
-        if dataclasses.replace(result.trial, root=trial.root) != trial:
-            raise ValueError("it belongs to another trial")
-    except ValueError as error:
-        raise ValueError(f"The result file {path} is corrupt: {error}") from None
-    for what, stored, now in (
+    check_current(result, trial, f"The result file {path}")
+    return dataclasses.replace(result, trial=trial)  # the same images may lie elsewhere
+
+
+def check_current(result: TrialResult, trial: Trial, what: str) -> None:
+    """Raise an OutdatedResult if a registered recipe or scheme meant something else when a result was made."""
+    for kind, stored, now in (
         ("recipe", result.recipe, trial.get_recipe()),
         ("scheme", result.scheme, trial.get_scheme()),
     ):
-        if stored != now:
-            compared = [item.name for item in dataclasses.fields(stored) if item.compare]
-            changed = next(name for name in compared if getattr(stored, name) != getattr(now, name))
-            raise OutdatedResult(
-                f"The result file {path} was made with another {what}: its {changed} was {getattr(stored, changed)!r}, "
-                f"now {getattr(now, changed)!r}."
-            )
-    return result
+        for item in dataclasses.fields(stored):
+            before, after = getattr(stored, item.name), getattr(now, item.name)
+            if item.compare and item.name not in IDLE and before != after:
+                text = f"its {item.name} was {before!r}, now {after!r}"
+                raise OutdatedResult(f"{what} was made with another {kind}: {text}.")

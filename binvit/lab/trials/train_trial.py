@@ -15,7 +15,7 @@ from binvit.lab.randomness import own_random_state
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.training.resume import versions
+from binvit.lab.training.resume import cpu_kind, versions
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -114,6 +114,7 @@ def train_trial(
         root=trial.root,
         image_size=recipe.image_size,
         noise=trial.noise,
+        evaluate_on=trial.evaluate_on,
     )
     schemes = [trial.get_scheme(**dict(stage.scheme_options)) for stage in recipe.stages]
     with own_random_state(device):
@@ -131,7 +132,7 @@ def train_trial(
             device=device,
             resume=Path(resume) if resume else None,
             identity=trial.id,
-            record=trial.to_dict(),
+            record={"id": trial.id} | trial.to_dict(),
         )
         training.train(progress)
     result = _measure(trial, training)
@@ -158,6 +159,8 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         versions=versions(),
         threads=torch.get_num_threads(),
         device=training.device,
+        fingerprint=trial.fingerprint,
+        cpu=cpu_kind(),
         model=training.model.eval(),
         info=training.describe(),
     )

@@ -1,21 +1,19 @@
 """Trials: the configuration of one training run."""
 
 import dataclasses
-import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator
 
 import binvit
 from binvit.config import Config, Number, Options, OptionsField, Text, Whole, show, thaw
-from binvit.lab.data.names import split_name
+from binvit.lab.data.fingerprint import fingerprint
+from binvit.lab.data.sources import split_name
 from binvit.lab.training.recipe import Count, Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.trials.identity import identity
 from binvit.nn.schemes import Scheme
 
 Confusion = tuple[tuple[float, ...], ...]
@@ -33,6 +31,10 @@ def _noise(noise: Any) -> str | Confusion:
         wanted = "'symmetric', 'pairs' or a square confusion matrix of numbers from 0"
         raise ValueError(f"The trial's noise must be {wanted}, got {show(noise)}.")
     return rows
+
+
+def _path(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 class Trial(Config):
@@ -56,10 +58,11 @@ class Trial(Config):
     """Fields of the scheme to change, a mapping or pairs."""
     recipe_options: OptionsField = Options()
     """Fields of the recipe to change, the same."""
-    root: Annotated[Text | None, BeforeValidator(lambda path: str(path) if isinstance(path, os.PathLike) else path)] = (
-        dataclasses.field(default=None, compare=False)
-    )
-    """Folder of data sets that are files; no part of the trial's identity."""
+    root: Annotated[Text | None, BeforeValidator(_path)] = None
+    """Folder of data sets that are files; no part of the trial's identity, which the images themselves belong to."""
+    evaluate_on: Literal["test", "val"] = "test"
+    """The images that the model is measured on; "val" never touches the test images, and has its own part of the
+    training images where the data set has no validation images."""
 
     @field_validator("dataset")
     @classmethod
@@ -89,13 +92,18 @@ class Trial(Config):
         return self._recipe(dict(self.recipe_options))
 
     @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the trial's data set."""
+        return fingerprint(self.dataset, self.root)
+
+    @property
     def id(self) -> str:
-        """A file name that is the same for equal trials on every machine."""
-        values = self.to_dict()
-        del values["root"]
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-        dataset = re.sub(r"[^a-z0-9]+", "_", Path(self.dataset).stem.lower().split(":")[-1]).strip("_")
-        return f"{dataset}-{self.scheme}-{self.recipe}-{self.seed}-{digest}"
+        """A file name that is the same for the same training on the same data, on every machine."""
+        return self.identity(self.fingerprint)
+
+    def identity(self, fingerprint: str) -> str:
+        """Return the trial's identity on images of this fingerprint, wherever they lie."""
+        return identity(self, self.get_recipe(), self.get_scheme(), fingerprint)
 
     def describe(self) -> str:
         """Return a short text for progress bars and errors."""
@@ -105,6 +113,8 @@ class Trial(Config):
         if self.label_noise:
             kind = self.noise if isinstance(self.noise, str) else "confusion"
             parts.append(f"{self.label_noise:g} {kind} noise")
+        if self.evaluate_on != "test":
+            parts.append("on validation images")
         parts += [text for options in (self.scheme_options, self.recipe_options) if (text := options_text(options))]
         return ", ".join(parts)
 

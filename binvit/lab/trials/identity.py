@@ -1,0 +1,52 @@
+"""What makes two trials the same: everything that decides their numbers, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from binvit.lab.training.recipe import Recipe
+from binvit.nn.schemes import Scheme
+
+# Fields of a recipe that change how long a training takes, and no number.
+IDLE = ("workers", "checkpoint_minutes")
+# Fields of a trial that count besides its resolved recipe and scheme and its data.
+_COUNTED = ("seed", "samples_per_class", "label_noise", "evaluate_on")
+
+
+def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str) -> str:
+    """Return the identity of a trial on its data, which names the files of its result and its model.
+
+    It follows from the resolved scheme and recipe, the seed, samples and noise, what the model is evaluated on, and the
+    images; not from where they lie, nor from which options were written out.
+
+    Args:
+        trial: the configuration.
+        recipe: its recipe with the options applied.
+        scheme: its scheme, likewise.
+        fingerprint: of its data set.
+
+    Returns:
+        The names of scheme and recipe, the seed and 16 hexadecimal digits.
+    """
+    counted = [*_COUNTED, "noise"] if trial.label_noise else _COUNTED
+    values = {
+        "data": fingerprint,
+        "scheme": _told(scheme),
+        "recipe": {name: value for name, value in _told(recipe).items() if name not in IDLE},
+        "trial": {name: value for name, value in _told(trial).items() if name in counted},
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{scheme.name}-{recipe.name}-{trial.seed}-{digest}"
+
+
+def _told(record: Any) -> dict[str, Any]:
+    """Return the fields that differ from their defaults, so that a field added later changes no older identity."""
+    values = record.to_dict()
+    return {
+        item.name: values[item.name]
+        for item in dataclasses.fields(record)
+        if item.compare and getattr(record, item.name) != item.default
+    }
