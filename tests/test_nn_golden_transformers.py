@@ -1,12 +1,10 @@
 """The methods made for transformers against numbers of their authors' code (`tests/golden/methods.npz`)."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from golden_methods import golden
 from timm.layers import Mlp
 from timm.layers.attention import Attention
 from torch import nn
@@ -18,22 +16,18 @@ from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp
 from binvit.nn.rules import Bwn, Elastic, LearnedRow, Sign
 
-FILE = os.environ.get("BINVIT_GOLDEN_METHODS") or Path(__file__).parent / "golden" / "methods.npz"
-ARRAYS = np.load(FILE)
 ELASTIC_BIT = Elastic(gradient="bit")
 
 
 def part(name):
     """Return the arrays of a part as tensors: its own by name, "param/..." and "grad/..." in two dictionaries."""
     own, found = SimpleNamespace(), {"param": {}, "grad": {}}
-    for key in ARRAYS.files:
-        if key.startswith(f"{name}/"):
-            kind, _, rest = key.removeprefix(f"{name}/").partition("/")
-            tensor = torch.from_numpy(ARRAYS[key])
-            if rest:
-                found[kind][rest] = tensor
-            else:
-                setattr(own, kind.replace(".", "_"), tensor)
+    for key, tensor in golden(name).items():
+        kind, _, rest = key.partition("/")
+        if rest:
+            found[kind][rest] = tensor
+        else:
+            setattr(own, kind.replace(".", "_"), tensor)
     return own, found["param"], found["grad"]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
 
 import binvit
 from binvit.nn.official_gsb import official_names
@@ -32,7 +33,7 @@ def trained():
 
 def test_shapes_follow_from_the_file():
     model = binvit.load_official_gsb(CHECKPOINT)
-    assert type(model).__name__ == "VisionTransformerDistilled"
+    assert isinstance(model, VisionTransformerDistilled)
     assert not model.training
     assert (model.embed_dim, len(model.blocks), model.num_classes) == (48, 2, 10)
     assert model.blocks[0].attn.num_heads == 3

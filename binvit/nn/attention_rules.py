@@ -177,7 +177,7 @@ class ThreeMaps(Rule):
     def backward(self, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
         rounded = self.rounded(x, scale, offset)
         through = g * ((rounded >= 0) & (rounded <= 3))
-        share = x.shape[1] / (3 * x.numel()) ** 0.5
+        share = x.shape[1] / max(3 * x.numel(), 1) ** 0.5
         dscale = reduce_to(g * rounded.clamp(0, 3) - through * 3 * x / scale, scale.shape)
         return 3 * through, share * dscale, share * scale * reduce_to(through, scale.shape)
 

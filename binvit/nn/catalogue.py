@@ -131,8 +131,8 @@ _CATALOGUE = (
         "bivit",
         "learned weight factor per output channel, map thresholded at a quarter of the row's maximum",
         "He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091, and its code: fc1 "
-        "and fc2 have the row's mean |W| as factor, which is not learned. Its layers start uniform in +-0.015; here "
-        "binarize() keeps the weights that the model has.",
+        "and fc2 have the row's mean |W| as factor, which is not learned.",
+        latent_init=(-0.015, 0.015),
         linear_bias="always",
         mlp_weight="sign_mean_centred_open",
         **_everywhere("sign_open", weight="sign_learned_centred", attention="quarter_max", value="sign_open"),
@@ -177,6 +177,7 @@ _CATALOGUE = (
         "is a matter of recipes.",
         shift=True,
         attention_shift=False,
+        separate_qkv=True,
         activation="relu",
         **_everywhere("elastic_bit", hidden="elastic_unsigned", weight="bwn", attention="elastic", value="elastic_bit"),
     ),

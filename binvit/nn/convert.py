@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -12,8 +11,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from binvit.nn.catalogue import scheme as scheme_of
-from binvit.nn.layer_parts import AttentionBias, Binarizer
+from binvit.nn.layer_parts import AttentionBias, LimitedActivation, bias_attention
 from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.model import Binarized, binarize_heads, binarized_class, like
 from binvit.nn.schemes import Scheme
 
 # Vectors that take much of a packed file while they stay float32, by the ends of their names; the largest kinds first.
@@ -23,7 +23,8 @@ VECTORS = (("attn.bias.values",), ("pos_embed",), ("shift",), (".bias", "norm1.w
 def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransformer:
     """Return a binarized copy of a timm vision transformer; the model itself is left untouched.
 
-    Weights are kept. Learned scales start from the first batch that the copy sees in training mode.
+    Weights are kept. Learned scales start from the first batch that the copy sees in training mode, or from
+    `calibrate`.
 
     Args:
         model: A `timm` `VisionTransformer` or `VisionTransformerDistilled` made of plain pre-norm blocks; query-key
@@ -31,8 +32,8 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
         scheme: A `Scheme` or the name of one.
 
     Returns:
-        A model of the same class with the attribute `scheme`, whose attention, MLP, patch embedding and heads are
-        replaced as the scheme's components say.
+        A model of a subclass of the model's class (`binvit.nn.model.Binarized`) with the attribute `scheme`, whose
+        attention, MLP, patch embedding and heads are replaced as the scheme's components say.
 
     Raises:
         ValueError: If the model is no such vision transformer, or has a part that has no binarized form.
@@ -45,7 +46,9 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     model.scheme = scheme
     with next(model.parameters()).device:  # what is added belongs there, whatever torch's default device is
         _replace_parts(model, scheme)
-    model.register_forward_pre_hook(_set_scales, with_kwargs=True)
+        binarize_heads(model)
+    if not isinstance(model, Binarized):
+        model.__class__ = binarized_class(type(model))
     return model.train(model.training)
 
 
@@ -53,39 +56,18 @@ def _replace_parts(model: VisionTransformer, scheme: Scheme) -> None:
     if scheme.binarizes("patch_embed"):
         weight, input = scheme.rule("patch_weight"), scheme.rule("patch_input")
         # No shift: it would undo the normalization of the images.
-        model.patch_embed.proj = _like(BinaryPatchConv(model.patch_embed.proj, weight, input), model.patch_embed.proj)
+        model.patch_embed.proj = like(BinaryPatchConv(model.patch_embed.proj, weight, input), model.patch_embed.proj)
     where = model.patch_embed.grid_size, model.num_prefix_tokens
     for block in model.blocks:
         if scheme.binarizes("mhsa"):
-            block.attn = _like(BinaryAttention(block.attn, scheme, *where), block.attn.qkv)
+            block.attn = like(BinaryAttention(block.attn, scheme, *where), block.attn.qkv)
+        elif scheme.attention_bias != "none":
+            bias_attention(block.attn, scheme.attention_bias, *where)
         if scheme.binarizes("mlp"):
             grid = None if model.num_prefix_tokens else model.patch_embed.grid_size
-            block.mlp = _like(BinaryMlp(block.mlp, scheme, grid), block.mlp.fc1)
-    if scheme.binarizes("head"):
-        for name in ("head", "head_dist"):
-            head = getattr(model, name, None)
-            if isinstance(head, nn.Linear):
-                rules = scheme.rule("head_weight"), scheme.rule("head_input")
-                setattr(model, name, _like(BinaryLinear(head, *rules, shift=scheme.shift), head))
-
-
-def _like(module: nn.Module, layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """Bring what the new module has added to the device and type of the layer it replaces."""
-    return module.to(layer.weight.device, layer.weight.dtype)
-
-
-def _set_scales(model: VisionTransformer, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-    # A checkpointed block is computed twice, and must not set its scales in one pass and find them set in the other.
-    if not (model.training and model.grad_checkpointing):
-        return
-    if all(module.is_set for module in model.modules() if isinstance(module, Binarizer)):
-        return
-    model.grad_checkpointing = False
-    try:
-        with torch.no_grad():
-            model(*inputs, **options)
-    finally:
-        model.grad_checkpointing = True
+            block.mlp = like(BinaryMlp(block.mlp, scheme, grid), block.mlp.fc1)
+        elif scheme.activation_limit is not None:
+            block.mlp.act = LimitedActivation(block.mlp.act, scheme.activation_limit)
 
 
 def _check_model(model: nn.Module, scheme: Scheme) -> None:
@@ -105,9 +87,10 @@ def _check_model(model: nn.Module, scheme: Scheme) -> None:
         if size is not None and (size[0] % embed.patch_size[0] or size[1] % embed.patch_size[1]):
             sizes = [" x ".join(map(str, pair)) for pair in (size, embed.patch_size)]
             raise ValueError(f"The image size {sizes[0]} is not divisible by the patch size {sizes[1]}.")
-    if scheme.binarizes("mhsa") and (model.dynamic_img_size and scheme.attention_bias != "none"):
+    biased, limited = scheme.attention_bias != "none", scheme.activation_limit is not None
+    if biased and model.dynamic_img_size:
         raise ValueError("A learned attention bias needs a fixed image size; use dynamic_img_size=False.")
-    if scheme.binarizes("mhsa") and scheme.attention_bias != "none" and not isinstance(model.patch_drop, nn.Identity):
+    if biased and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("A learned attention bias needs every patch in its place; use patch_drop_rate=0.")
     branched = scheme.binarizes("mlp") and scheme.branches != "none" and not model.num_prefix_tokens
     if branched and (model.dynamic_img_size or not isinstance(model.patch_drop, nn.Identity)):
@@ -118,36 +101,27 @@ def _check_model(model: nn.Module, scheme: Scheme) -> None:
     for i, block in enumerate(model.blocks):
         if type(block) is not Block:
             raise ValueError(f"Block {i} is a {type(block).__name__}; only timm's pre-norm Block can be binarized.")
-        if scheme.binarizes("mhsa"):
+        if scheme.binarizes("mhsa") or biased:
             if type(block.attn) is not Attention:
                 raise ValueError(
-                    f"Block {i} has {type(block.attn).__name__} as attention; only timm's Attention can be."
+                    f"Block {i} has {type(block.attn).__name__} as attention; only timm's Attention can be binarized "
+                    "or get a learned bias."
                 )
             if block.attn.gate is not None:
-                raise ValueError(f"Block {i} has gated attention, which has no binarized form.")
-        if scheme.binarizes("mlp") and (type(block.mlp) is not Mlp or not isinstance(block.mlp.fc1, nn.Linear)):
-            raise ValueError(f"Block {i} has {type(block.mlp).__name__} as MLP; only timm's Mlp can be binarized.")
-
-
-@torch.no_grad()
-def calibrate(model: VisionTransformer, images: torch.Tensor) -> VisionTransformer:
-    """Set the scales of a binarized model that was never trained from one batch, and return the model.
-
-    Args:
-        model: A binarized model; it ends in the mode (training or evaluation) it came in.
-        images: A batch, float32 (B, 3, H, W), normalized like training images.
-    """
-    training = model.training
-    model.train()
-    model(images)
-    return model.train(training)
+                raise ValueError(f"Block {i} has gated attention, which has no binarized form and no learned bias.")
+        changed = scheme.binarizes("mlp") or limited
+        if changed and (type(block.mlp) is not Mlp or not isinstance(block.mlp.fc1, nn.Linear)):
+            raise ValueError(
+                f"Block {i} has {type(block.mlp).__name__} as MLP; only timm's Mlp can be binarized or have its "
+                "activation limited."
+            )
 
 
 @torch.no_grad()
 def init_latent_weights(model: VisionTransformer) -> VisionTransformer:
     """Draw the latent weights as the scheme's authors start a training from nothing, and return the model.
 
-    Without `latent_init` in its scheme the model stays as it is.
+    Weights that have a rule of their own in the MLP, and without `latent_init` in the scheme all, stay as they are.
 
     Args:
         model: A binarized model.
@@ -156,7 +130,7 @@ def init_latent_weights(model: VisionTransformer) -> VisionTransformer:
     if scheme is not None and scheme.latent_init is not None:
         for block in model.blocks:
             for layer in block.modules():
-                if isinstance(layer, BinaryLinear):
+                if isinstance(layer, BinaryLinear) and layer.weight_binarizers[0].rule == scheme.rule("weight"):
                     layer.weight.uniform_(*scheme.latent_init)
     return model
 

@@ -278,8 +278,8 @@ class BinaryAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Binarized attention takes no attention mask.")
-        if self.bias is not None and x.shape[1] != self.bias.tokens:
-            raise ValueError(f"The learned attention bias is for {self.bias.tokens} tokens, got {x.shape[1]}.")
+        if self.bias is not None:
+            self.bias.check(x, attn_mask, is_causal)
         qkv = self.qkv(x)
         y = self._fused(qkv) if self._can_fuse(qkv) else self._by_steps(qkv)
         return self.proj_drop(self.proj(self.norm(y)))

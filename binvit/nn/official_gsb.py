@@ -100,7 +100,7 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
         target[ours] = value.float().reshape(target[ours].shape).clone()
     for name in target:
         if name.endswith(".initialized"):
-            target[name] = torch.tensor(True, device="cpu")
+            target[name] = torch.tensor(1.0, dtype=torch.float32, device="cpu")
     model.load_state_dict(target, assign=True)
     fill_buffers(model)
     return model.eval()

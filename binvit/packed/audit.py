@@ -12,6 +12,7 @@ from timm.layers import AttentionPoolLatent
 from torch import nn
 
 from binvit.nn.block_parts import Branches, LayerEnd
+from binvit.nn.layer_parts import BiasedAttention
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.files import pack_header
 from binvit.packed.vit import PARTS, PackedViT, part_of
@@ -187,6 +188,7 @@ def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats:
     if not isinstance(attention, PackedAttention):
         floats[PRODUCTS] += 2 * entries * attention.head_dim
         floats[SOFTMAX] += 3 * entries
+        floats["attention bias"] += entries * isinstance(attention, BiasedAttention)
         return
     rules = {place: getattr(attention, f"{place}_binarizer").rule for place in ("query", "key", "attention", "value")}
     places = {place: rule.is_float for place, rule in rules.items()}

@@ -11,16 +11,15 @@ from functools import partial
 from typing import Any
 
 import timm.layers
-import torch
 from timm.layers import DropPath, Mlp, PatchDropout
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from binvit.nn.convert import binarize
-from binvit.nn.layer_parts import AttentionBias
-from binvit.nn.layers import BinaryAttention, BinaryMlp, HeadNorm
+from binvit.nn.convert import binarize, fill_buffers
+from binvit.nn.layer_parts import LimitedActivation
+from binvit.nn.layers import BinaryMlp, HeadNorm
 from binvit.nn.schemes import Scheme
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}
@@ -156,12 +155,7 @@ class Blueprint:
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
         model = binarize(model, self.scheme).eval()
-        for module in model.modules():  # buffers that no file holds need their values
-            if isinstance(module, BinaryAttention):
-                module.factor = torch.tensor(module.head_dim**-0.5, dtype=torch.float32)
-                if hasattr(module.bias, "index"):
-                    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
-                    module.bias.index = AttentionBias.relative_index(grid, prefix)
+        fill_buffers(model)  # no file holds them
         return model
 
 
@@ -220,7 +214,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     if model.dynamic_img_size:
         raise ValueError("A model with dynamic_img_size=True cannot be packed; a packed model has one image size.")
     width = model.embed_dim
-    activation = mlp.act
+    activation = mlp.act.act if isinstance(mlp.act, LimitedActivation) else mlp.act
     if isinstance(mlp, BinaryMlp) and model.scheme.activation != "keep":  # the scheme's, whatever timm's was
         activation = next((m.act for m in model.modules() if isinstance(m, Mlp)), timm.layers.GELU())
     biases = attention.proj.bias, mlp.fc1.bias, mlp.fc2.bias  # a scheme may leave out those of its layers

@@ -224,7 +224,7 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> nn.Modul
         elif isinstance(module, BinaryAttention):
             module.__class__ = PackedAttention
     expected = model.state_dict()
-    flags = {name: torch.tensor(True) for name in expected if name.endswith(".initialized")}
+    flags = {name: torch.tensor(1.0) for name in expected if name.endswith(".initialized")}
     for name in expected | rest:
         shape = None if name in flags or name not in expected else expected[name].shape
         _check_tensor(name, rest.get(name), FLOATS if name.endswith(_HALVED) else FLOATS[:1], shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import overload
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from binvit import bits
+from binvit.nn.model import poison
 from binvit.nn.precision import forked, on_cpu
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
@@ -86,7 +88,7 @@ class PackedViT:
                 not more than `binvit.bits.set_threads` said.
 
         Returns:
-            float32 (B, classes), of the same kind.
+            float32 (B, classes), of the same kind; NaN for an image with pixels that are not finite.
 
         Raises:
             ValueError: If the images have another shape or type.
@@ -117,7 +119,9 @@ class PackedViT:
         if self._fast is None or not self._fast.takes(len(images)):
             with bits.use_threads(1 if forked() else None):  # numba ends a forked process that asks for OpenMP
                 return self._model(images)
-        return self._fast(images, threads)
+        if math.isfinite(images.sum().item()):  # one pass; a sum beyond float32 only takes the longer way
+            return self._fast(images, threads)
+        return poison(self._fast(images.nan_to_num(0, 0, 0), threads), images)
 
     @overload
     def predict(self, images: Tensor, threads: int | None = None) -> Tensor: ...
@@ -128,8 +132,17 @@ class PackedViT:
 
         Returns:
             int64 (B,), indices into `classes`.
+
+        Raises:
+            ValueError: If the images have another shape or type, or hold pixels that are not finite.
         """
-        return self(images, threads).argmax(-1)
+        logits = self(images, threads)
+        unknown = as_tensor(logits).isnan().any(-1)
+        if unknown.any():
+            raise ValueError(
+                f"Images need finite pixels, but those of image {int(unknown.nonzero()[0])} in the batch are not."
+            )
+        return logits.argmax(-1)
 
     def _path(self) -> str:
         if self.exact:

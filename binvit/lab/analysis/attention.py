@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import binvit
 from binvit.lab.analysis.tensor_losses import fit_scales, single_tensor_options
 from binvit.nn.attention_rules import GsbAttention, GsbValue, largest
+from binvit.nn.layer_parts import BiasedAttention
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.products import superpose
 from binvit.nn.rules import Elastic
@@ -28,7 +29,7 @@ def attention_weights(model: VisionTransformer, images: Tensor) -> Tensor:
         images: the model's input, (B, 3, H, W).
 
     Returns:
-        (blocks, B, heads, N, N): the softmax of a float block, the binarized and scaled map of a binary one.
+        (blocks, B, heads, N, N): the map of a float block, the binarized and scaled map of a binary one.
     """
     layers = [block.attn for block in model.blocks]
     found: dict[int, Tensor] = {}
@@ -57,10 +58,11 @@ def attention_weights(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def _softmax_map(layer: Attention, x: Tensor) -> Tensor:
-    """Return the map that timm's fused attention does not show, (B, heads, N, N)."""
+    """Return the map of float attention, which does not show it, with its learned bias if it has one."""
     b, n, _ = x.shape
     q, k, _ = layer.qkv(x).view(b, n, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
-    return (layer.q_norm(q) @ layer.k_norm(k).mT * layer.scale).softmax(dim=-1)
+    map_ = (layer.q_norm(q) @ layer.k_norm(k).mT * layer.scale).softmax(dim=-1)
+    return map_ + layer.bias() if isinstance(layer, BiasedAttention) else map_
 
 
 def levels(weights: Tensor) -> int:

@@ -159,7 +159,9 @@ class Training:
                 init_latent_weights(self.model)
         else:
             self.model = new_model(info)
-            weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in self.latent}
+            # The bias of the attention map belongs to the float blocks of an early stage, too.
+            kept = (*self.latent, *(name for name in earlier.state_dict() if name.endswith("attn.bias.values")))
+            weights = {name: tensor for name, tensor in earlier.state_dict().items() if name in kept}
             self.model.load_state_dict(weights, strict=False)
         self.model.to(self.device).train()
         if recipe.distillation != "none" and hasattr(self.model, "set_distilled_training"):

@@ -112,6 +112,7 @@ class _ElasticLinear(torch.autograd.Function):
         )
 
 
+@torch.compiler.disable  # compiled by numba
 @full_precision
 def elastic_linear(
     x: Tensor,
@@ -235,6 +236,7 @@ class _AttentionCore(torch.autograd.Function):
         return None, None, dqkv, dbias, *dshifts, dscale_q, dscale_k, *dscales_a, *dscales_v
 
 
+@torch.compiler.disable
 @full_precision
 def attention_core(
     qkv: Tensor,

@@ -24,7 +24,7 @@ def usable(*tensors: Tensor | None) -> bool:
     if numba.config.DISABLE_JIT:
         return False
     _start_threads()
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
 
 
 @functools.cache
