@@ -323,7 +323,7 @@ def test_spoiled_chaoyang_folder_gets_one_sentence(chaoyang, change, error, sent
 def test_chaoyang_list_that_is_no_json(chaoyang):
     root = chaoyang()
     (root / "train.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"train\.json is not a readable JSON file"):
+    with pytest.raises(ValueError, match=r"train\.json is no readable JSON"):
         load_data("chaoyang", root=root)
 
 

@@ -140,7 +140,10 @@ def test_what_cannot_be_divided_is_refused(write):
         ({"label": [[0]] * 16}, r"label \[0\] in row 0 .* not an integer"),
         ({"label": ["a"] * 15 + [None]}, "label 'a' in row 0 .* not an integer"),
         ({"label": [b"\xff"] * 16}, "not an integer"),
-        ({"label": ["x" * 10**6] + ["a"] * 15, "split": ["test"] + ["train"] * 15}, r"\(1000002 characters\)"),
+        (
+            {"label": ["x" * 10**6] + ["a"] * 15, "split": ["test"] + ["train"] * 15},
+            r"label .x+\.\.\.x+. in row 0",
+        ),
         ({"split": [["train"]] * 16}, r"split \['train'\] in row 0 .* is no text; expected train, test or val"),
         ({"split": [{"name": "train"}] * 16}, "split .* in row 0 .* is no text"),
         ({"split": [None] * 16}, "split None in row 0"),
@@ -160,7 +163,7 @@ def test_metadata_that_are_no_json_get_one_sentence(write):
 
 def test_deep_json_gets_one_sentence(write, tmp_path):
     (tmp_path / "tiny.classes.json").write_text("[" * 200_000 + "]" * 200_000)
-    refused(write(), r"classes\.json is not a readable JSON file \(it is nested too deeply\)")
+    refused(write(), r"classes\.json is no readable JSON")
 
 
 def test_a_column_that_comes_twice(tmp_path):

@@ -164,7 +164,10 @@ class ImageSet(Dataset):
     def pixels(self) -> np.ndarray:
         """Decode all images once and keep them: uint8 (N, image_size, image_size, 3)."""
         if self._pixels is None:
-            pixels = np.empty((len(self), self.image_size, self.image_size, 3), dtype=np.uint8)
+            side = self.image_size
+            if side is None:
+                raise ValueError(f"The images of {self.origin} have no common size to be kept decoded in.")
+            pixels = np.empty((len(self), side, side, 3), dtype=np.uint8)
             for index in range(len(self)):
                 pixels[index] = np.asarray(self[index][0])
             self._pixels = pixels

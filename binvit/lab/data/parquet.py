@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from binvit.config import read_json, show
 from binvit.lab.data.images import ImageSet, require_regular
 from binvit.lab.data.splits import (
     UNDIVIDED,
@@ -15,8 +15,7 @@ from binvit.lab.data.splits import (
     checked_labels,
     checked_names,
     normal_name,
-    read_json,
-    shortened,
+    read_json_file,
     split_names,
 )
 
@@ -61,7 +60,7 @@ def read_parquet(location: Path, test: bool = True) -> Source:
         numbers: dict[str, list[int]] = {}
         for row, split in enumerate(values["split"]):
             if not isinstance(split, str):
-                what = f"The split {shortened(split)} in row {row} of {location}"
+                what = f"The split {show(split)} in row {row} of {location}"
                 raise ValueError(f"{what} is no text; expected train, test or val.")
             numbers.setdefault(split, []).append(row)
         names = split_names(numbers, f"The column split of {location}")
@@ -93,7 +92,7 @@ def _labels(
         for row, text in enumerate(texts):
             if text not in number:
                 known = "none of the given class names" if classes else "no class with training images"
-                raise ValueError(f"The label {shortened(text)} in row {row} of {origin} names {known}.")
+                raise ValueError(f"The label {show(text)} in row {row} of {origin} names {known}.")
         return names, np.array([number[text] for text in texts], dtype=np.int64)
     if classes is None:
         count = len({values[row] for row in trained if isinstance(values[row], int)})
@@ -106,13 +105,10 @@ def _known_names(location: Path, metadata: Mapping[bytes, bytes] | None) -> list
     """Return the class names of the JSON file beside a Parquet file, or of its Hugging Face metadata."""
     path = location.with_name(f"{location.stem}.classes.json")
     if path.exists():
-        names = read_json(path)
+        names = read_json_file(path)
         return checked_names(names.get("classes") if isinstance(names, dict) else names, str(path))
     origin = f"The Hugging Face metadata of {location}"
-    try:
-        value = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{origin} is no readable JSON.") from None
+    value = read_json((metadata or {}).get(b"huggingface", b"{}"), origin)
     for key in ("info", "features", "label", "names"):
         value = value.get(key) if isinstance(value, dict) else None
     return None if value is None else checked_names(value, f"{origin} (ClassLabel)")

@@ -18,7 +18,7 @@ from binvit.config import show
 from binvit.lab.data.folders import read_folder
 from binvit.lab.data.images import ImageSet, require_regular
 from binvit.lab.data.parquet import read_parquet
-from binvit.lab.data.splits import Source, Statistics, checked_labels, finished, read_json, shortened
+from binvit.lab.data.splits import Source, Statistics, checked_labels, finished, read_json_file
 
 IMAGENET: Statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CIFAR10: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -122,7 +122,7 @@ def _chaoyang(location: Path) -> Source:
     splits = {}
     for split in ("train", "test"):
         path = require_regular(location / f"{split}.json", "Chaoyang list of images")
-        entries = read_json(path)
+        entries = read_json_file(path)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f'{path} must be a list of {{"name": ..., "label": ...}}.')
         for row, entry in enumerate(entries):
@@ -141,7 +141,7 @@ def _inside(folder: Path, name: object, row: int, origin: Path) -> Path:
     """Join a path named by a file to its folder, refusing any that leaves it."""
     path = os.path.normpath(name) if isinstance(name, str) and name else ".."
     if os.path.isabs(path) or path.split(os.sep)[0] == "..":
-        raise ValueError(f"Entry {row} of {origin} names {shortened(name)}, which is no path inside {folder}.")
+        raise ValueError(f"Entry {row} of {origin} names {show(name)}, which is no path inside {folder}.")
     return folder / path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from binvit.config import read_json, show
 from binvit.lab.data.images import ImageSet, require_regular
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -102,7 +102,7 @@ def split_names(found: Iterable[str], origin: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in found:
         if name not in SPLITS:
-            raise ValueError(f"{origin} holds {shortened(name)}; expected train, test or val (valid, validation, dev).")
+            raise ValueError(f"{origin} holds {show(name)}; expected train, test or val (valid, validation, dev).")
         for other, meaning in names.items():
             if meaning == SPLITS[name]:
                 raise ValueError(f"{origin} holds both {other!r} and {name!r}; expected one of them.")
@@ -145,30 +145,18 @@ def checked_labels(values: Sequence[object], classes: int, origin: str, why: str
     """
     for row, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"The label {shortened(value)} in row {row} of {origin} is not an integer.")
+            raise ValueError(f"The label {show(value)} in row {row} of {origin} is not an integer.")
         if not 0 <= value < classes:
             limit = f"labels must be 0 to {classes - 1}{why}"
-            raise ValueError(f"The label {shortened(value)} in row {row} of {origin} is out of range: {limit}.")
+            raise ValueError(f"The label {show(value)} in row {row} of {origin} is out of range: {limit}.")
     return np.asarray(values, dtype=np.int64)
 
 
-def read_json(path: Path) -> object:
+def read_json_file(path: Path) -> object:
     """Return what a JSON file holds.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no regular file, or no JSON.
     """
-    require_regular(path, "JSON file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is not a readable JSON file (it is nested too deeply).") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable JSON file ({error}).") from None
-
-
-def shortened(value: object) -> str:
-    """Return a value as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
+    return read_json(require_regular(path, "JSON file").read_bytes(), str(path))
