@@ -1,0 +1,92 @@
+"""Claims as records: a sentence with its verdict, and the correction of several verdicts together."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from binvit.lab.analysis.statistics import CONFIDENCE, Estimate
+
+Verdict = Literal["yes", "no", "undecided"]
+Kind = Literal["confirmatory", "exploratory"]
+LEVEL = 1 - CONFIDENCE  # of two-sided tests
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, whether the evidence bears it out, and that evidence in words.
+
+    Args:
+        sentence: what is claimed.
+        verdict: "yes", "no" or "undecided".
+        evidence: the numbers behind the verdict.
+        kind: "confirmatory" for the sentences of the papers, whose verdicts `correct` corrects together, "exploratory"
+            for our own.
+        source: who claims it.
+        p: one-sided p-values against the claim ("yes" needs the first below half the level) and for it ("no" needs the
+            second); None where the verdict follows from no sample.
+        estimate: the mean or difference behind the evidence, with its interval; None if there is none or are several.
+        corrected: the interval at the level that Holm's procedure leaves to the claim; None before `correct`.
+        plain: the verdict before `correct`.
+    """
+
+    sentence: str
+    verdict: Verdict
+    evidence: str
+    kind: Kind = "exploratory"
+    source: str = ""
+    p: tuple[float, float] | None = None
+    estimate: Estimate | None = None
+    corrected: tuple[float, float] | None = None
+    plain: Verdict | None = None
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("yes", "no", "undecided"):
+            raise ValueError(f"A verdict is 'yes', 'no' or 'undecided', and {self.verdict!r} came.")
+        if not self.sentence.strip() or "\n" in self.sentence:
+            raise ValueError(f"A claim is one sentence on one line, and {self.sentence!r} came.")
+
+
+def confirm(source: str, *claims: Claim) -> list[Claim]:
+    """Mark claims as confirmatory: sentences of a paper, which were written down before anything was trained.
+
+    Args:
+        source: the paper's sentence, or where it stands.
+        claims: what was checked.
+    """
+    return [dataclasses.replace(claim, kind="confirmatory", source=source) for claim in claims]
+
+
+def correct(claims: Sequence[Claim]) -> list[Claim]:
+    """Correct the verdicts of the confirmatory claims of one notebook together, by Holm's step-down procedure.
+
+    The k-th smallest of m two-sided p-values is compared with LEVEL / (m - k + 1), and nothing after the first that
+    is not below it is decided. The corrected interval of a claim is the one at its step's level, or at that of the step
+    which ended the procedure.
+
+    Args:
+        claims: all claims of a notebook, in the order to show. Exploratory ones and exact ones, which follow from no
+            sample, stay as they are.
+
+    Returns:
+        The claims in the same order.
+
+    References:
+        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    tested = [i for i, claim in enumerate(claims) if claim.kind == "confirmatory" and claim.p is not None]
+    found, level, still = list(claims), LEVEL, True
+    for step, i in enumerate(sorted(tested, key=lambda i: min(claims[i].p or (1.0, 1.0)))):
+        claim, level = claims[i], LEVEL / (len(tested) - step) if still else level
+        verdict = verdict_of(claim.p, level) if still else "undecided"
+        still = verdict != "undecided"
+        interval = None if claim.estimate is None else claim.estimate.interval(1 - level)
+        found[i] = dataclasses.replace(claim, verdict=verdict, corrected=interval, plain=claim.verdict)
+    return found
+
+
+def verdict_of(p: tuple[float, float] | None, level: float = LEVEL) -> Verdict:
+    """Return what one-sided p-values against a claim and for it say at a level of two-sided tests."""
+    if p is None or min(p) >= level / 2:
+        return "undecided"
+    return "yes" if p[0] < p[1] else "no"
