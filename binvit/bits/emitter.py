@@ -14,7 +14,7 @@ _INDEX = ir.IntType(64)
 
 
 def check_arrays(name: str, wanted: dict[str, tuple[types.Type, types.Type, int]]) -> None:
-    """Refuses arrays of another type when a kernel is compiled, since an intrinsic would read them as its own.
+    """Refuse arrays of another type when a kernel is compiled, since an intrinsic would read them as its own.
 
     Args:
         name: the intrinsic.
@@ -47,7 +47,7 @@ class Emitter:
         self.signature, self.arguments = signature, arguments
 
     def address(self, position: int, *indices: ir.Value | int) -> ir.Value:
-        """Returns the address of one element of an array argument; all axes but the last may be strided.
+        """Return the address of one element of an array argument; all axes but the last may be strided.
 
         Args:
             position: which argument.
@@ -65,7 +65,7 @@ class Emitter:
         return cgutils.pointer_add(self.builder, array.data, offset)
 
     def length(self, position: int, axis: int) -> ir.Value:
-        """Returns the length of one axis of an array argument.
+        """Return the length of one axis of an array argument.
 
         Args:
             position: which argument.
@@ -77,7 +77,7 @@ class Emitter:
         return cgutils.unpack_tuple(self.builder, array.shape)[axis]
 
     def load(self, address: ir.Value, lane: ir.Type, lanes: int = LANES) -> ir.Value:
-        """Loads a vector from an address that may be unaligned.
+        """Load a vector from an address that may be unaligned.
 
         Args:
             address: where the first lane lies.
@@ -88,7 +88,7 @@ class Emitter:
         return self.builder.load(self.builder.bitcast(address, vector.as_pointer()), align=1)
 
     def store(self, vector: ir.Value, address: ir.Value) -> None:
-        """Stores a vector to an address that may be unaligned.
+        """Store a vector to an address that may be unaligned.
 
         Args:
             vector: what to store.
@@ -97,7 +97,7 @@ class Emitter:
         self.builder.store(vector, self.builder.bitcast(address, vector.type.as_pointer()), align=1)
 
     def splat(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
-        """Fills a vector with one number.
+        """Fill a vector with one number.
 
         Args:
             scalar: the number.
@@ -109,7 +109,7 @@ class Emitter:
         return self.builder.shuffle_vector(first, undefined, zeros)
 
     def call(self, name: str, result: ir.Type, *operands: ir.Value) -> ir.Value:
-        """Calls one of LLVM's intrinsic functions.
+        """Call one of LLVM's intrinsic functions.
 
         Args:
             name: its full name.
@@ -120,7 +120,7 @@ class Emitter:
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), operands)
 
     def popcount(self, value: ir.Value) -> ir.Value:
-        """Counts the bits of an integer or of every lane of a vector.
+        """Count the bits of an integer or of every lane of a vector.
 
         Args:
             value: integer or vector.
@@ -128,7 +128,7 @@ class Emitter:
         return self.call(f"llvm.ctpop.{_suffix(value.type)}", value.type, value)
 
     def reduce(self, operation: str, vector: ir.Value) -> ir.Value:
-        """Combines all lanes of a vector of integers.
+        """Combine all lanes of a vector of integers.
 
         Args:
             operation: ``add``, ``umin``, ...
@@ -137,7 +137,7 @@ class Emitter:
         return self.call(f"llvm.vector.reduce.{operation}.{_suffix(vector.type)}", vector.type.element, vector)
 
     def halve(self, vector: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
-        """Combines all lanes of a vector by halves: LLVM's own reductions of floats go lane by lane.
+        """Combine all lanes of a vector by halves: LLVM's own reductions of floats go lane by lane.
 
         Args:
             vector: the vector; its number of lanes is a power of two.
@@ -156,7 +156,7 @@ class Emitter:
         return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
     def extremum(self, predicate: str, vector: ir.Value) -> ir.Value:
-        """Finds the least or largest lane of a vector of floats.
+        """Find the least or largest lane of a vector of floats.
 
         Args:
             predicate: ``<`` for the least, ``>`` for the largest.
@@ -168,7 +168,7 @@ class Emitter:
         )
 
     def accumulate(self, steps: ir.Value, step: Callable[..., list[ir.Value]]) -> list[ir.Value]:
-        """Emits a loop over at least one step whose sums stay in registers.
+        """Emit a loop over at least one step whose sums stay in registers.
 
         Args:
             steps: number of steps.
@@ -197,7 +197,7 @@ class Emitter:
         return totals
 
     def fold(self, first: int, steps: ir.Value, value: ir.Value, step: Callable[..., ir.Value]) -> ir.Value:
-        """Emits a loop over any number of steps that carries one value in a register.
+        """Emit a loop over any number of steps that carries one value in a register.
 
         Args:
             first: index of the first step.
@@ -225,7 +225,7 @@ class Emitter:
         return result
 
     def word(self, mask: ir.Value) -> ir.Value:
-        """Turns 64 comparisons into one word, lane 0 in the lowest bit.
+        """Turn 64 comparisons into one word, lane 0 in the lowest bit.
 
         Args:
             mask: vector of 64 bits.

@@ -48,11 +48,11 @@ class PreparedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the panels."""
+        """Return the bytes of the panels."""
         return self.panels.nbytes
 
     def sums(self, length: int) -> np.ndarray:
-        """Sums the signs of every column, which turns products of signs into products of {0, 1}.
+        """Sum the signs of every column, which turns products of signs into products of {0, 1}.
 
         Args:
             length: K, the number of bits of a row.
@@ -65,7 +65,7 @@ class PreparedWeights:
 
 
 def prepare_weights(w_bits: np.ndarray) -> PreparedWeights:
-    """Rearranges packed weights for the product kernel.
+    """Rearrange packed weights for the product kernel.
 
     Args:
         w_bits: uint64 (N, words), as `pack_signs` makes them.
@@ -96,7 +96,7 @@ def binary_matmul(
     threads: int | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Multiplies packed matrices exactly: out[m, n] = sum over k < K of a[m, k] w[n, k].
+    """Multiply packed matrices exactly: out[m, n] = sum over k < K of a[m, k] w[n, k].
 
     Args:
         a_bits: uint64 (M, words), the left operand's bits; padding bits zero.
@@ -159,7 +159,7 @@ def binary_matmul(
 
 
 def warm_up() -> float:
-    """Compiles the kernels of packing and products, or loads them from disk, so that no measurement includes it.
+    """Compile the kernels of packing and products, or load them from disk, so that no measurement includes it.
 
     Returns:
         The seconds it took: about ten at the first time on a machine, then a fraction of one.
@@ -173,7 +173,7 @@ def warm_up() -> float:
 
 
 def halves(words: np.ndarray) -> np.ndarray:
-    """Views uint64 words as the 32-bit halves that the kernels read.
+    """View uint64 words as the 32-bit halves that the kernels read.
 
     Args:
         words: uint64 (..., words), any strides.

@@ -20,7 +20,7 @@ _ROUNDS = 10_000  # a hundred microseconds, beside which starting and joining th
 
 @vector_code(twin=None)
 def _count_in_registers(typing_context, rounds, seed):
-    """Runs rounds of 24 independent xor, popcount and add, as the register tile does, and returns something of them."""
+    """Run rounds of 24 independent xor, popcount and add, as the register tile does, and return something of them."""
     signature = types.int32(types.intp, types.int32)
 
     def codegen(context, builder, signature, arguments):
@@ -57,7 +57,7 @@ def _run_together(threads, rounds, seed):
 
 
 def run_in_registers() -> int:
-    """Runs population counts for some hundred microseconds, as fast as this thread's number of threads can together.
+    """Run population counts for some hundred microseconds, as fast as this thread's number of threads can together.
 
     All of them run at once, as they do in a product, since cores may share power, a clock or a physical core. The
     number of threads is what `set_threads` said.
@@ -81,7 +81,7 @@ def run_in_registers() -> int:
 
 
 def popcount_limit(threads: int | None = 1, repeats: int = 200) -> float:
-    """Measures the most binary multiply-adds that some threads can do in a second, all of them at once.
+    """Measure the most binary multiply-adds that some threads can do in a second, all of them at once.
 
     Args:
         threads: how many; None takes what `set_threads` said.

@@ -39,7 +39,7 @@ class Intervals(NamedTuple):
 
 
 def make_intervals(first: np.ndarray, last: np.ndarray, outside: np.ndarray | None = None) -> Intervals:
-    """Prepares the bits 1[first <= integer <= last], or their complement, for `linear_to_bits`.
+    """Prepare the bits 1[first <= integer <= last], or their complement, for `linear_to_bits`.
 
     A threshold is a half-open interval: ``1[integer >= t]`` has first t and last 2**31 - 1.
 
@@ -75,7 +75,7 @@ def make_intervals(first: np.ndarray, last: np.ndarray, outside: np.ndarray | No
 
 
 def pad_outputs(x: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> np.ndarray:
-    """Pads a vector per output channel with zeros to whole panels.
+    """Pad a vector per output channel with zeros to whole panels.
 
     Args:
         x: (N,).
@@ -91,7 +91,7 @@ def pad_outputs(x: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> np.nd
 
 @kernel
 def words_to_panels(words, panels, start, stop):
-    """Rearranges the words of tokens into panels of tokens, for products whose columns are the tokens.
+    """Rearrange the words of tokens into panels of tokens, for products whose columns are the tokens.
 
     Args:
         words: uint64 (T, W).
@@ -116,7 +116,7 @@ def _tile_to_bits_twin(a, row, last, panels, panel, steps, length, lower, span, 
 
 @vector_code(twin=_tile_to_bits_twin)
 def _tile_to_bits(typing_context, a, row, last, panels, panel, steps, length, lower, span, flip, out):
-    """Computes a register tile of products of signs and keeps the word of each row: which sums lie in the interval."""
+    """Compute a register tile of products of signs and keep the word of each row: which sums lie in the interval."""
     operands = {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3), "out": (out, types.uint64, 2)}
     bounds = {"lower": (lower, types.int32, 1), "span": (span, types.uint32, 1), "flip": (flip, types.uint64, 1)}
     check_arrays("tile_to_bits", operands | bounds)
@@ -162,7 +162,7 @@ def _tile_to_floats_twin(a, row, last, panels, panel, steps, length, sums, halve
 def _tile_to_floats(
     typing_context, a, row, last, panels, panel, steps, length, sums, halve, scale, bias, out, residual
 ):
-    """Computes a register tile and writes ((products + sums) >> halve) * scale + bias, or adds it to `out`."""
+    """Compute a register tile and write ((products + sums) >> halve) * scale + bias, or add it to `out`."""
     operands = {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3), "sums": (sums, types.int32, 1)}
     floats = {"scale": (scale, types.float32, 1), "bias": (bias, types.float32, 1), "out": (out, types.float32, 2)}
     check_arrays("tile_to_floats", operands | floats)
@@ -210,7 +210,7 @@ def _tile_to_floats(
 
 @kernel
 def linear_to_bits(words, panels, length, lower, span, flip, out, start, stop):
-    """Multiplies signs by signs and keeps one bit of each sum: whether it lies in its channel's interval.
+    """Multiply signs by signs and keep one bit of each sum: whether it lies in its channel's interval.
 
     Args:
         words: uint64 (T, ceil(length / 64)), signs of the input.
@@ -232,7 +232,7 @@ def linear_to_bits(words, panels, length, lower, span, flip, out, start, stop):
 
 @kernel
 def linear_to_floats(words, panels, length, sums, unsigned, scale, bias, out, residual, start, stop):
-    """Multiplies signs, or levels {0, 1}, by signs, scales each channel, adds its bias and maybe the residual stream.
+    """Multiply signs, or levels {0, 1}, by signs, scale each channel, add its bias and maybe the residual stream.
 
     Args:
         words: uint64 (T, ceil(length / 64)), bits of the input.

@@ -12,7 +12,7 @@ WORD = 64
 
 
 def word_count(length: int) -> int:
-    """Returns the number of 64-bit words that hold `length` bits.
+    """Return the number of 64-bit words that hold `length` bits.
 
     Args:
         length: number of bits, at least 0.
@@ -24,7 +24,7 @@ def word_count(length: int) -> int:
 
 
 def pack_signs(x: np.ndarray) -> np.ndarray:
-    """Packs the signs of the last axis into words: bit 1 means x >= 0, so sign(0) = +1 and NaN counts as negative.
+    """Pack the signs of the last axis into words: bit 1 means x >= 0, so sign(0) = +1 and NaN counts as negative.
 
     Args:
         x: real numbers (..., K), any strides.
@@ -49,7 +49,7 @@ def pack_signs(x: np.ndarray) -> np.ndarray:
 
 
 def pack_levels(x: np.ndarray, threshold: float | np.ndarray = 0.5) -> np.ndarray:
-    """Packs 1[x > threshold] along the last axis: the bits of the values {0, 1}.
+    """Pack 1[x > threshold] along the last axis: the bits of the values {0, 1}.
 
     Args:
         x: real numbers (..., K), any strides.
@@ -66,7 +66,7 @@ def pack_levels(x: np.ndarray, threshold: float | np.ndarray = 0.5) -> np.ndarra
 
 
 def pack_planes(x: np.ndarray, lower: float | np.ndarray, upper: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Packs one value group of group superposition binarization: which elements are in it, and their signs.
+    """Pack one value group of group superposition binarization: which elements are in it, and their signs.
 
     Args:
         x: real numbers (..., K), any strides.
@@ -91,7 +91,7 @@ def pack_planes(x: np.ndarray, lower: float | np.ndarray, upper: float | np.ndar
 
 
 def unpack_signs(words: np.ndarray, length: int) -> np.ndarray:
-    """Unpacks words into signs, the inverse of `pack_signs`.
+    """Unpack words into signs, the inverse of `pack_signs`.
 
     Args:
         words: uint64 (..., ceil(length / 64)).
@@ -110,7 +110,7 @@ def unpack_signs(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def unpack_levels(words: np.ndarray, length: int) -> np.ndarray:
-    """Unpacks words into zeros and ones, the inverse of `pack_levels`.
+    """Unpack words into zeros and ones, the inverse of `pack_levels`.
 
     Args:
         words: uint64 (..., ceil(length / 64)).
@@ -135,7 +135,7 @@ def unpack_levels(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def check_words(words: np.ndarray, name: str) -> np.ndarray:
-    """Checks that an array holds packed words.
+    """Check that an array holds packed words.
 
     Args:
         words: what should be uint64 with at least one axis.
@@ -195,7 +195,7 @@ def _signs_of_64(x: np.ndarray, start: int) -> np.uint64:
 
 @vector_code(twin=_signs_of_64)
 def signs_of_64(typing_context, x, start):
-    """Returns the word whose bit i is 1[x[start + i] >= 0] for 64 consecutive floats of a 1-D float32 array."""
+    """Return the word whose bit i is 1[x[start + i] >= 0] for 64 consecutive floats of a 1-D float32 array."""
     if not (isinstance(x, types.Array) and x.dtype == types.float32 and x.ndim == 1):
         raise TypeError("signs_of_64 reads a 1-D float32 array")
     signature = types.uint64(x, types.intp)
@@ -213,7 +213,7 @@ def signs_of_64(typing_context, x, start):
 
 @kernel
 def pack_float_row(row: np.ndarray, words: np.ndarray) -> None:
-    """Packs the signs of one float32 row into words; for use inside kernels.
+    """Pack the signs of one float32 row into words; for use inside kernels.
 
     Args:
         row: float32 (K,), contiguous.

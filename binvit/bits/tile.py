@@ -38,7 +38,7 @@ def _tile_twin(signed: bool, vectors: int) -> Callable:
 
 
 def emit_tile(emit: Emitter, signed: bool, vectors: int, rows: list[ir.Value], page: ir.Value, steps: ir.Value) -> list:
-    """Emits the counts of one register tile: xor (or and), population count, add, over all steps.
+    """Emit the counts of one register tile: xor (or and), population count, add, over all steps.
 
     Args:
         emit: the emitter.
@@ -70,7 +70,7 @@ def emit_tile(emit: Emitter, signed: bool, vectors: int, rows: list[ir.Value], p
 
 
 def clamped_rows(emit: Emitter, row: ir.Value, last: ir.Value) -> list[ir.Value]:
-    """Emits the indices of a tile's rows: those past the end repeat the last, so that a short tile needs no own code.
+    """Emit the indices of a tile's rows: those past the end repeat the last, so that a short tile needs no own code.
 
     Args:
         emit: the emitter.
@@ -123,7 +123,7 @@ narrow_tile_of_common_bits = _make_tile(signed=False, vectors=1)
 
 @kernel
 def steps_of(length: int) -> int:
-    """Returns how many 32-bit steps hold `length` bits.
+    """Return how many 32-bit steps hold `length` bits.
 
     Args:
         length: K.

@@ -38,7 +38,7 @@ class Bias(NamedTuple):
 
 
 def no_bias() -> Bias:
-    """Returns the bias of a map that has none.
+    """Return the bias of a map that has none.
 
     Returns:
         A `Bias` of empty arrays.
@@ -47,7 +47,7 @@ def no_bias() -> Bias:
 
 
 def full_bias(values: np.ndarray) -> Bias:
-    """Prepares one number per head and pair of tokens.
+    """Prepare one number per head and pair of tokens.
 
     Args:
         values: (H, T, T), any float type.
@@ -65,7 +65,7 @@ def full_bias(values: np.ndarray) -> Bias:
 
 
 def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bias:
-    """Prepares one number per head and relative position of two patches.
+    """Prepare one number per head and relative position of two patches.
 
     Args:
         values: (H, (2 h - 1)(2 w - 1) + prefix T + prefix), any float type, for T = prefix + h w tokens: the positions
@@ -127,7 +127,7 @@ def _copy_runs_twin(source, start, stride, target, row, column, length, count):
 
 @vector_code(twin=_copy_runs_twin)
 def _copy_runs(typing_context, source, start, stride, target, row, column, length, count):
-    """Copies sixteen floats `count` times, from places `stride` apart to places `length` apart."""
+    """Copy sixteen floats `count` times, from places `stride` apart to places `length` apart."""
     check_arrays("copy_runs", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
     index = types.intp
     signature = types.void(source, index, index, target, index, index, index, index)
@@ -150,7 +150,7 @@ def _copy_runs(typing_context, source, start, stride, target, row, column, lengt
 
 @kernel
 def relative_rows(runs, prefix_rows, prefix_keys, width, tokens, rows, start, stop):
-    """Expands a relative bias for some queries of one head.
+    """Expand a relative bias for some queries of one head.
 
     Args:
         runs: float32, `Bias.runs` of the head.

@@ -26,7 +26,7 @@ def _term(emit: Emitter, twice: ir.Value, once: ir.Value, factor: ir.Value) -> i
 def _listed(
     emit: Emitter, entries: int, panels: int, group: int, start: ir.Value, length: ir.Value, page: ir.Value
 ) -> ir.Value:
-    """Sums the signs of some entries over those of 64 queries in whose group their tokens are."""
+    """Sum the signs of some entries over those of 64 queries in whose group their tokens are."""
     builder, zeros = emit.builder, ir.Constant(_INTEGERS, None)
 
     def add_entry(k, sums):
@@ -57,7 +57,7 @@ def _add_counts_twin(total, row, twice, twice_row, once, once_row, once_start, f
 
 @vector_code(twin=_add_counts_twin)
 def add_counts(typing_context, total, row, twice, twice_row, once, once_row, once_start, factor, first):
-    """Adds factor * (2 twice - once) to 64 floats of `total`; the first sets them."""
+    """Add factor * (2 twice - once) to 64 floats of `total`; the first sets them."""
     integers = {"twice": (twice, types.int32, 2), "once": (once, types.int32, 2)}
     check_arrays("add_counts", {"total": (total, types.float32, 2), **integers})
     index = types.intp
@@ -82,7 +82,7 @@ def _count_entries_twin(counts, row, panels, page, entries, group, start, stop):
 
 @vector_code(twin=_count_entries_twin)
 def count_entries(typing_context, counts, row, panels, page, entries, group, start, stop):
-    """Writes the signs of some entries, summed over the queries in whose group their tokens are, for 64 queries."""
+    """Write the signs of some entries, summed over the queries in whose group their tokens are, for 64 queries."""
     integers = {"counts": (counts, types.int32, 2), "entries": (entries, types.int32, 2)}
     check_arrays("count_entries", {"panels": (panels, types.uint32, 3), **integers})
     index = types.intp
@@ -129,7 +129,7 @@ def combine_row(
     total,
     total_row,
 ):
-    """Combines one channel and 64 queries if the first value group is everything and the others are listed.
+    """Combine one channel and 64 queries if the first value group is everything and the others are listed.
 
     Writes the sum over i of factors[i, 0] * (2 twice[row + i stride] - sizes[i]) + the sum over j > 0 of factors[i, j]
     times the signs of the entries of group j whose tokens are in group i, in this order.

@@ -15,7 +15,7 @@ _INDEX = ir.IntType(64)
 
 
 def _make_extremum(predicate: str, twin: Callable) -> Callable:
-    """Makes the intrinsic that returns the least or largest of the first `length` >= 16 floats of each of some rows."""
+    """Make the intrinsic that returns the least or largest of the first `length` >= 16 floats of each of some rows."""
 
     @vector_code(twin=lambda array, row, rows, length: twin(array[row : row + rows, :length]))
     def extremum(typing_context, array, row, rows, length):
@@ -57,7 +57,7 @@ _largest = _make_extremum(">", np.max)
 
 @kernel
 def least_of_rows(array, row, rows, length):
-    """Returns the least of the first `length` numbers of some rows of a float32 array.
+    """Return the least of the first `length` numbers of some rows of a float32 array.
 
     Args:
         array: float32 (all rows, at least length).
@@ -79,7 +79,7 @@ def least_of_rows(array, row, rows, length):
 
 @kernel
 def largest_of_rows(array, row, rows, length):
-    """Returns the largest of the first `length` numbers of some rows of a float32 array.
+    """Return the largest of the first `length` numbers of some rows of a float32 array.
 
     Args:
         array: float32 (all rows, at least length).

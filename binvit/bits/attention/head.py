@@ -65,14 +65,14 @@ class Workspace(NamedTuple):
 def make_workspace(
     slots: int, tokens: int, width: int, attention_groups: int, value_groups: int, biased: bool
 ) -> Workspace:
-    """Allocates the buffers for a number of heads.
+    """Allocate the buffers for a number of heads.
 
     Args:
         slots: how many heads are in flight: threads, or heads of an image where maxima run over all of them.
         tokens: T, at least 1.
         width: d, channels of a head.
-        attention_groups: G_a.
-        value_groups: G_v.
+        attention_groups: g_a.
+        value_groups: g_v.
         biased: whether the attention map has a bias.
 
     Returns:
@@ -111,7 +111,7 @@ def make_workspace(
 
 @kernel
 def compute_values(workspace, slot, weights, first_row, panels, tokens, length, scale, bias, shift):
-    """Computes one head's value, transposed, into `workspace.values`.
+    """Compute one head's value, transposed, into `workspace.values`.
 
     Args:
         workspace: a `Workspace`.
@@ -136,7 +136,7 @@ def compute_values(workspace, slot, weights, first_row, panels, tokens, length, 
 
 @kernel
 def pack_values(workspace, slot, tokens, lower, upper):
-    """Packs the groups of one head's value: elements below `lower` or above `upper`, and their signs.
+    """Pack the groups of one head's value: elements below `lower` or above `upper`, and their signs.
 
     Args:
         workspace: a `Workspace` after `compute_values`.
@@ -159,7 +159,7 @@ def pack_values(workspace, slot, tokens, lower, upper):
 
 @kernel
 def multiply(workspace, slot, tokens, coefficients, shift, words, first_word, floats, column):
-    """Multiplies one head's map with its value and packs the signs of the shifted output.
+    """Multiply one head's map with its value and pack the signs of the shifted output.
 
     Args:
         workspace: a `Workspace` whose `planes` and `sizes` hold the map, after `pack_values`.

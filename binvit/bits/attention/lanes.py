@@ -29,7 +29,7 @@ def _floats_not_below_twin(array, row, start, number):
 
 @vector_code(twin=_floats_not_below_twin)
 def floats_not_below(typing_context, array, row, start, number):
-    """Returns the word of array[row, start + i] >= number for 64 lanes i; false for NaN."""
+    """Return the word of array[row, start + i] >= number for 64 lanes i; false for NaN."""
     check_arrays("floats_not_below", {"its operand": (array, types.float32, 2)})
     signature = types.uint64(array, types.intp, types.intp, types.float32)
 
@@ -43,7 +43,7 @@ def floats_not_below(typing_context, array, row, start, number):
 
 
 def _make_plane_writer(dtype: types.Type, predicate: str, compare: Callable) -> Callable:
-    """Makes the intrinsic that writes the bits ``array[row] <predicate> number`` down one column of a panel."""
+    """Make the intrinsic that writes the bits ``array[row] <predicate> number`` down one column of a panel."""
 
     def twin(array, row, number, panels, panel, column, steps):
         octets = np.packbits(compare(array[row, : 32 * steps], number), bitorder="little")
@@ -93,7 +93,7 @@ def _outside_twin(array, row, start, lower, upper):
 
 @vector_code(twin=_outside_twin)
 def floats_outside(typing_context, array, row, start, lower, upper):
-    """Returns the word of array[row, start + i] < lower or > upper for 64 lanes i."""
+    """Return the word of array[row, start + i] < lower or > upper for 64 lanes i."""
     check_arrays("floats_outside", {"its operand": (array, types.float32, 2)})
     signature = types.uint64(array, types.intp, types.intp, types.float32, types.float32)
 
@@ -113,7 +113,7 @@ def _column_sizes_twin(panels, panel, steps, sizes):
 
 @vector_code(twin=_column_sizes_twin)
 def column_sizes(typing_context, panels, panel, steps, sizes):
-    """Counts the bits of the 64 columns of a panel into the first row of `sizes`."""
+    """Count the bits of the 64 columns of a panel into the first row of `sizes`."""
     check_arrays("column_sizes", {"panels": (panels, types.uint32, 3), "sizes": (sizes, types.int32, 2)})
     signature = types.void(panels, types.intp, types.intp, sizes)
 
@@ -138,7 +138,7 @@ def _affine_twin(numbers, row, factor, offset, shift, out, out_row, start):
 
 @vector_code(twin=_affine_twin)
 def affine(typing_context, numbers, row, factor, offset, shift, out, out_row, start):
-    """Writes (numbers * factor + offset) + shift for 64 columns of one channel."""
+    """Write (numbers * factor + offset) + shift for 64 columns of one channel."""
     check_arrays("affine", {"numbers": (numbers, types.int32, 2), "out": (out, types.float32, 2)})
     index, real = types.intp, types.float32
     signature = types.void(numbers, index, real, real, real, out, index, index)
@@ -161,7 +161,7 @@ def _popcount_twin(word):
 
 @vector_code(twin=_popcount_twin)
 def popcount(typing_context, word):
-    """Counts the bits of a uint64 word."""
+    """Count the bits of a uint64 word."""
     signature = types.int64(types.uint64)
 
     def codegen(context, builder, signature, arguments):
@@ -176,7 +176,7 @@ def _lowest_bit_twin(word):
 
 @vector_code(twin=_lowest_bit_twin)
 def lowest_bit(typing_context, word):
-    """Returns the index of the lowest set bit of a uint64 word that is not zero."""
+    """Return the index of the lowest set bit of a uint64 word that is not zero."""
     signature = types.int64(types.uint64)
 
     def codegen(context, builder, signature, arguments):

@@ -95,7 +95,7 @@ _count_one_panel = _make_count_rows(1)
 
 @kernel
 def prepare_keys(words, first, width, keys):
-    """Rearranges the packed keys of one head so that 64 tokens lie side by side.
+    """Rearrange the packed keys of one head so that 64 tokens lie side by side.
 
     Args:
         words: uint64 (T, W), packed keys of all heads; each head starts at a word of its own.
@@ -118,7 +118,7 @@ def _cover_padding_twin(counts, row, panels, padding):
 
 @vector_code(twin=_cover_padding_twin)
 def _cover_padding(typing_context, counts, row, panels, padding):
-    """Sets a row's last panel to 255 where padding is 255, and returns the row's least byte."""
+    """Set a row's last panel to 255 where padding is 255, and return the row's least byte."""
     check_arrays("cover_padding", {"counts": (counts, types.uint8, 2), "padding": (padding, types.uint8, 1)})
     signature = types.uint8(counts, types.intp, types.intp, padding)
 
@@ -143,7 +143,7 @@ def _cover_padding(typing_context, counts, row, panels, padding):
 
 @kernel
 def score_counts(words, first, width, keys, counts, smallest, start, stop):
-    """Counts the channels in which each query and each key differ.
+    """Count the channels in which each query and each key differ.
 
     Args:
         words: uint64 (T, W), packed queries of all heads; each head starts at a word of its own.
@@ -183,7 +183,7 @@ def _count_columns(planes, groups, steps, sizes, start, stop):
 
 @kernel
 def planes_below(counts, bounds, planes, sizes, start, stop):
-    """Packs the groups of a map without a bias: the bits 1[p < bound].
+    """Pack the groups of a map without a bias: the bits 1[p < bound].
 
     Args:
         counts: from `score_counts`.
@@ -203,7 +203,7 @@ def planes_below(counts, bounds, planes, sizes, start, stop):
 
 @kernel
 def planes_above(attention, cuts, planes, sizes, start, stop):
-    """Packs the groups of a map of floats: the bits 1[A > cut].
+    """Pack the groups of a map of floats: the bits 1[A > cut].
 
     Args:
         attention: float32 (T, 64 P); padding is minus infinity.

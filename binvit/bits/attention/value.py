@@ -36,7 +36,7 @@ _NARROW = 16
 
 
 def entry_capacity(width: int, tokens: int) -> int:
-    """Returns how many elements of a value group are worth listing instead of multiplying planes.
+    """Return how many elements of a value group are worth listing instead of multiplying planes.
 
     Args:
         width: d, number of channels.
@@ -50,7 +50,7 @@ def entry_capacity(width: int, tokens: int) -> int:
 
 @kernel
 def linear_transposed(weights, first, width, panels, tokens, length, scale, bias, shift, values):
-    """Multiplies some rows of packed weights with all tokens: the value of one head, transposed.
+    """Multiply some rows of packed weights with all tokens: the value of one head, transposed.
 
     Args:
         weights: uint64 (N, ceil(length / 64)), packed weights, not prepared.
@@ -82,7 +82,7 @@ def linear_transposed(weights, first, width, panels, tokens, length, scale, bias
 
 @kernel
 def extrema(values, tokens):
-    """Finds the least and the largest value of a head.
+    """Find the least and the largest value of a head.
 
     Args:
         values: float32 (d, 64 P).
@@ -97,7 +97,7 @@ def extrema(values, tokens):
 
 @kernel
 def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
-    """Packs the groups of a value: which elements lie below `lower` or above `upper`, and their signs.
+    """Pack the groups of a value: which elements lie below `lower` or above `upper`, and their signs.
 
     Args:
         values: float32 (d, 64 P).
@@ -145,7 +145,7 @@ def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
 
 @kernel
 def attend(panels, sizes, planes, kinds, starts, entries, tokens, coefficients, shift, signs, floats, column):
-    """Multiplies attention groups with value groups and combines the exact integers in order, attention groups first.
+    """Multiply attention groups with value groups and combine the exact integers in order, attention groups first.
 
     Args:
         panels: uint32 (G_a P, 2 P, 64), attention planes, see `binvit.bits.attention`.
@@ -229,7 +229,7 @@ def attend(panels, sizes, planes, kinds, starts, entries, tokens, coefficients, 
 
 @kernel
 def signs_to_words(signs, words, first):
-    """Turns bits of 64 queries per channel into bits of 64 channels per query, the input of the next product.
+    """Turn bits of 64 queries per channel into bits of 64 channels per query, the input of the next product.
 
     Args:
         signs: uint64 (d, P), from `attend`.

@@ -152,7 +152,7 @@ def share_of_extreme(x: Tensor, reduce: str = "row") -> Tensor:
         reduce: the set over which maximum and minimum run, "batch", "sample", "head" or "row".
 
     Returns:
-        numbers from -1 to 1 of the same shape; the thresholds lie at the same places for every image.
+        Numbers from -1 to 1 of the same shape; the thresholds lie at the same places for every image.
     """
     top, bottom = largest(x, reduce).clamp(min=1e-30), largest(-x, reduce).clamp(min=1e-30)
     return torch.where(x >= 0, x / top, x / bottom)

@@ -41,7 +41,7 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
         percent: tell the evidence in percent (a mean) and percentage points (a difference).
 
     Returns:
-        the claim with its verdict.
+        The claim with its verdict.
 
     Raises:
         ValueError: if the margin is not finite, since such a claim could not fail (or not hold).
@@ -84,7 +84,7 @@ def check_pair(
         percent: tell the evidence in percentage points.
 
     Returns:
-        the claim; undecided if one side was not run, as when a notebook is given fewer schemes.
+        The claim; undecided if one side was not run, as when a notebook is given fewer schemes.
 
     Raises:
         ValueError: as `statistics.paired_difference` and `check_difference` do.
@@ -117,7 +117,7 @@ def check_mean(
         percent: tell the evidence in percent.
 
     Returns:
-        the claim; undecided if no trial of ``a`` was run.
+        The claim; undecided if no trial of ``a`` was run.
 
     Raises:
         ValueError: as `statistics.summarize` and `check_difference` do.
@@ -149,7 +149,7 @@ def check_value(
         evidence: what to show as evidence instead of the value and its bounds.
 
     Returns:
-        the claim with its verdict.
+        The claim with its verdict.
 
     Raises:
         ValueError: if a number comes without a finite bound or a bool with one.
@@ -176,14 +176,14 @@ def check_value(
 
 
 def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
-    """The claims as a table.
+    """Return the claims as a table.
 
     Args:
         claims: what was checked, in the order to show.
         evidence: add the evidence, whose numbers differ from machine to machine.
 
     Returns:
-        one row per claim, counted from 1, with the columns ``claim``, ``kind``, ``verdict`` and, if asked for,
+        One row per claim, counted from 1, with the columns ``claim``, ``kind``, ``verdict`` and, if asked for,
         ``uncorrected`` (the verdict before Holm's correction), ``evidence``, ``low`` and ``high`` (the corrected
         interval, else the 95 % interval), ``p`` (two-sided) and ``source``.
     """
@@ -198,14 +198,14 @@ def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
 
 
 def verdicts(claims: Sequence[Claim], width: int = 110) -> str:
-    """The claims as plain text that is the same on every machine which reaches the same verdicts.
+    """Return the claims as plain text that is the same on every machine which reaches the same verdicts.
 
     Args:
         claims: what was checked, in the order to show.
         width: the length at which lines are broken.
 
     Returns:
-        one paragraph per claim, such as ``yes        Superposition beats a single group.``
+        One paragraph per claim, such as ``yes        Superposition beats a single group.``
     """
     indent = " " * 11
     return "\n".join(

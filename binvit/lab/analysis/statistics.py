@@ -56,13 +56,13 @@ class Estimate:
         return (self.high - self.low) / 2 / float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1))
 
     def text(self, percent: bool = False) -> str:
-        """The estimate as text that always tells the number of seeds, such as ``97.3 ± 0.6 (n = 3)``.
+        """Return the estimate as text that always tells the number of seeds, such as ``97.3 ± 0.6 (n = 3)``.
 
         Args:
             percent: multiply by 100 and show one digit, as for accuracies.
 
         Returns:
-            the mean, half the interval's width (absent for a single number), and n.
+            The mean, half the interval's width (absent for a single number), and n.
         """
         factor = 100 if percent else 1
         spec = ".1f" if percent else ".3g"
@@ -87,7 +87,7 @@ def estimate(values: Iterable[float]) -> Estimate:
         values: one number per seed.
 
     Returns:
-        the estimate; low and high are NaN for a single number, from which no spread can be told.
+        The estimate; low and high are NaN for a single number, from which no spread can be told.
 
     Raises:
         ValueError: if there is no number, or one that is not finite.
@@ -119,7 +119,7 @@ def summarize(
         seed: the column that tells the trials of one group apart.
 
     Returns:
-        the columns of ``by``, then ``mean``, ``low``, ``high`` (NaN for one seed) and ``n``.
+        The columns of ``by``, then ``mean``, ``low``, ``high`` (NaN for one seed) and ``n``.
 
     Raises:
         ValueError: if a column is missing, a value is not finite, or a seed occurs twice within a group, which would
@@ -154,7 +154,7 @@ def paired_difference(
         value: the column to compare.
 
     Returns:
-        the difference; its interval is NaN for a single pair.
+        The difference; its interval is NaN for a single pair.
 
     Raises:
         ValueError: if a column or a side is missing, a pair is ambiguous, or a trial has no partner.
@@ -196,7 +196,7 @@ def compare(
         value: the column to compare.
 
     Returns:
-        the columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference.
+        The columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference.
 
     Raises:
         ValueError: as `paired_difference` does.
@@ -210,7 +210,7 @@ def compare(
 
 
 def readable(summary: pd.DataFrame, percent: bool = True, name: str = "mean") -> pd.DataFrame:
-    """A summary for reading: mean and interval as text in one column, the number of seeds beside it.
+    """Return a summary for reading: mean and interval as text in one column, the number of seeds beside it.
 
     Args:
         summary: the result of `summarize` or `compare`.
@@ -218,7 +218,7 @@ def readable(summary: pd.DataFrame, percent: bool = True, name: str = "mean") ->
         name: the heading of the column.
 
     Returns:
-        the group columns, ``name``, ``95 % interval`` and ``seeds``.
+        The group columns, ``name``, ``95 % interval`` and ``seeds``.
     """
     factor, digits = (100, 1) if percent else (1, 3)
 

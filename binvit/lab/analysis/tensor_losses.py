@@ -74,7 +74,7 @@ def binarize_tensor(
             signs), as `binvit.calibrate` sets them.
 
     Returns:
-        the binarized copy in evaluation mode.
+        The binarized copy in evaluation mode.
     """
     binary = binvit.calibrate(binvit.binarize(model, scheme).eval(), images)
     if least_squares:
@@ -109,7 +109,7 @@ def fit_scales(rule: Rule, x: Tensor) -> tuple[Tensor, ...]:
         x: the float tensor, of a shape the rule takes.
 
     Returns:
-        one scale per plane, each of shape ().
+        One scale per plane, each of shape ().
     """
     initial, target = rule.initial(x), x.flatten().double()
     best, least = initial, math.inf
@@ -234,7 +234,7 @@ def one_tensor_at_a_time(
         device: "cpu" or "cuda"; None takes the GPU if there is one.
 
     Returns:
-        one row per tensor and binarizer ("1-bit" or "GSB"): tensor, binarizer, test_accuracy, accuracy_drop,
+        One row per tensor and binarizer ("1-bit" or "GSB"): tensor, binarizer, test_accuracy, accuracy_drop,
         relative_error, cosine and entropy.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

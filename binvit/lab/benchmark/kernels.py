@@ -34,9 +34,9 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
     Operands are packed before and outputs allocated; packing is part of the whole model's time.
 
     Args:
-        names: Keys of `WIDTHS`.
-        threads: Threads of every contender.
-        seconds: Time per shape and contender.
+        names: keys of `WIDTHS`.
+        threads: threads of every contender.
+        seconds: time per shape and contender.
 
     Returns:
         One row per shape and contender: model, layer, m, k, n, threads, contender, seconds (median), rate (billions of

@@ -23,9 +23,9 @@ def benchmark_memory(batch: int = 1, width: int = 384, depth: int = 12) -> pd.Da
     """Measure the memory that loading and running a model adds to a process, each model in a process of its own.
 
     Args:
-        batch: Images per run.
-        width: Width of the model.
-        depth: Blocks.
+        batch: images per run.
+        width: width of the model.
+        depth: blocks.
 
     Returns:
         One row per model: contender, file_bytes, peak_bytes (highest memory of the process above that before loading).

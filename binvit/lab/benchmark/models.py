@@ -64,15 +64,15 @@ def benchmark_models(
     """Measure a whole binary DeiT against the same float model in the forms that people deploy.
 
     Args:
-        batches: Images per run.
-        peers: Keys of `binvit.lab.benchmark.peers.PEERS`; those that are not installed are left out with a word.
-        variants: Keys of `VARIANTS`.
-        threads: Threads of every contender.
-        seconds: Time per batch size and contender.
-        width: Width of the model; 384 is DeiT-S.
-        image_size: Pixels of an image's side, a multiple of 16.
-        depth: Blocks.
-        say: Takes sentences about peers that were left out.
+        batches: images per run.
+        peers: keys of `binvit.lab.benchmark.peers.PEERS`; those that are not installed are left out with a word.
+        variants: keys of `VARIANTS`.
+        threads: threads of every contender.
+        seconds: time per batch size and contender.
+        width: width of the model; 384 is DeiT-S.
+        image_size: pixels of an image's side, a multiple of 16.
+        depth: blocks.
+        say: takes sentences about peers that were left out.
 
     Returns:
         One row per batch size and contender: batch, width, tokens, threads, contender, seconds (median), low and high
@@ -111,11 +111,11 @@ def benchmark_growth(
     """Measure how latency grows with the number of tokens (width 384) and with the width (224 pixels).
 
     Args:
-        sides: Pixels of an image's side, multiples of 16: 128 gives 64 patches, 512 gives 1,024.
-        widths: Widths, multiples of 64.
-        threads: Threads of every contender.
-        seconds: Time per size and contender.
-        depth: Blocks.
+        sides: pixels of an image's side, multiples of 16: 128 gives 64 patches, 512 gives 1,024.
+        widths: widths, multiples of 64.
+        threads: threads of every contender.
+        seconds: time per size and contender.
+        depth: blocks.
 
     Returns:
         The rows of `benchmark_models` for one image, with the column "grows" ("tokens" or "width").
@@ -146,12 +146,12 @@ def benchmark_training(
     """Measure a training step (forward, backward, AdamW) of binarized DeiT-S against timm's float32 model.
 
     Args:
-        batch: Images per step.
-        variants: Keys of `VARIANTS`.
-        threads: Threads of every contender.
-        rounds: Rounds of one timed step, or of three if they are short.
-        depth: Blocks.
-        image_size: Pixels of an image's side, a multiple of 16.
+        batch: images per step.
+        variants: keys of `VARIANTS`.
+        threads: threads of every contender.
+        rounds: rounds of one timed step, or of three if they are short.
+        depth: blocks.
+        image_size: pixels of an image's side, a multiple of 16.
 
     Returns:
         One row per contender: contender, batch, threads, seconds (median), times (over the float step).

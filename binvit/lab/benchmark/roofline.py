@@ -38,8 +38,8 @@ def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw the kernels' rates below the limits of memory and of the population count.
 
     Args:
-        kernels: What `benchmark_kernels` returned.
-        title: What the figure says.
+        kernels: what `benchmark_kernels` returned.
+        title: what the figure says.
 
     Returns:
         The figure.
@@ -81,7 +81,7 @@ def roofline(
         ax: where to draw; by default a new figure.
 
     Returns:
-        the figure.
+        The figure.
     """
     require_columns(points, ["name", "intensity", "rate"])
     fig, ax = figure_with(ax, 6.0, 3.6)

@@ -31,18 +31,18 @@ def run_benchmarks(
     """Run parts of the benchmark, print their tables, and write them as CSV.
 
     Args:
-        parts: Elements of `PARTS`.
-        out: Folder of the tables and of the roofline figure; made if it is missing.
-        batches: Images per run; by default 1, 8 and 32, and 8 for a training step.
-        threads: Threads of every contender.
-        seconds: Time per measurement, roughly.
-        say: Takes every line of text.
+        parts: elements of `PARTS`.
+        out: folder of the tables and of the roofline figure; made if it is missing.
+        batches: images per run; by default 1, 8 and 32, and 8 for a training step.
+        threads: threads of every contender.
+        seconds: time per measurement, roughly.
+        say: takes every line of text.
 
     Returns:
         The tables by part.
 
     Raises:
-        ValueError: If a part is unknown, `seconds` is no positive time, or `out` is a file.
+        ValueError: if a part is unknown, `seconds` is no positive time, or `out` is a file.
     """
     parts = list(dict.fromkeys(parts))
     for part in parts:

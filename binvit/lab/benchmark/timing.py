@@ -25,13 +25,13 @@ def use_threads(threads: int | None) -> Iterator[int]:
     """Give torch and the bit kernels the same number of threads inside a `with` block.
 
     Args:
-        threads: At least 1; None keeps torch's present number for both.
+        threads: at least 1; None keeps torch's present number for both.
 
     Yields:
         The number of threads.
 
     Raises:
-        ValueError: If `threads` is below 1 or more than the bit kernels can have.
+        ValueError: if `threads` is below 1 or more than the bit kernels can have.
     """
     before = torch.get_num_threads()
     threads = before if threads is None else check_threads(threads)
@@ -54,10 +54,10 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
     busy.
 
     Args:
-        contenders: What to run, by name; the first call of each, which may compile, is not counted.
-        seconds: Time to spend per contender, roughly.
-        least: Fewest rounds.
-        most: Most rounds.
+        contenders: what to run, by name; the first call of each, which may compile, is not counted.
+        seconds: time to spend per contender, roughly.
+        least: fewest rounds.
+        most: most rounds.
 
     Returns:
         For each name, seconds per run, float64 (rounds or 3 rounds,).

@@ -20,8 +20,8 @@ def draw_latencies(models: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw milliseconds per image as bars, one panel per batch size, the fastest on top.
 
     Args:
-        models: What `binvit.lab.benchmark.models.benchmark_models` returned.
-        title: What the figure says.
+        models: what `binvit.lab.benchmark.models.benchmark_models` returned.
+        title: what the figure says.
 
     Returns:
         The figure.
@@ -57,8 +57,8 @@ def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
     """Draw a model's bytes by part, in float32 and packed.
 
     Args:
-        audit: What `binvit.packed.audit.audit` returned.
-        title: What the figure says.
+        audit: what `binvit.packed.audit.audit` returned.
+        title: what the figure says.
 
     Returns:
         The figure.
@@ -94,7 +94,7 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
     """Draw how the latency of one image grows with tokens and with width.
 
     Args:
-        growth: What `binvit.lab.benchmark.models.benchmark_growth` returned.
+        growth: what `binvit.lab.benchmark.models.benchmark_growth` returned.
 
     Returns:
         The figure.
@@ -124,9 +124,9 @@ def speed_claims(kernels: pd.DataFrame, models: pd.DataFrame, training: pd.DataF
     """Check how many times as fast as their peers the products and the whole model are, at the worst shape and batch.
 
     Args:
-        kernels: What `binvit.lab.benchmark.kernels.benchmark_kernels` returned.
-        models: What `binvit.lab.benchmark.models.benchmark_models` returned.
-        training: What `binvit.lab.benchmark.models.benchmark_training` returned, if it was measured.
+        kernels: what `binvit.lab.benchmark.kernels.benchmark_kernels` returned.
+        models: what `binvit.lab.benchmark.models.benchmark_models` returned.
+        training: what `binvit.lab.benchmark.models.benchmark_training` returned, if it was measured.
 
     Returns:
         Claims whose verdicts depend on the machine.
@@ -155,9 +155,9 @@ def size_claims(rounded: Audit, differences: np.ndarray, unrounded: Audit) -> li
     """Check size and exactness of a model with float16 vectors, which are the same on every machine.
 
     Args:
-        rounded: The audit of the packed model whose vectors `binvit.round_vectors` rounded.
-        differences: Logits of its exact path minus those of the rounded model before packing.
-        unrounded: The audit of the packed model with float32 vectors, for the evidence.
+        rounded: the audit of the packed model whose vectors `binvit.round_vectors` rounded.
+        differences: logits of its exact path minus those of the rounded model before packing.
+        unrounded: the audit of the packed model with float32 vectors, for the evidence.
 
     Returns:
         The claims.

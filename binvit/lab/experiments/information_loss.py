@@ -75,7 +75,7 @@ def measure(
         least_squares: as in `analysis.binarize_tensor`.
 
     Returns:
-        one row per data, seed, tensor and binarizer: the columns of `analysis.one_tensor_at_a_time`, and trained_drop,
+        One row per data, seed, tensor and binarizer: the columns of `analysis.one_tensor_at_a_time`, and trained_drop,
         what a model loses that was trained with this one binary tensor, if such models were trained.
     """
     options: dict[str, Any] = {"thresholds": thresholds, "reduce": reduce, "least_squares": least_squares}
@@ -104,7 +104,7 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
         groups: how many groups GSB superposed, one more than its thresholds.
 
     Returns:
-        the claims; a tensor that costs more than several others is compared with each of them, and claims about
+        The claims; a tensor that costs more than several others is compared with each of them, and claims about
         trained models are undecided if none were trained.
     """
     single = losses[losses["binarizer"] == "1-bit"]
@@ -160,7 +160,7 @@ def loss_panels(table: pd.DataFrame, title: str | None = None) -> Figure:
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: a column is missing.
@@ -215,7 +215,7 @@ def distributions(shares: Mapping[str, Tensor], thresholds: Sequence[float], tit
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
     """
     fig, axes = plt.subplots(1, len(shares), figsize=(3.7 * len(shares), 2.7), squeeze=False)
     for ax, (heading, share) in zip(axes[0], shares.items(), strict=True):

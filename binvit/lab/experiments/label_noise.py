@@ -36,7 +36,7 @@ def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", 
         full: the float scheme.
 
     Returns:
-        the claims; undecided where a scheme was not run.
+        The claims; undecided where a scheme was not run.
     """
     found = []
     for kind in ("symmetric", "class-conditional"):
@@ -93,7 +93,7 @@ def noise_runs(
         data_dir: folder of data sets that are files.
 
     Returns:
-        the trials, images by images.
+        The trials, images by images.
 
     Raises:
         ValueError: a text is not understood, or a data set has too few images per class.
@@ -127,7 +127,7 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
     """
     panels = {"test_accuracy": "test accuracy (%)", "memorized": "wrong labels memorized (%)"}
 
@@ -166,7 +166,7 @@ def confusion_map(matrix: Sequence[Sequence[float]], classes: Sequence[str], tit
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
     """
     shown = np.array(matrix, dtype=np.float64)
     np.fill_diagonal(shown, 0)

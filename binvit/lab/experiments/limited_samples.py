@@ -33,7 +33,7 @@ def sample_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit",
         full: the float scheme.
 
     Returns:
-        the claims; undecided where a scheme was not run.
+        The claims; undecided where a scheme was not run.
     """
     few, many = table["samples_per_class"].min(), table["samples_per_class"].max()
     part = table[table["samples_per_class"] == few]
@@ -80,7 +80,7 @@ def sample_runs(
         data_dir: folder of data sets that are files.
 
     Returns:
-        the trials, images by images.
+        The trials, images by images.
 
     Raises:
         ValueError: a text is not understood, or a data set has fewer images per class than the smallest count.
@@ -134,7 +134,7 @@ def sample_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
     """
     panels = {"test_accuracy": "test accuracy (%)", "gap": "training − test accuracy (points)"}
 

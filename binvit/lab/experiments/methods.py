@@ -54,7 +54,7 @@ def check_claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
         margin: what "far" and "close" mean, as a share of the test images.
 
     Returns:
-        the claims; their sentences say so if not all schemes of the catalogue were run.
+        The claims; their sentences say so if not all schemes of the catalogue were run.
     """
     run = list(dict.fromkeys(table["condition"]))
     rivals = [name for name in run if name not in ("float", "gsb")]

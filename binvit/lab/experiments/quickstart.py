@@ -23,10 +23,10 @@ def deploy(
     """Pack trained models, save and load them, and compare them with what was trained.
 
     Args:
-        models: Trained models by name; those of the scheme "float" have nothing to pack and are left out.
-        pictures: Images to compare on.
-        folder: Where the packed files go, as NAME.packed.safetensors.
-        seconds: Time per measurement.
+        models: trained models by name; those of the scheme "float" have nothing to pack and are left out.
+        pictures: images to compare on.
+        folder: where the packed files go, as NAME.packed.safetensors.
+        seconds: time per measurement.
 
     Returns:
         One row per model: model, float32_kb and packed_kb (files), equal_logits (exact path, bit for bit), same_classes

@@ -88,7 +88,7 @@ def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1) -> pd.DataF
         jobs: trainings side by side.
 
     Returns:
-        the columns of `run_trials`, with "data", the images' name, "labels", how they go wrong ("symmetric" or
+        The columns of `run_trials`, with "data", the images' name, "labels", how they go wrong ("symmetric" or
         "class-conditional"), and "gap", training minus test accuracy.
     """
     table = run_trials([item.trial for item in runs], results_dir, jobs)

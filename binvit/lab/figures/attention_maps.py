@@ -35,7 +35,7 @@ def attention_maps(
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: if a map has another shape, too few tokens, or weights that are negative or not finite.
@@ -76,7 +76,7 @@ def attention_maps(
 
 
 def _images(images: Any) -> list[np.ndarray]:
-    """The images as (H, W, 3) float arrays from 0 to 1."""
+    """Return the images as (H, W, 3) float arrays from 0 to 1."""
     if hasattr(images, "detach"):
         images = images.detach().cpu().numpy()
     single = hasattr(images, "convert") or (isinstance(images, np.ndarray) and images.ndim == 3)
@@ -101,7 +101,7 @@ def _batch(name: str, stack: Any, count: int) -> np.ndarray:
 
 
 def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The map over patches, (h, w), of a map over patches or over tokens."""
+    """Return the map over patches, (h, w), of a map over patches or over tokens."""
     rows, columns = grid
     if m.shape != (rows, columns):
         if m.shape[0] != m.shape[1] or m.shape[1] < rows * columns:
@@ -117,7 +117,7 @@ def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _overlay(picture: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """The picture in pale grey, dyed where the map is large."""
+    """Return the picture in pale grey, dyed where the map is large."""
     height, width = picture.shape[:2]
     factor = max(1, round(224 / height))  # small images are enlarged, so that patches have sharp edges
     grey = np.repeat(np.repeat(picture @ [0.299, 0.587, 0.114], factor, 0), factor, 1)

@@ -47,7 +47,7 @@ def learning_curves(
         title: what the figure says.
 
     Returns:
-        the figure.
+        The figure.
     """
     values = [value] if isinstance(value, str) else list(value)
     require_columns(history, ["epoch", "seed", by, *values])
@@ -102,7 +102,7 @@ def lines(
         ax: where to draw; by default a new figure.
 
     Returns:
-        the figure.
+        The figure.
     """
     require_columns(summary, [by, x, "mean", "low", "high", "n"])
     fig, ax = figure_with(ax, 5.6, 3.2)
@@ -168,7 +168,7 @@ def dots(
         ax: where to draw; by default a new figure, as high as its rows need.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: if a column is missing or the reference is no row.
@@ -249,7 +249,7 @@ def heat(
         ax: where to draw; by default a new figure, sized by its cells.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: if a column is missing or a cell has two rows.

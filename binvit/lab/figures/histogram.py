@@ -36,7 +36,7 @@ def value_histogram(
         ax: where to draw; by default a new figure.
 
     Returns:
-        the figure.
+        The figure.
 
     Raises:
         ValueError: if there is no finite value.
@@ -91,7 +91,7 @@ def value_histogram(
 
 
 def as_array(values: Any) -> np.ndarray:
-    """A float64 array of an array, tensor or sequence; tensors are detached without importing torch."""
+    """Return a float64 array of an array, tensor or sequence; tensors are detached without importing torch."""
     if hasattr(values, "detach"):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values, dtype=np.float64)

@@ -52,13 +52,13 @@ R = TypeVar("R")
 
 
 def scheme_color(name: str) -> str:
-    """The colour that a scheme has in every figure.
+    """Return the colour that a scheme has in every figure.
 
     Args:
         name: a scheme of the catalogue.
 
     Returns:
-        the colour as ``#rrggbb``.
+        The colour as ``#rrggbb``.
 
     Raises:
         ValueError: if no colour is fixed for the name.
@@ -71,13 +71,13 @@ def scheme_color(name: str) -> str:
 
 
 def colors_of(names: Iterable[object]) -> dict[object, str]:
-    """A colour for each name: the fixed one for schemes, the style's next free one for anything else.
+    """Return a colour for each name: the fixed one for schemes, the style's next free one for anything else.
 
     Args:
         names: what is to be told apart by colour.
 
     Returns:
-        name -> colour.
+        Name -> colour.
     """
     unique = list(dict.fromkeys(names))
     found: dict[str, str] = {name: SCHEME_COLORS[name] for name in unique if name in SCHEME_COLORS}
@@ -89,14 +89,14 @@ def colors_of(names: Iterable[object]) -> dict[object, str]:
 
 
 def readable(color: str, contrast: float = 3.6) -> str:
-    """The colour, darkened where text in it would be hard to read on white.
+    """Return the colour, darkened where text in it would be hard to read on white.
 
     Args:
         color: any colour that matplotlib knows.
         contrast: the smallest ratio of luminances, (1.05) / (L + 0.05), as web accessibility rules define it.
 
     Returns:
-        the colour as ``#rrggbb``.
+        The colour as ``#rrggbb``.
     """
     red, green, blue = to_rgb(color)
     while 1.05 / (_luminance(np.array([red, green, blue])) + 0.05) < contrast:
@@ -146,7 +146,7 @@ def save_figure(fig: Figure, name: str, directory: str | Path) -> None:
 
 
 def figure_with(ax: Axes | None, width: float = 6.4, height: float = 3.2) -> tuple[Figure, Axes]:
-    """The given axes and its figure, or new ones of the given size in inches."""
+    """Return the given axes and its figure, or new ones of the given size in inches."""
     if ax is not None:
         return cast(Figure, ax.figure), ax
     return plt.subplots(figsize=(width, height))
@@ -158,7 +158,7 @@ def caption(fig: Figure, text: str) -> None:
 
 
 def interval_caption(n: pd.Series) -> str:
-    """What points and bars mean, with the number of seeds."""
+    """Return what points and bars mean, with the number of seeds."""
     return "one seed, so no interval" if (n == 1).all() else f"mean and 95 % interval over {count_seeds(n)}"
 
 
@@ -169,7 +169,7 @@ def count_seeds(n: pd.Series) -> str:
 
 
 def axis_name(column: str) -> str:
-    """The name of a column as an axis shows it."""
+    """Return the name of a column as an axis shows it."""
     return NAMES.get(column, column.replace("_", " "))
 
 
@@ -190,7 +190,7 @@ def spread_apart(positions: Sequence[float], distance: float, low: float = -np.i
         high: no position exceeds it, where there is room.
 
     Returns:
-        the new positions, in the order of the old ones.
+        The new positions, in the order of the old ones.
     """
     wanted = np.asarray(positions, dtype=np.float64)
     order = np.argsort(wanted, kind="stable")

@@ -35,7 +35,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def _environment(processes: int) -> Iterator[None]:
-    """Kernels of this environment, sharing the cores; both are inherited by the kernels' processes."""
+    """Use kernels of this environment and share the cores; both are inherited by the kernels' processes."""
     extra = {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if processes > 1:
         share = str(max(1, (os.cpu_count() or 1) // processes))
