@@ -118,6 +118,50 @@ def train(
 
 
 @cli.command()
+@click.argument("results_dir", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the archive.  [default: paper_figures]")
+def archive(results_dir: Path, out: Path | None) -> None:
+    """Add the finished trials of a results folder to the archive.
+
+    The archive has one line per trial, sorted, and a table of data sets; a trial that is there already stays as it is.
+    """
+    from binvit.lab import project
+    from binvit.lab.trials.archive import add
+    from binvit.lab.trials.store import read_results
+
+    found, damaged = read_results(results_dir)
+    out = out or project.folder("paper_figures")
+    new = add(found, out)
+    click.echo(f"{new} trials are new in {out}, {len(found) - new} were there.")
+    for sentence in damaged:
+        click.echo(sentence, err=True)
+    if damaged:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
+@click.option("--size", type=click.IntRange(1, 2**14), help="Side in pixels.  [default: images stay as they are]")
+@click.option("--per-class", type=click.IntRange(1), help="Training images of every class.  [default: all]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images are drawn.")
+@click.option("--root", type=click.Path(path_type=Path), default="data", show_default=True,
+              help="Folder of the official files, which are downloaded to it if they are absent.")  # fmt: skip
+def data(name: str, out: Path, size: int | None, per_class: int | None, seed: int, root: Path) -> None:
+    """Make a Parquet file of an official data set, as archived trials name it.
+
+    NAME is cifar10, cifar100, fashion_mnist, flowers102 or pets.
+    """
+    from binvit.lab.data.fingerprint import fingerprint
+    from binvit.lab.data.write import write_parquet
+
+    source = write_parquet(name, out, root, size, per_class, seed)
+    counts = ", ".join(f"{len(images)} {split}" for split, images in source.splits.items())
+    click.echo(f"{out} holds {counts} images of {len(source.classes)} classes; its fingerprint is "
+               f"{fingerprint(f'parquet:{out}')}.")  # fmt: skip
+
+
+@cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The packed file.  [default: MODEL with .packed in its name]"

@@ -1,4 +1,5 @@
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_help_is_cheap_and_module_and_script_are_the_same():
     by_function = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     by_module = subprocess.run([sys.executable, "-m", "binvit", "--help"], capture_output=True, text=True, check=True)
     assert by_function == by_module.stdout + "False\n"
-    for command in ("reproduce", "train", "pack", "predict", "schemes"):
+    for command in ("reproduce", "train", "archive", "data", "pack", "predict", "schemes"):
         assert command in by_module.stdout
 
 
@@ -69,7 +70,7 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("train --scheme gbs", "gsb"),
         ("train --dataset digit", "digits"),
         ("train --recipe huge", "smoke"),
-        ("train --label-noise 1.0", "[0, 1)"),
+        ("train --label-noise 1.0", "label_noise must be below 1, got 1.0"),
         ("train --seed -1", "seed"),
         ("train --seed one", "'one' is not a valid integer"),
         ("train --samples-per-class 100000", "samples_per_class is 100000"),
@@ -83,6 +84,9 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("bench --seconds inf", "must be a positive number of seconds, got inf"),
         ("bench --seconds 0", "0.0 is not in the range"),
         ("bench --seconds -1", "-1.0 is not in the range"),
+        ("data digits --out a.parquet", "no official data set 'digits'"),
+        ("data flowers102", "Missing option '--out'"),
+        ("data flowers102 --size 0 --out a.parquet", "0 is not in the range"),
         ("reproduce --size huge", "smoke, cpu, paper"),
         ("reproduce --jobs 0", "0 is not in the range"),
         ("reproduce --notebooks missing", "There are no notebooks in missing"),
@@ -110,6 +114,24 @@ def test_train_keeps_a_model_and_reads_it_back(capsys, model):
     assert f"The model is {model}." in shown
     assert shown.startswith("test accuracy 0.")
     assert model.stat().st_mtime_ns == before
+
+
+def test_archive_adds_finished_trials_once_and_names_what_is_damaged(capsys, model, tmp_path):
+    assert run(capsys, "archive", model.parent, "--out", tmp_path) == (
+        0,
+        f"1 trials are new in {tmp_path}, 0 were there.\n",
+        "",
+    )
+    (line,) = (tmp_path / "trials" / "digits.jsonl").read_text().splitlines()
+    assert model.stem in line
+    assert (tmp_path / "data.csv").read_text().splitlines()[1].startswith("digits,sha256:")
+    shutil.copytree(model.parent, tmp_path / "results")
+    damaged = tmp_path / "results" / model.with_suffix(".json").name
+    damaged.write_text("{")
+    code, out, err = run(capsys, "archive", tmp_path / "results", "--out", tmp_path)
+    assert (code, out) == (1, f"0 trials are new in {tmp_path}, 0 were there.\n")
+    assert f"The result file {damaged} is corrupt" in err
+    assert "no results folder" in refused(capsys, "archive", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def require_present(name: str, root: str | Path | None = None) -> None:
     kind, location = locate(name, root)
     place = location / _FOLDERS[kind] if location is not None and kind in _FOLDERS else location
     if place is not None and not place.exists():
-        raise FileNotFoundError(f"{place} (the data set {name}) does not exist.")
+        hint = "; binvit data makes the files of archived trials as their data.csv says" if kind == "parquet" else ""
+        raise FileNotFoundError(f"{place} (the data set {name}) does not exist{hint}.")
 
 
 def hash_source(source: Source, largest: int = LARGEST_WHOLE) -> str:

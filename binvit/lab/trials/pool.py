@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from binvit.lab.trials.store import finished_result, read_result
+from binvit.lab.trials.archive import stored_result
+from binvit.lab.trials.store import read_result
 from binvit.lab.trials.train_trial import is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
 
@@ -41,6 +42,7 @@ def run_trials(
     jobs: int = 1,
     keep_models: bool = False,
     progress: bool = True,
+    archive: str | Path | None = None,
 ) -> pd.DataFrame:
     """Run trials and return their table; a trial whose result lies in the folder is read instead of run again.
 
@@ -53,6 +55,8 @@ def run_trials(
             this process with its own number of torch threads.
         keep_models: also keep each trained model, as a checkpoint that `load_model` reads.
         progress: show a progress bar.
+        archive: folder of archived trials, such as paper_figures, which is looked into after the results folder, also
+            where the data are absent; None looks into none. It keeps no models.
 
     Returns:
         One row per trial in the order given: every field of `Trial` (options as text), test_accuracy, train_accuracy,
@@ -68,7 +72,7 @@ def run_trials(
             raise ValueError(f"Expected a Trial, got {trial!r}.")
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
         raise ValueError(f"The number of jobs must be a whole number of at least 1, got {jobs!r}.")
-    results = {trial: finished_result(trial, results_dir, keep_models) for trial in trials}
+    results = {trial: stored_result(trial, results_dir, keep_models, archive) for trial in trials}
     pending = [trial for trial, result in results.items() if result is None]
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:

@@ -211,6 +211,29 @@ def read_result_file(path: Path) -> TrialResult:
     return result
 
 
+def read_results(results_dir: str | Path) -> tuple[list[TrialResult], list[str]]:
+    """Read all results of a folder.
+
+    Returns:
+        The results, in the order of their names, and a sentence for each file that is corrupt.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = Path(results_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no results folder {folder}.")
+    _tell_of_old_results(folder)
+    found, damaged = [], []
+    for path in sorted(folder.glob("*.json")):
+        if re.fullmatch(r".+-\d+-[0-9a-f]{16}\.json", path.name):
+            try:
+                found.append(read_result_file(path))
+            except ValueError as error:
+                damaged.append(str(error))
+    return found, damaged
+
+
 class OutdatedResult(ValueError):
     """A result file is sound but its recipe or scheme has changed since."""
 

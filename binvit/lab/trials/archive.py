@@ -1,0 +1,228 @@
+"""The archive: finished trials as lines of text that are committed, and the data sets they were trained on."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from binvit.config import read_json
+from binvit.files import atomic_write
+from binvit.lab.data.sources import read_source, split_name
+from binvit.lab.data.write import command_of
+from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, finished_result
+from binvit.lab.trials.trial import Trial
+
+# Kept in full by each line's scheme; a line needs no description.
+_UNTOLD = ("description", "reference")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of archived trials.
+
+    Args:
+        name: of the archive's file, and of the data where they are absent.
+        fingerprint: of its images, labels and splits.
+        classes: how many there are.
+        train: number of training images.
+        val: number of validation images.
+        test: number of test images.
+        command: what makes the file.
+    """
+
+    name: str
+    fingerprint: str
+    classes: str = ""
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    command: str = ""
+
+
+def stored_result(
+    trial: Trial, results_dir: str | Path, keep_model: bool = False, archive: str | Path | None = None
+) -> TrialResult | None:
+    """Return a finished trial's result from the results folder, else from the archive; None if neither has it.
+
+    Args:
+        trial: the configuration; its data may be absent.
+        results_dir: folder of the results.
+        keep_model: whether its model has to be kept, too, as no archive does.
+        archive: folder of the archive; None looks into none.
+
+    Raises:
+        ValueError: a file of the archive is damaged.
+    """
+    found = finished_result(trial, results_dir, keep_model)
+    return found if found is not None or keep_model or archive is None else find(trial, archive)
+
+
+def find(trial: Trial, archive: str | Path) -> TrialResult | None:
+    """Return a trial's result from an archive, None if it is not there.
+
+    Where the data are absent, those that the archive knows under the same name are meant.
+
+    Args:
+        trial: the configuration.
+        archive: the folder with data.csv and trials/.
+    """
+    known = read_data(archive)
+    try:
+        fingerprint = trial.fingerprint
+        names = [item.name for item in known if item.fingerprint == fingerprint]
+    except FileNotFoundError:
+        names = [item.name for item in known if item.name == data_name(trial.dataset)]
+        fingerprint = next((item.fingerprint for item in known if item.name in names), "")
+    for name in names:
+        path = _path(archive, name)
+        values = _lines(path).get(trial.identity(fingerprint))
+        if values is not None:
+            result = replace(_result(values, path), trial=trial)
+            try:
+                check_current(result, trial, f"The archived trial {result.id}")
+            except OutdatedResult:
+                continue
+            return result
+    return None
+
+
+def add(results: Iterable[TrialResult], archive: str | Path) -> int:
+    """Add finished trials to an archive; lines are sorted, and a trial that is there already stays as it is.
+
+    Args:
+        results: what was measured.
+        archive: the folder with data.csv and trials/; made if it is absent.
+
+    Returns:
+        How many were new.
+    """
+    data = read_data(archive)
+    sorted_by_name: dict[str, dict[str, TrialResult]] = {}
+    for result in results:
+        item = next((item for item in data if item.fingerprint == result.fingerprint), None)
+        if item is None:
+            item = _describe(result, {item.name for item in data})
+            data.append(item)
+        sorted_by_name.setdefault(item.name, {})[result.id] = result
+    new = 0
+    for name, found in sorted_by_name.items():
+        path = _path(archive, name)
+        lines = {key: json.dumps(values, separators=(",", ":")) for key, values in _lines(path).items()}
+        before = len(lines)
+        lines = {key: _line(result) for key, result in found.items()} | lines
+        new += len(lines) - before
+        if len(lines) > before:
+            atomic_write(path, "".join(f"{lines[key]}\n" for key in sorted(lines, key=_order)))
+    _write_data(sorted(data, key=lambda item: item.name), archive)
+    return new
+
+
+def read_data(archive: str | Path) -> list[DataSet]:
+    """Return the data sets that an archive names in its data.csv.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path = Path(archive) / "data.csv"
+    if not path.is_file():
+        return []
+    columns = [item.name for item in fields(DataSet)]
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    if any(list(row) != columns or None in row.values() for row in rows):
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}.")
+    return [DataSet(**row) for row in rows]
+
+
+def data_name(dataset: str) -> str:
+    """Return the name of a data set in an archive: its kind, or the name of its file or folder."""
+    kind, path = split_name(dataset)
+    return re.sub(r"[^a-z0-9]+", "-", (Path(path).stem if path else kind).lower()).strip("-") or kind
+
+
+def _path(archive: str | Path, name: str) -> Path:
+    return Path(archive) / "trials" / f"{name}.jsonl"
+
+
+def _describe(result: TrialResult, taken: set[str]) -> DataSet:
+    """Return a new row of data.csv; counts stay empty where the data are no longer there."""
+    trial, name = result.trial, data_name(result.trial.dataset)
+    if name in taken:
+        name = f"{name}-{result.fingerprint.partition(':')[2][:6]}"
+    try:
+        if trial.fingerprint != result.fingerprint:  # they have changed since
+            return DataSet(name, result.fingerprint)
+        source = read_source(trial.dataset, trial.root)
+    except FileNotFoundError:
+        return DataSet(name, result.fingerprint)
+    counts = {split: str(len(images)) for split, images in source.splits.items() if split in ("train", "val", "test")}
+    command = command_of(trial.dataset, trial.root)
+    return DataSet(name, result.fingerprint, str(len(source.classes)), command=command, **counts)
+
+
+def _write_data(data: Iterable[DataSet], archive: str | Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [item.name for item in fields(DataSet)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, data))
+    atomic_write(Path(archive) / "data.csv", text.getvalue())
+
+
+def _order(key: str) -> tuple[str, int, str]:
+    """Sort by scheme and recipe, then by seed."""
+    name, seed, digest = key.rsplit("-", 2)
+    return name, int(seed), digest
+
+
+def _line(result: TrialResult) -> str:
+    """Return a result as one line: the history as one list per column, rounded to four digits."""
+    values = {"id": result.id} | result.to_dict()
+    values["trial"].pop("root")
+    values["scheme"] = {name: value for name, value in values["scheme"].items() if name not in _UNTOLD}
+    values["history"] = {
+        name: [float(f"{record[name]:.4g}") if isinstance(record[name], float) else record[name] for record in history]
+        for history in [values["history"]]
+        for name in history[0]
+    }
+    return json.dumps(values, separators=(",", ":"))
+
+
+def _lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of an archive's file by the identities of their trials."""
+    if not path.is_file():
+        return {}
+    status = path.stat()
+    return _parsed(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(path: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        values = read_json(line, f"Line {number} of {path}")
+        key = values.get("id") if isinstance(values, dict) else None
+        if not isinstance(key, str) or not re.fullmatch(r".+-\d+-[0-9a-f]{16}", key):
+            raise ValueError(f"Line {number} of {path} is no archived trial.")
+        found[key] = values
+    return found
+
+
+def _result(values: dict[str, Any], path: Path) -> TrialResult:
+    try:
+        given = {name: value for name, value in values.items() if name != "id"}
+        history = given.pop("history", None)
+        if not isinstance(history, dict) or len({len(column) for column in history.values()}) != 1:
+            raise ValueError("its history must have columns of one length")
+        rows = zip(*history.values(), strict=True)
+        result = TrialResult.from_dict(given | {"history": [dict(zip(history, row, strict=True)) for row in rows]})
+        if result.id != values["id"]:
+            raise ValueError(f"its trial has the identity {result.id}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The trial {values['id']} of {path} is damaged: {error}") from None
+    return result

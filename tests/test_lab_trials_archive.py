@@ -1,0 +1,163 @@
+import dataclasses
+import json
+import math
+
+import pandas as pd
+import pytest
+from image_files import parquet_file
+
+from binvit.lab.trials.archive import add, data_name, find, read_data, stored_result
+from binvit.lab.trials.pool import TrialsFailed, run_trials
+from binvit.lab.trials.store import TrialResult, read_result
+from binvit.lab.trials.trial import Trial
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 64, "eval_every": 2}
+
+
+def result(trial, accuracy=0.123456789, **fields):
+    """Return a result that nobody trained."""
+    record = {"stage": 0, "train_loss": 1 / 3, "train_accuracy": 2 / 3, "lr": 1.23456e-5}
+    history = [record | {"epoch": epoch + 1, "test_accuracy": accuracy if epoch else None} for epoch in range(3)]
+    values = {"clean_train_accuracy": None, "memorized": None, "seconds": 1.5, "parameters": 7, "history": history}
+    values |= {"recipe": trial.get_recipe(), "scheme": trial.get_scheme(), "versions": {"torch": "2"}, "threads": 1}
+    values |= {"device": "cpu", "cpu": "any", "fingerprint": fields.pop("fingerprint", None) or trial.fingerprint}
+    return TrialResult(trial, accuracy, 0.5, **(values | fields))
+
+
+def digits(seed=0, scheme="gsb", **fields):
+    return Trial("digits", scheme, seed=seed, recipe_options=TINY, **fields)
+
+
+def test_a_result_comes_back_unrounded_with_a_rounded_history(tmp_path):
+    trial = digits(label_noise=0.25)
+    made = result(trial, memorized=1 / 7)
+    assert add([made], tmp_path) == 1
+    found = find(trial, tmp_path)
+    assert dataclasses.replace(found, history=made.history, scheme=made.scheme) == made
+    assert [epoch["train_loss"] for epoch in found.history] == [0.3333] * 3
+    assert [epoch["test_accuracy"] for epoch in found.history] == [None, 0.1235, 0.1235]
+    assert {epoch["lr"] for epoch in found.history} == {1.235e-5}
+    assert found.scheme == made.scheme
+    (line,) = (tmp_path / "trials" / "digits.jsonl").read_text().splitlines()
+    values = json.loads(line)
+    assert values["history"]["epoch"] == [1, 2, 3]
+    assert values["id"] == trial.id
+    assert values["recipe"] == made.recipe.to_dict()  # in full
+
+
+def test_archived_trials_of_a_real_training_are_read_and_not_trained(tmp_path):
+    trials = [digits(), digits(1)]
+    table = run_trials(trials, tmp_path / "results", progress=False)
+    add([read_result(trial, tmp_path / "results") for trial in trials], tmp_path)
+    again = run_trials(trials, tmp_path / "empty", progress=False, archive=tmp_path)
+    pd.testing.assert_frame_equal(again, table)  # seconds included
+    assert not list((tmp_path / "empty").rglob("*.json"))
+    assert stored_result(trials[0], tmp_path / "empty", keep_model=True, archive=tmp_path) is None
+    assert stored_result(trials[0], tmp_path / "empty") is None
+    assert stored_result(digits(2), tmp_path / "empty", archive=tmp_path) is None
+
+
+def test_the_results_folder_comes_first(tmp_path):
+    trial = digits()
+    add([result(trial)], tmp_path)
+    run_trials([trial], tmp_path / "results", progress=False)
+    found = stored_result(trial, tmp_path / "results", archive=tmp_path)
+    assert found == read_result(trial, tmp_path / "results")
+
+
+def test_lines_are_sorted_kept_and_never_doubled(tmp_path):
+    path = tmp_path / "trials" / "digits.jsonl"
+    assert add([result(digits(seed)) for seed in (10, 2)], tmp_path) == 2
+    before = path.read_text().splitlines()
+    assert add([result(digits(seed), accuracy=0.9) for seed in (2, 3)] + [result(digits(3))], tmp_path) == 1
+    after = path.read_text().splitlines()
+    assert [json.loads(line)["trial"]["seed"] for line in after] == [2, 3, 10]
+    assert [line for line in after if line in before] == before  # a diff shows the new line alone
+    assert add([result(digits(seed)) for seed in (3, 10)], tmp_path) == 0
+    assert path.read_text().splitlines() == after
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_data_sets_are_named_with_fingerprint_and_counts(tmp_path):
+    parquet_file(tmp_path / "Some photos_64.parquet", splits=("train", "val", "test"))
+    photos = Trial("parquet:Some photos_64.parquet", root=str(tmp_path))
+    add([result(digits()), result(photos)], tmp_path / "archive")
+    first, second = read_data(tmp_path / "archive")
+    assert dataclasses.astuple(first) == ("digits", digits().fingerprint, "10", "1078", "", "719", "")
+    assert dataclasses.astuple(second)[:6] == ("some-photos-64", photos.fingerprint, "2", "12", "12", "12")
+    assert data_name(photos.dataset) == "some-photos-64"
+    assert (tmp_path / "archive" / "trials" / "some-photos-64.jsonl").is_file()
+
+
+def test_archived_trials_are_read_where_their_data_are_absent_and_new_ones_say_what_is_missing(tmp_path):
+    path = parquet_file(tmp_path / "photos.parquet")
+    trial = Trial("parquet:photos.parquet", "bit", root=str(tmp_path), recipe_options=TINY)
+    add([result(trial)], tmp_path)
+    path.unlink()
+    elsewhere = dataclasses.replace(trial, dataset="parquet:far/away/photos.parquet", root=None)
+    for absent in (trial, elsewhere):
+        table = run_trials([absent], tmp_path / "results", progress=False, archive=tmp_path)
+        assert table["test_accuracy"][0] == 0.123456789
+        assert table["dataset"][0] == absent.dataset
+    new = dataclasses.replace(trial, seed=1)
+    with pytest.raises((TrialsFailed, FileNotFoundError), match=r"photos.parquet .* does not exist; binvit data makes"):
+        run_trials([new], tmp_path / "results", progress=False, archive=tmp_path)
+
+
+def test_other_data_under_an_archived_name_are_another_trial(tmp_path):
+    trial = Trial("parquet:photos.parquet", root=str(tmp_path))
+    parquet_file(tmp_path / "photos.parquet")
+    before = trial.fingerprint
+    add([result(trial)], tmp_path)
+    parquet_file(tmp_path / "photos.parquet", seed=1)
+    assert trial.fingerprint != before
+    assert find(trial, tmp_path) is None
+    add([result(trial, accuracy=0.5)], tmp_path)
+    assert find(trial, tmp_path).test_accuracy == 0.5
+    names = [item.name for item in read_data(tmp_path)]
+    assert names == ["photos", f"photos-{trial.fingerprint[7:13]}"]
+
+
+def _break(values, **changes):
+    return json.dumps(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda values: "{", "Line 1 of .*digits.jsonl is no readable JSON"),
+        (lambda values: "[" * 1000, "Line 1 of .*digits.jsonl is no readable JSON"),
+        (lambda values: "[]", "Line 1 of .*digits.jsonl is no archived trial"),
+        (lambda values: _break(values, id=3), "Line 1 of .*digits.jsonl is no archived trial"),
+        (lambda values: _break(values, history=[1]), "damaged: its history must have columns of one length"),
+        (lambda values: _break(values, history=values["history"] | {"lr": [1]}), "columns of one length"),
+        (lambda values: _break(values, history={}), "columns of one length"),
+        (lambda values: _break(values, test_accuracy=7), "test_accuracy must be at most 1, got 7"),
+        (lambda values: _break(values, seconds=10**30), None),
+        (lambda values: _break(values, parameters="x"), "parameters must be a whole number, got 'x'"),
+        (lambda values: _break(values, fingerprint="sha256:0"), "damaged: its trial has the identity"),
+        (lambda values: _break(values, extra=1), "Unknown trial result field 'extra'"),
+    ],
+)
+def test_a_damaged_line_is_named_in_one_sentence(tmp_path, damage, sentence):
+    add([result(digits())], tmp_path)
+    path = tmp_path / "trials" / "digits.jsonl"
+    path.write_text(damage(json.loads(path.read_text())) + "\n")
+    if sentence is None:
+        assert find(digits(), tmp_path).seconds == 1e30
+    else:
+        with pytest.raises(ValueError, match=sentence):
+            find(digits(), tmp_path)
+
+
+def test_a_table_of_data_sets_with_other_columns_is_refused(tmp_path):
+    add([result(digits())], tmp_path)
+    (tmp_path / "data.csv").write_text("name,hash\ndigits,1\n")
+    with pytest.raises(ValueError, match=r"data.csv must have the columns name, fingerprint"):
+        find(digits(), tmp_path)
+
+
+def test_noise_free_columns_stay_empty(tmp_path):
+    add([result(digits())], tmp_path)
+    row = find(digits(), tmp_path).to_row()
+    assert math.isnan(row["memorized"])
