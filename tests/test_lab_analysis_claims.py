@@ -15,7 +15,7 @@ from binvit.lab.analysis.statistics import Difference, Estimate
 
 
 def difference(low: float, high: float, n: int = 3) -> Difference:
-    return Difference((low + high) / 2, low, high, n, "gsb", "bit", "test_accuracy")
+    return Difference((low + high) / 2, low, high, n, "gsb", "elastic", "test_accuracy")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_interval_decides(low, high, verdict):
 
 
 def test_one_seed_decides_nothing():
-    lone = Difference(0.5, math.nan, math.nan, 1, "gsb", "bit", "test_accuracy")
+    lone = Difference(0.5, math.nan, math.nan, 1, "gsb", "elastic", "test_accuracy")
     claim = claims.check_difference("Superposition helps.", lone)
     assert claim.verdict == "undecided"
     assert claim.evidence == "gsb - bit: +50.0 points (interval unknown, 1 seed; more than +0.0 demanded)"
@@ -55,7 +55,7 @@ def trials(**schemes: list[float]) -> pd.DataFrame:
 @pytest.mark.parametrize(("margin", "verdict"), [(0.0, "yes"), (0.3, "no"), (0.2, "undecided")])
 def test_pairs_of_trials_are_checked(margin, verdict):
     df = trials(gsb=[0.9, 0.92, 0.91], bit=[0.7, 0.71, 0.72])
-    assert claims.check_pair("Superposition helps.", df, "gsb", "bit", margin).verdict == verdict
+    assert claims.check_pair("Superposition helps.", df, "gsb", "elastic", margin).verdict == verdict
 
 
 @pytest.mark.parametrize(("margin", "verdict"), [(0.8, "yes"), (0.95, "no"), (0.91, "undecided")])
@@ -65,7 +65,7 @@ def test_means_of_trials_are_checked(margin, verdict):
 
 def test_what_was_not_run_is_undecided():
     df = trials(gsb=[0.9, 0.92])
-    assert claims.check_pair("Superposition helps.", df, "gsb", "bit").evidence == "no trial of 'bit' was run"
+    assert claims.check_pair("Superposition helps.", df, "gsb", "elastic").evidence == "no trial of 'elastic' was run"
     assert claims.check_mean("Float is good.", df, "float", 0.9).verdict == "undecided"
 
 

@@ -54,7 +54,7 @@ def test_summary_keeps_order_and_counts():
     df = trials(gsb=[0.9, 0.8], bit=[0.5])
     s = statistics.summarize(df)
     assert list(s.columns) == ["scheme", "mean", "low", "high", "n"]
-    assert list(s["scheme"]) == ["gsb", "bit"]
+    assert list(s["scheme"]) == ["gsb", "elastic"]
     assert list(s["n"]) == [2, 1]
     assert s["mean"].tolist() == pytest.approx([0.85, 0.5])
 
@@ -123,7 +123,7 @@ def test_ambiguous_pairs_are_refused():
 
 
 def test_comparison_with_one_reference():
-    c = statistics.compare(trials(bit=[0.5, 0.6], gsb=[0.7, 0.8], float=[0.9, 0.95]), "bit")
+    c = statistics.compare(trials(elastic=[0.5, 0.6], gsb=[0.7, 0.8], float=[0.9, 0.95]), "elastic")
     assert list(c["scheme"]) == ["gsb", "float"]
     assert c["mean"].tolist() == pytest.approx([0.2, 0.375])
 
@@ -132,4 +132,4 @@ def test_readable_tables_show_seeds_and_unknown_intervals():
     t = statistics.readable(statistics.summarize(trials(gsb=[0.9, 0.9], bit=[0.5])), name="accuracy")
     assert list(t.columns) == ["scheme", "accuracy (%)", "95 % interval", "seeds"]
     assert t.iloc[0].tolist() == ["gsb", "90.0", "90.0 to 90.0", 2]
-    assert t.iloc[1].tolist() == ["bit", "50.0", "unknown", 1]
+    assert t.iloc[1].tolist() == ["elastic", "50.0", "unknown", 1]

@@ -15,7 +15,7 @@ from binvit.lab.figures import panels
 
 
 def test_a_plan_has_every_condition_image_and_seed():
-    conditions = [Condition("float", "float"), Condition("one", "bit")]
+    conditions = [Condition("float", "float"), Condition("one", "elastic")]
     runs = plan.plan(conditions, "digits; cifar100, 5 per class, recipe cpu, 2 seeds", [3, 4, 5], data_dir="here")
     assert [(run.data, run.condition, run.trial.seed) for run in runs] == [
         *(("digits", name, seed) for name in ("float", "one") for seed in (3, 4, 5)),
@@ -55,7 +55,7 @@ def test_a_recipe_is_changed_for_all_conditions():
 
 def test_wrong_conditions_are_refused():
     with pytest.raises(ValueError, match="Two conditions of the experiment are called 'a'"):
-        plan.plan([Condition("a", "gsb"), Condition("a", "bit")], "digits", [0])
+        plan.plan([Condition("a", "gsb"), Condition("a", "elastic")], "digits", [0])
     with pytest.raises(ValueError, match="Unknown scheme field 'tresholds'"):
         plan.plan([Condition("a", "gsb", {"tresholds": ()})], "digits", [0])
     with pytest.raises(ValueError, match="Unknown recipe field 'epoch'"):
@@ -64,11 +64,15 @@ def test_wrong_conditions_are_refused():
 
 def test_training_returns_the_plan_s_order_and_keeps_models(tmp_path):
     tiny = {"width": 8, "depth": 1, "heads": 1, "batch_size": 32, "epochs": 1}
-    conditions = [Condition("a", "bit", {}, tiny), Condition("b", "float", {}, tiny), Condition("c", "bit", {}, tiny)]
+    conditions = [
+        Condition("a", "elastic", {}, tiny),
+        Condition("b", "float", {}, tiny),
+        Condition("c", "elastic", {}, tiny),
+    ]
     runs = plan.plan(conditions, "digits", [1, 0], samples_per_class=4)
     table = plan.train(runs, tmp_path, keep_models=("b", "c"), progress=False)
     assert list(zip(table["condition"], table["seed"], strict=True)) == [(c, s) for c in "abc" for s in (1, 0)]
-    assert list(table["scheme"]) == ["bit"] * 2 + ["float"] * 2 + ["bit"] * 2
+    assert list(table["scheme"]) == ["elastic"] * 2 + ["float"] * 2 + ["elastic"] * 2
     assert table["test_accuracy"][:2].tolist() == table["test_accuracy"][4:].tolist()
     assert len(list(tmp_path.glob("*.safetensors"))) == len(list(tmp_path.glob("*.json"))) == 4
     assert plan.train(runs, tmp_path, progress=False).equals(table)

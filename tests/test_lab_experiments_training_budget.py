@@ -198,9 +198,9 @@ def sample_table(few: dict[str, float], many: dict[str, float]) -> pd.DataFrame:
 
 
 def test_claims_about_few_images_can_come_out_either_way():
-    good = sample_table({"float": 0.4, "bit": 0.5, "gsb": 0.7}, {"float": 0.9, "bit": 0.8, "gsb": 0.9})
+    good = sample_table({"float": 0.4, "elastic": 0.5, "gsb": 0.7}, {"float": 0.9, "elastic": 0.8, "gsb": 0.9})
     assert [claim.verdict for claim in limited_samples.sample_claims(good)] == ["yes"] * 4
-    bad = sample_table({"float": 0.7, "bit": 0.6, "gsb": 0.5}, {"float": 0.8, "bit": 0.8, "gsb": 0.9})
+    bad = sample_table({"float": 0.7, "elastic": 0.6, "gsb": 0.5}, {"float": 0.8, "elastic": 0.8, "gsb": 0.9})
     assert [claim.verdict for claim in limited_samples.sample_claims(bad)] == ["no"] * 4
     fewer = limited_samples.sample_claims(good[good["scheme"] != "float"])
     assert [claim.verdict for claim in fewer] == ["undecided", "yes", "undecided", "undecided"]
@@ -221,9 +221,9 @@ def noise_table(noisy: dict[str, tuple[float, float]]) -> pd.DataFrame:
 
 
 def test_claims_about_wrong_labels_can_come_out_either_way():
-    good = noise_table({"float": (0.5, 0.6), "bit": (0.6, 0.3), "gsb": (0.7, 0.2)})
+    good = noise_table({"float": (0.5, 0.6), "elastic": (0.6, 0.3), "gsb": (0.7, 0.2)})
     assert [claim.verdict for claim in label_noise.noise_claims(good)] == ["yes"] * 7
-    bad = noise_table({"float": (0.7, 0.2), "bit": (0.6, 0.3), "gsb": (0.5, 0.6)})
+    bad = noise_table({"float": (0.7, 0.2), "elastic": (0.6, 0.3), "gsb": (0.5, 0.6)})
     assert [claim.verdict for claim in label_noise.noise_claims(bad)] == ["no"] * 7
     assert label_noise.noise_claims(good[good["label_noise"] == 0]) == []
 

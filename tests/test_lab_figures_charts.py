@@ -39,7 +39,7 @@ def trials() -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = [
         (scheme, samples, seed, base + 0.01 * samples + rng.normal(0, 0.01))
-        for scheme, base in {"float": 0.8, "bit": 0.7, "gsb": 0.79}.items()
+        for scheme, base in {"float": 0.8, "elastic": 0.7, "gsb": 0.79}.items()
         for samples in (5, 10)
         for seed in range(3)
     ]
@@ -81,7 +81,7 @@ def test_unknown_schemes_have_no_colour():
 
 
 def test_other_names_get_colours_that_no_present_scheme_has():
-    colors = style.colors_of(["gsb", "row", "batch", "bit", "row"])
+    colors = style.colors_of(["gsb", "row", "batch", "elastic", "row"])
     assert colors["gsb"] == style.scheme_color("gsb")
     assert len(set(colors.values())) == 4
 
@@ -117,7 +117,9 @@ def test_labels_of_a_drawn_figure_do_not_overlap(trials):
     same = trials.assign(test_accuracy=0.9)
     fig = charts.lines(statistics.summarize(same, by=["scheme", "samples_per_class"]), "samples_per_class")
     fig.draw_without_rendering()
-    boxes = [plt.Text.get_window_extent(t) for t in fig.findobj(plt.Text) if t.get_text() in ("float", "bit", "gsb")]
+    boxes = [
+        plt.Text.get_window_extent(t) for t in fig.findobj(plt.Text) if t.get_text() in ("float", "elastic", "gsb")
+    ]
     assert len(boxes) == 3  # an annotation's own extent would include its leader line
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
@@ -148,7 +150,7 @@ def test_drawing_keeps_what_a_notebooks_backend_switches_on():
 def test_lines_name_themselves_and_their_seeds(trials):
     summary = statistics.summarize(trials, by=["scheme", "samples_per_class"])
     fig = charts.lines(summary, "samples_per_class", log_x=True)
-    assert {"float", "bit", "gsb", "5", "10", "mean and 95 % interval over 3 seeds"} <= set(texts(fig))
+    assert {"float", "elastic", "gsb", "5", "10", "mean and 95 % interval over 3 seeds"} <= set(texts(fig))
     assert fig.axes[0].get_xscale() == "log"
 
 
@@ -163,13 +165,13 @@ def test_intervals_at_a_single_number_are_bars(trials):
 def test_dots_write_numbers_and_sort(trials):
     few = trials[trials["samples_per_class"] == 5]
     fig = charts.dots(statistics.summarize(few), reference="float", trials=few)
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["float", "gsb", "bit"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["float", "gsb", "elastic"]
     assert sum("±" in t for t in texts(fig)) == 3
 
 
 def test_dots_of_differences_carry_a_sign(trials):
     few = trials[trials["samples_per_class"] == 5]
-    fig = charts.dots(statistics.compare(few, "bit"), reference="0", xlabel="difference (points)")
+    fig = charts.dots(statistics.compare(few, "elastic"), reference="0", xlabel="difference (points)")
     assert all(t.startswith("+") for t in texts(fig) if "±" in t)
 
 
@@ -178,7 +180,7 @@ def test_dots_in_groups_and_without_intervals(trials):
     summary = statistics.summarize(one, by=["samples_per_class", "scheme"])
     fig = charts.dots(summary, group="samples_per_class", sort=False)
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    assert labels == ["5", "float", "bit", "gsb", "10", "float", "bit", "gsb"]
+    assert labels == ["5", "float", "elastic", "gsb", "10", "float", "elastic", "gsb"]
     assert "one seed, so no interval" in texts(fig)
     assert not any("±" in t for t in texts(fig))
 
@@ -186,7 +188,7 @@ def test_dots_in_groups_and_without_intervals(trials):
 def test_dots_take_the_colour_of_a_scheme_that_a_column_names(trials):
     few = trials[trials["samples_per_class"] == 5].assign(what=lambda t: "variant of " + t["scheme"])
     summary = statistics.summarize(few, by=["what", "scheme"])
-    for scheme, expected in ((None, ["bit"] * 3), ("scheme", list(summary["scheme"]))):
+    for scheme, expected in ((None, ["elastic"] * 3), ("scheme", list(summary["scheme"]))):
         fig = charts.dots(summary, "what", sort=False, scheme=scheme)
         drawn = [line.get_color() for line in fig.axes[0].lines if line.get_marker() == "o"]
         assert drawn == [style.scheme_color(name) for name in expected]
@@ -270,7 +272,7 @@ def test_without_a_class_token_all_queries_count():
 
 
 def test_attention_over_a_single_pil_image_and_an_empty_map():
-    fig = attention_maps.attention_maps(Image.new("L", (6, 9)), {"bit": np.zeros((3, 2))}, (3, 2))
+    fig = attention_maps.attention_maps(Image.new("L", (6, 9)), {"elastic": np.zeros((3, 2))}, (3, 2))
     assert len(fig.axes) == 2
 
 

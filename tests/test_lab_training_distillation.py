@@ -117,7 +117,7 @@ def test_models_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="needs a vision transformer as teacher, got Linear"):
         check_comparable(model, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has 2 blocks of 2 heads on 17 tokens, the teacher 1 blocks"):
-        train_trial(tiny("bit", similarity=1.0, depth=2), teacher=model)
+        train_trial(tiny("elastic", similarity=1.0, depth=2), teacher=model)
 
 
 @pytest.mark.parametrize("distillation", ["none", "soft", "hard"])
@@ -134,9 +134,9 @@ def test_a_trial_trains_with_it_beside_every_distillation(distillation):
 
 
 def test_it_trains_its_own_teacher_and_leaves_the_distillation_token_alone():
-    trial = tiny("bit", similarity=1.0, distilled=True, teacher_epochs=1)
+    trial = tiny("elastic", similarity=1.0, distilled=True, teacher_epochs=1)
     taught = teacher_trial(trial)
-    assert taught == teacher_trial(tiny("bit", distillation="hard", distilled=True, teacher_epochs=1))
+    assert taught == teacher_trial(tiny("elastic", distillation="hard", distilled=True, teacher_epochs=1))
     assert taught.get_recipe().similarity == 0
     assert numbers(train_trial(trial)) == numbers(train_trial(trial, teacher=train_trial(taught).model))
 
@@ -148,10 +148,10 @@ def test_wrong_weights_are_refused(value):
 
 
 def test_trials_without_it_keep_their_names():
-    for scheme in ("gsb", "bit"):
+    for scheme in ("gsb", "elastic"):
         assert Trial("digits", scheme).id == Trial("digits", scheme, recipe_options={"similarity": 0}).id
     hard = {"distillation": "hard"}
-    taught, alone = (teacher_trial(Trial("digits", "bit", recipe_options=options)) for options in (hard, {}))
+    taught, alone = (teacher_trial(Trial("digits", "elastic", recipe_options=options)) for options in (hard, {}))
     assert taught.id == alone.id
 
 

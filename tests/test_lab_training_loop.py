@@ -77,7 +77,7 @@ def test_training_learns_and_measures():
 def test_learning_rate_warms_up_scales_with_the_batch_and_depends_on_the_scheme():
     rates = [entry["lr"] for entry in train_trial(tiny(epochs=6, warmup=0.5, lr=1e-2)).history]
     assert rates.index(max(rates)) == 3
-    for scheme, expected in (("float", 2e-3), ("bit", 4e-3)):
+    for scheme, expected in (("float", 2e-3), ("elastic", 4e-3)):
         result = train_trial(tiny(scheme, epochs=1, lr=1e-3, lr_binary=2e-3, lr_batch=32, schedule="constant"))
         assert result.history[0]["lr"] == pytest.approx(expected)
 
@@ -96,12 +96,12 @@ def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monk
     steps = iter(range(100))
     loss = loop.training_loss
     monkeypatch.setattr(loop, "training_loss", lambda *args: loss(*args) * (float("nan") if next(steps) >= 4 else 1))
-    trial = tiny("bit", batch_size=32, epochs=3, schedule="constant", lr_binary=2e-3)  # three steps an epoch
+    trial = tiny("elastic", batch_size=32, epochs=3, schedule="constant", lr_binary=2e-3)  # three steps an epoch
     with pytest.raises(TrainingDiverged, match=r"became nan in epoch 2, step 2, at learning rate 0.002; .*kept in "):
         train_trial(trial, resume=tmp_path / "run.state")
     (kept,) = tmp_path.iterdir()
     model, info = load_checkpoint(kept)
-    assert info.scheme.name == "bit"
+    assert info.scheme.name == "elastic"
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 
@@ -138,7 +138,7 @@ def test_distillation_none_soft_and_hard_differ():
     losses = {}
     for kind in ("none", "soft", "hard"):
         for distilled in (False, True):
-            trial = tiny("bit", distillation=kind, distilled=distilled)
+            trial = tiny("elastic", distillation=kind, distilled=distilled)
             losses[kind, distilled] = train_trial(trial, teacher=teacher).history[-1]["train_loss"]
     assert len(set(losses.values())) == 6
     assert all(np.isfinite(value) for value in losses.values())
@@ -159,16 +159,16 @@ def test_distillation_losses_are_their_formulas():
 
 
 def test_teacher_is_trained_or_loaded(tmp_path):
-    trial = tiny("bit", distillation="hard", teacher_epochs=1)
+    trial = tiny("elastic", distillation="hard", teacher_epochs=1)
     trained = train_trial(trial)
     taught = train_trial(teacher_trial(trial))
     path = save_checkpoint(tmp_path / "teacher.safetensors", taught.model, taught.info)
-    loaded = train_trial(tiny("bit", distillation="hard", teacher=str(path)))
+    loaded = train_trial(tiny("elastic", distillation="hard", teacher=str(path)))
     assert numbers(loaded) == numbers(trained)
     with pytest.raises(ValueError, match="10 classes and images of 8 pixels, the data set digits 10 and 16"):
-        train_trial(tiny("bit", distillation="hard", teacher=str(path), image_size=16))
+        train_trial(tiny("elastic", distillation="hard", teacher=str(path), image_size=16))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        train_trial(tiny("bit", distillation="hard", teacher=str(tmp_path / "missing")))
+        train_trial(tiny("elastic", distillation="hard", teacher=str(tmp_path / "missing")))
 
 
 def test_schedules_of_rules_are_driven(monkeypatch):
@@ -200,7 +200,9 @@ def test_two_steps_of_the_paper_recipe(tmp_path):
 def info(classes=3):
     options = {name: TINY[name] for name in ("width", "depth", "heads")}
     names = tuple("abc"[:classes])
-    return CheckpointInfo(recipe("smoke", **options), binvit.scheme("bit"), names, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 8)
+    return CheckpointInfo(
+        recipe("smoke", **options), binvit.scheme("elastic"), names, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 8
+    )
 
 
 def test_checkpoints_survive_the_round_trip(tmp_path):

@@ -51,7 +51,7 @@ numbers = st.integers(-9, 9) | st.floats(0, 1)
     st.builds(
         Trial,
         dataset=st.sampled_from(["digits", "cifar100", "parquet:some/where.parquet", "folder:x"]),
-        scheme=st.sampled_from(["float", "bit", "gsb"]),
+        scheme=st.sampled_from(["float", "elastic", "gsb"]),
         recipe=st.sampled_from(["smoke", "cpu", "paper"]),
         seed=st.integers(0, 2**31),
         samples_per_class=st.none() | st.integers(1, 500),
@@ -156,10 +156,10 @@ def test_unknown_fields_of_a_file_get_one_sentence():
 
 
 def test_table_has_every_field_and_finished_trials_are_read(tmp_path):
-    noisy = Trial("digits", "bit", samples_per_class=10, label_noise=0.3, recipe_options=TINY)
+    noisy = Trial("digits", "elastic", samples_per_class=10, label_noise=0.3, recipe_options=TINY)
     trials = [tiny(), noisy, tiny()]
     table = run_trials(trials, tmp_path, progress=False)
-    assert list(table["scheme"]) == ["float", "bit", "float"]
+    assert list(table["scheme"]) == ["float", "elastic", "float"]
     for name in ("dataset", "recipe", "seed", "samples_per_class", "label_noise", "noise", "root", "scheme_options"):
         assert name in table
     assert table["recipe_options"][0].startswith("batch_size=256, depth=1")
@@ -171,7 +171,7 @@ def test_table_has_every_field_and_finished_trials_are_read(tmp_path):
     assert [entry["epoch"] for entry in record["history"]] == [1, 2]
     assert {"python", "torch", "timm", "binvit"} <= set(record["versions"])
     assert record["recipe"]["width"] == 16
-    assert record["scheme"]["name"] == "bit"
+    assert record["scheme"]["name"] == "elastic"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"format": "binvit result", "id": "x", "trial": {}}', None])
@@ -359,13 +359,13 @@ def test_teacher_has_the_students_shape_and_no_teacher():
     recipe = taught.get_recipe()
     assert (taught.scheme, taught.scheme_options) == ("float", {})
     assert (recipe.distillation, recipe.stages, recipe.epochs, recipe.width) == ("none", (), 10, 24)
-    assert teacher_trial(Trial("digits", "bit", recipe_options=student.recipe_options)) == taught
+    assert teacher_trial(Trial("digits", "elastic", recipe_options=student.recipe_options)) == taught
     paper = teacher_trial(Trial("digits", recipe="paper")).get_recipe()
     assert (paper.epochs, paper.pretrained, paper.distillation) == (300, True, "none")
 
 
 def test_teacher_is_trained_once_for_all_students(tmp_path):
-    students = [tiny(scheme, distillation="hard") for scheme in ("bit", "gsb")]
+    students = [tiny(scheme, distillation="hard") for scheme in ("elastic", "gsb")]
     run_trials(students, tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.json"))) == 3
     assert load_model(teacher_trial(students[0]), tmp_path).scheme.name == "float"
@@ -380,6 +380,6 @@ def test_fast_epochs_are_not_all_shown(tmp_path):
 
     queue = pool._Queue([], tmp_path, False, Bar())
     for epoch in range(1000):  # each would be messages of a widget; sockets drop what they cannot hold
-        queue._report(tiny("bit"), epoch + 1, 1000)
+        queue._report(tiny("elastic"), epoch + 1, 1000)
     assert shown[-1] == ("bit, seed 0: epoch 1000/1000", False)
     assert sum(refresh for _, refresh in shown) <= 2

@@ -11,7 +11,7 @@ from binvit.lab.trials.trial import Trial
 
 def test_histories_are_one_table(tmp_path):
     record = {"stage": 0, "train_loss": 1.0, "train_accuracy": 0.5, "lr": 0.1}
-    trials = [Trial("digits", "bit", seed=seed, recipe_options={"epochs": 2}) for seed in (0, 1)]
+    trials = [Trial("digits", "elastic", seed=seed, recipe_options={"epochs": 2}) for seed in (0, 1)]
     for trial in trials:
         history = [record | {"epoch": 1, "test_accuracy": None}, record | {"epoch": 2, "test_accuracy": 0.5}]
         numbers = {"test_accuracy": 0.5, "train_accuracy": 0.5, "clean_train_accuracy": None, "memorized": None}

@@ -23,7 +23,7 @@ from binvit.packed import pack
 VARIANTS = {
     "binvit gsb": {"name": "gsb", "attention_bias": "relative"},
     "binvit gsb, no bias": {"name": "gsb", "attention_bias": "none"},
-    "binvit bit": {"name": "bit", "attention_bias": "relative"},
+    "binvit elastic": {"name": "elastic", "attention_bias": "relative"},
 }
 """What a packed model is measured as: a label and the scheme with its options."""
 

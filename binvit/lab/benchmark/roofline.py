@@ -28,7 +28,7 @@ def memory_bandwidth() -> float:
 
 _COLORS = {
     "torch float32": scheme_color("float"),
-    "torch bfloat16": scheme_color("bit"),
+    "torch bfloat16": scheme_color("elastic"),
     "torch int8": scheme_color("xnor"),
     "binvit 1-bit": scheme_color("gsb"),
 }

@@ -44,13 +44,13 @@ def _gsb(name: str, **scheme_options: Any) -> Condition:
 # What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once.
 FACTORS: dict[str, tuple[Condition, ...]] = {
     "groups": (
-        Condition("1", "bit"),
+        Condition("1", "elastic"),
         _gsb("2, from 0.7", thresholds=(0.7,)),
         _gsb("3, from 0.7 and 0.9", thresholds=(0.7, 0.9)),
         _gsb("4, from 0.5, 0.7 and 0.9", thresholds=(0.5, 0.7, 0.9)),
     ),
     "superposition": (
-        Condition("of neither", "bit"),
+        Condition("of neither", "elastic"),
         _gsb("of the map", value="elastic"),
         _gsb("of the value", attention="elastic"),
         _gsb("of both"),

@@ -148,7 +148,7 @@ LOSSES = {
     "cosine": ("cosine similarity", 1),
     "entropy": ("entropy (bits per element)", 1),
 }
-_BINARIZERS = {"1-bit": SCHEME_COLORS["bit"], "GSB": SCHEME_COLORS["gsb"]}
+_BINARIZERS = {"1-bit": SCHEME_COLORS["elastic"], "GSB": SCHEME_COLORS["gsb"]}
 
 
 @styled

@@ -26,7 +26,7 @@ from binvit.lab.figures.style import caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 
-def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", full: str = "float") -> list[Claim]:
+def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float") -> list[Claim]:
     """Check whether binarization resists wrong labels, on the trials of one data set.
 
     Args:

@@ -23,7 +23,9 @@ from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 
-def sample_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "bit", full: str = "float") -> list[Claim]:
+def sample_claims(
+    table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float"
+) -> list[Claim]:
     """Check whether binarization regularizes, on the trials of one data set.
 
     Args:

@@ -14,7 +14,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "full precision": ("float",),
     "made for CNNs": ("bnn", "xnor", "xnor-k", "xnor++", "bireal", "irnet", "reactnet"),
     "made for transformers": ("bibert", "bit", "bivit", "bivit-head", "binaryvit", "bhvit-qd"),
-    "group superposition": ("gsb",),
+    "group superposition": ("elastic", "gsb"),
 }
 CNN, TRANSFORMER = list(FAMILIES)[1:3]
 PUBLISHED = ("notebook", "data", "model", "scheme", "what", "top1", "source", "grade")

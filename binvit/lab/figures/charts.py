@@ -191,7 +191,7 @@ def dots(
     for y, (_, row) in enumerate(rows):
         if row is None:
             continue
-        color = scheme_color(row[scheme] if scheme else "bit")
+        color = scheme_color(row[scheme] if scheme else "elastic")
         if trials is not None:
             mask = (trials[label] == row[label]) & ((trials[group] == row[group]) if group else True)
             ax.plot(
