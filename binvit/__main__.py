@@ -10,7 +10,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -115,6 +115,43 @@ def train(
     row = run_trials([trial], results_dir=out, keep_models=True, progress=sys.stderr.isatty()).iloc[0]
     click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
     click.echo(f"The model is {model_path(trial, out)}.")
+
+
+@cli.command()
+@click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
+@click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
+@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
+              show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data set's files.")
+@click.option("--out", type=click.Path(path_type=Path), default="results", show_default=True,
+              help="Folder of the results.")  # fmt: skip
+@click.option("--rates", type=click.Path(path_type=Path), help="File of the rates.  [default: the package's own]")
+def tune(
+    dataset: str,
+    schemes: tuple[str, ...],
+    recipe: str,
+    biases: tuple[Literal["none", "full", "relative"], ...],
+    jobs: int,
+    root: Path | None,
+    out: Path,
+    rates: Path | None,
+) -> None:
+    """Choose the learning rate of each scheme on validation images; recipes take it from then on.
+
+    Every scheme gets the same rates and seeds, and test images are not loaded.
+    """
+    import binvit
+    from binvit.lab.training.rates import RATES, write_rates
+    from binvit.lab.trials.tune import tune as search
+    from binvit.lab.trials.tune import tuning_table
+
+    names = schemes or tuple(binvit.list_schemes())
+    progress = sys.stderr.isatty()
+    chosen = search(names, dataset, recipe, biases=biases, root=root, results_dir=out, jobs=jobs, progress=progress)
+    click.echo(tuning_table(chosen).round(3).to_string())
+    click.echo(f"The rates are written to {write_rates(chosen, rates or RATES)}.")
 
 
 @cli.command()

@@ -74,12 +74,11 @@ def test_training_learns_and_measures():
     assert result.parameters == sum(p.numel() for p in result.model.parameters())
 
 
-def test_learning_rate_warms_up_scales_with_the_batch_and_depends_on_the_scheme():
+def test_learning_rate_warms_up_and_scales_with_the_batch():
     rates = [entry["lr"] for entry in train_trial(tiny(epochs=6, warmup=0.5, lr=1e-2)).history]
     assert rates.index(max(rates)) == 3
-    for scheme, expected in (("float", 2e-3), ("elastic", 4e-3)):
-        result = train_trial(tiny(scheme, epochs=1, lr=1e-3, lr_binary=2e-3, lr_batch=32, schedule="constant"))
-        assert result.history[0]["lr"] == pytest.approx(expected)
+    result = train_trial(tiny("elastic", epochs=1, lr=1e-3, lr_batch=32, schedule="constant"))
+    assert result.history[0]["lr"] == pytest.approx(2e-3)
 
 
 def test_memorized_labels_are_counted(monkeypatch):
@@ -96,7 +95,7 @@ def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monk
     steps = iter(range(100))
     loss = loop.training_loss
     monkeypatch.setattr(loop, "training_loss", lambda *args: loss(*args) * (float("nan") if next(steps) >= 4 else 1))
-    trial = tiny("elastic", batch_size=32, epochs=3, schedule="constant", lr_binary=2e-3)  # three steps an epoch
+    trial = tiny("elastic", batch_size=32, epochs=3, schedule="constant", lr=2e-3)  # three steps an epoch
     with pytest.raises(TrainingDiverged, match=r"became nan in epoch 2, step 2, at learning rate 0.002; .*kept in "):
         train_trial(trial, resume=tmp_path / "run.state")
     (kept,) = tmp_path.iterdir()
@@ -119,7 +118,7 @@ def test_damaged_state_starts_over(tmp_path):
 
 def test_stages_hand_weights_on():
     whole, early = binvit.scheme("gsb"), binvit.scheme("gsb", components=("mlp",), input="float", hidden="float")
-    settings = TINY | {"stages": [mlp_weights_stage(2)], "epochs": 1, "lr": 1e-12, "lr_binary": 1e-12}
+    settings = TINY | {"stages": [mlp_weights_stage(2)], "epochs": 1, "lr": 1e-12}
     still = recipe("smoke", **settings)
     training = Training(still, [early, whole], load_data("digits", samples_per_class=5), seed=0)
     seen = []
@@ -257,7 +256,7 @@ def test_public_names_exist():
 
 
 def test_a_training_from_nothing_starts_from_the_latent_weights_of_its_scheme():
-    still = {"lr_binary": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "epochs": 1}
+    still = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "epochs": 1}
     low, high = binvit.scheme("bireal").latent_init
     layers = [train_trial(tiny(name, **still)).model.blocks[0].mlp.fc1.weight for name in ("bireal", "irnet")]
     assert low <= layers[0].min() < layers[0].max() <= high

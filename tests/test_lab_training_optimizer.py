@@ -16,7 +16,7 @@ def parts(scheme, **options):
 
 def test_only_matrices_of_the_float_model_decay():
     model, made, latent = parts("gsb", weight_decay=0.1)
-    optimizer = new_optimizer(model, made, True, latent)
+    optimizer = new_optimizer(model, made, latent)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {name for name, parameter in model.named_parameters() if decays[id(parameter)]}
     assert {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "head.weight"} <= found
@@ -25,23 +25,15 @@ def test_only_matrices_of_the_float_model_decay():
     assert len(decays) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("binary", "options", "expected"),
-    [
-        (False, {}, 1e-3),
-        (True, {}, 2e-3),
-        (True, {"lr_binary": None}, 1e-3),
-        (False, {"lr_batch": 32, "batch_size": 64}, 2e-3),
-    ],
-)
-def test_rates_depend_on_scheme_and_batch(binary, options, expected):
-    model, made, latent = parts("float", **{"lr": 1e-3, "lr_binary": 2e-3} | options)
-    assert {group["lr"] for group in new_optimizer(model, made, binary, latent).param_groups} == {expected}
+@pytest.mark.parametrize(("options", "expected"), [({}, 1e-3), ({"lr_batch": 32, "batch_size": 64}, 2e-3)])
+def test_the_rate_may_follow_the_batch(options, expected):
+    model, made, latent = parts("gsb", lr=1e-3, **options)
+    assert {group["lr"] for group in new_optimizer(model, made, latent).param_groups} == {expected}
 
 
 def test_the_rate_rises_from_a_hundredth_and_falls_to_the_end():
     model, made, latent = parts("float", lr=1e-2, min_lr=1e-5, warmup=0.25)
-    optimizer = new_optimizer(model, made, False, latent)
+    optimizer = new_optimizer(model, made, latent)
     schedule, rates = new_schedule(optimizer, made, 40), []
     for step in range(40):
         rates.append(optimizer.param_groups[0]["lr"])

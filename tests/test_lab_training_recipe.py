@@ -89,7 +89,6 @@ def test_unknown_recipe_lists_the_valid_ones():
         optional={
             "epochs": st.integers(1, 1000),
             "lr": st.floats(0, 10),
-            "lr_binary": st.none() | st.floats(0, 10),
             "patch_size": st.none() | st.integers(1, 32),
             "flip": st.floats(0, 1),
             "auto_augment": st.sampled_from(["", "rand-m9-mstd0.5-inc1", "original-mstd0.5", "augmix-m5"]),

@@ -30,5 +30,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "trials.store": ["TrialResult", "load_model", "read_result"],
         "trials.train_trial": ["train_trial"],
         "trials.trial": ["Trial"],
+        "trials.tune": ["tune"],
     },
 )

@@ -25,6 +25,8 @@ from binvit.lab.training.resume import Position, read_state, versions, write_sta
 from binvit.nn.convert import init_latent_weights
 from binvit.nn.schemes import Scheme
 
+DIVERGED = "The training loss became"  # how the sentence of a `TrainingDiverged` begins
+
 Progress = Callable[[int, int, dict[str, Any]], None]
 
 
@@ -168,7 +170,7 @@ class Training:
             self.model.set_distilled_training(True)
         if recipe.similarity:
             check_comparable(self.model, self.teacher)
-        self.optimizer = new_optimizer(self.model, recipe, scheme.name != "float", self.latent)
+        self.optimizer = new_optimizer(self.model, recipe, self.latent)
         self.scheduler = new_schedule(self.optimizer, recipe, epochs * len(self.batches))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]
@@ -239,7 +241,7 @@ class Training:
             kept = f"; the model of the last whole epoch is kept in {path}"
         stage = f"stage {self.position.stage + 1} of {len(self.stages)}, " if len(self.stages) > 1 else ""
         where = f"{stage}epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}"
-        return TrainingDiverged(f"The training loss became {loss} in {where}{kept}.")
+        return TrainingDiverged(f"{DIVERGED} {loss} in {where}{kept}.")
 
     def _config(self) -> str:
         """Return what a state must have been trained with to be continued."""

@@ -11,17 +11,15 @@ from torch.optim import Optimizer
 from binvit.lab.training.recipe import Recipe
 
 
-def new_optimizer(model: nn.Module, recipe: Recipe, binary: bool, latent: Container[str]) -> Optimizer:
+def new_optimizer(model: nn.Module, recipe: Recipe, latent: Container[str]) -> Optimizer:
     """Return the optimizer of a stage, at the highest learning rate.
 
     Args:
         model: a timm vision transformer, binarized or not.
         recipe: how it is trained.
-        binary: the model's scheme is another than "float", so that `lr_binary` holds.
         latent: names of the float model's tensors; all others are scales and shifts, on which no weight decays.
     """
-    peak = recipe.lr_binary if binary and recipe.lr_binary is not None else recipe.lr
-    peak *= recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0
+    peak = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
     fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
     added = [name for name, _ in model.named_parameters() if name not in latent]
     undecayed = [*model.no_weight_decay(), *added]

@@ -62,9 +62,8 @@ class Recipe(Config):
     optimizer: Text = "adamw"
     """A name known to `timm.optim.create_optimizer_v2`."""
     lr: Amount = 1e-3
-    """Highest learning rate, of float models and, unless `lr_binary` is given, of binary ones."""
-    lr_binary: Amount | None = None
-    """Highest learning rate of models with any other scheme than "float"; None means `lr`."""
+    """Highest learning rate. A trial that names none takes the one that validation images have chosen for its data
+    set, recipe, scheme and bias (`binvit.lab.training.rates`), and this one if nobody has asked them."""
     lr_batch: Count | None = None
     """Batch size at which `lr` holds; the rate grows linearly with `batch_size`. None: no scaling."""
     min_lr: Amount = 1e-6

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,11 +26,12 @@ class TrialsFailed(ValueError):
     Args:
         message: which trials failed and why.
         wrong_input: whether every failure is one of the input (a wrong value or a missing file) and none of the work.
+        failures: the trials with the reason of each.
     """
 
-    def __init__(self, message: str, wrong_input: bool = False):
+    def __init__(self, message: str, wrong_input: bool = False, failures: Sequence[tuple[Trial, str]] = ()):
         super().__init__(message)
-        self.wrong_input = wrong_input
+        self.wrong_input, self.failures = wrong_input, tuple(failures)
 
 
 _SECONDS_PER_REPORT = 2.0
@@ -83,6 +84,7 @@ def run_trials(
             raise TrialsFailed(
                 f"{len(failures)} of {len(results)} trials failed: {reasons}",
                 wrong_input=all(wrong_input for _, _, wrong_input in failures),
+                failures=[(trial, reason) for trial, reason, _ in failures],
             )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
     return pd.DataFrame([results[trial].to_row() | {"root": trial.root} for trial in trials])

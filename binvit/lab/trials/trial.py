@@ -11,6 +11,7 @@ import binvit
 from binvit.config import Config, Number, Options, OptionsField, Text, Whole, show, thaw
 from binvit.lab.data.fingerprint import fingerprint
 from binvit.lab.data.sources import split_name
+from binvit.lab.training.rates import tuned_rate
 from binvit.lab.training.recipe import Count, Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.identity import identity
@@ -88,8 +89,12 @@ class Trial(Config):
         return self._scheme(dict(self.scheme_options) | overrides)
 
     def get_recipe(self) -> Recipe:
-        """Return the recipe with this trial's options applied."""
-        return self._recipe(dict(self.recipe_options))
+        """Return the recipe with this trial's options applied, at the rate chosen for its scheme if they name none."""
+        recipe = self._recipe(self.recipe_options)
+        if "lr" in self.recipe_options:
+            return recipe
+        rate = tuned_rate(self.dataset, self.recipe, self.scheme, self.get_scheme().attention_bias)
+        return recipe if rate is None else dataclasses.replace(recipe, lr=rate)
 
     @property
     def fingerprint(self) -> str:
@@ -135,7 +140,7 @@ def teacher_trial(trial: Trial) -> Trial:
     """
     given = trial.get_recipe()
     taught = ("distillation", "temperature", "alpha", "similarity", "teacher_epochs", "teacher_pretrained")
-    dropped = (*taught, "stages", "lr_binary")
+    dropped = (*taught, "stages", "lr")
     options = {name: value for name, value in trial.recipe_options.items() if name not in dropped}
     options |= {
         "distillation": "none",

@@ -1,0 +1,93 @@
+"""Every scheme gets the same search on validation images, and the grid grows where its best rate lies at an end."""
+
+import pytest
+
+from binvit.lab.data import datasets
+from binvit.lab.training import rates
+from binvit.lab.training.rates import ChosenRate, read_rates, tuned_rate, write_rates
+from binvit.lab.trials import tune as module
+from binvit.lab.trials.trial import Trial, teacher_trial
+from binvit.lab.trials.tune import best_rate, tune, tuning_table
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 1, "batch_size": 256}
+
+
+def chosen(scheme="gsb", bias="none", rate=4e-3) -> ChosenRate:
+    return ChosenRate("digits", "smoke", scheme, bias, rate, [(2e-3, [0.5, 0.6]), (4e-3, [0.7, 0.8])])
+
+
+def test_rates_survive_the_file_and_replace_their_kind(tmp_path):
+    path = write_rates([chosen(), chosen("float", rate=2e-3)], tmp_path / "rates.yaml")
+    write_rates([chosen(rate=8e-3)], path)
+    found = read_rates(path)
+    assert [key[2] for key in found] == ["float", "gsb"]
+    assert found["digits", "smoke", "gsb", "none"] == chosen(rate=8e-3)
+    assert read_rates(tmp_path / "none.yaml") == {}
+
+
+@pytest.mark.parametrize("text", ["3", "- 3", "- {rate: 1}", "[", "- {data: a, recipe: b, scheme: c, bias: d}"])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "rates.yaml").write_text(text)
+    with pytest.raises(ValueError, match="rate"):
+        read_rates(tmp_path / "rates.yaml")
+
+
+def test_a_trial_takes_the_chosen_rate_unless_it_names_one(monkeypatch):
+    monkeypatch.setattr(rates, "_shipped", dict)
+    plain = Trial("digits", "gsb", scheme_options={"attention_bias": "none"})
+    default = plain.get_recipe().lr
+    monkeypatch.setattr(rates, "_shipped", lambda: {rate.key: rate for rate in (chosen(), chosen("float", rate=3e-3))})
+    assert default != 4e-3
+    assert plain.get_recipe().lr == 4e-3
+    assert Trial("digits", "gsb").get_recipe().lr == default  # with its own bias it was not tuned
+    named = Trial("digits", "gsb", scheme_options={"attention_bias": "none"}, recipe_options={"lr": 1e-2})
+    assert named.get_recipe().lr == 1e-2
+    distilled = Trial("digits", "gsb", recipe_options={"lr": 1e-2, "distillation": "hard"})
+    assert teacher_trial(distilled).get_recipe().lr == 3e-3  # the teacher is a float model with a rate of its own
+    assert plain.id != Trial("digits", "gsb", scheme_options={"attention_bias": "none"}, seed=1).id
+
+
+def test_the_place_of_the_data_is_no_part_of_their_name():
+    assert rates.data_name("parquet:some/where/flowers102_64px.parquet") == "flowers102_64px"
+    assert rates.data_name("digits") == "digits"
+    assert tuned_rate("folder:nobody/asked", "smoke", "gsb", "none") is None
+
+
+def test_tuning_never_loads_test_images_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    asked = []
+    load = datasets.read_source
+    monkeypatch.setattr(datasets, "read_source", lambda *a, test=True: asked.append(test) or load(*a, test=test))
+    options = {"grid": (0.02, 0.05), "seeds": (0,), "recipe_options": TINY, "results_dir": tmp_path, "progress": False}
+    first = tune(["float"], **options)
+    assert set(asked) == {False}
+    asked.clear()
+    assert tune(["float"], **options) == first
+    assert asked == []
+    assert {len(accuracies) for _, accuracies in first[0].table} == {1}
+
+
+def test_the_grid_grows_at_the_end_where_the_best_rate_lies(monkeypatch):
+    def accuracies(trials, *_):  # best at 0.016
+        return [1 / (1 + abs(trial.get_recipe().lr - 0.016)) for trial in trials]
+
+    monkeypatch.setattr(module, "_accuracies", accuracies)
+    (up,) = tune(["gsb"], progress=False)
+    assert up.rate == 0.016
+    assert [rate for rate, _ in up.table] == [1e-3, 2e-3, 4e-3, 8e-3, 0.016, 0.032]
+    (down,) = tune(["gsb"], grid=(0.1, 0.2), progress=False)
+    assert down.rate == pytest.approx(0.0125)
+    assert list(tuning_table([up]).columns) == ["rate", "0.001", "0.002", "0.004", "0.008", "0.016", "0.032"]
+
+
+def test_diverged_trainings_lose_and_other_failures_are_told(tmp_path):
+    options = {"seeds": (0,), "recipe_options": TINY | {"clip_grad": 0.0, "schedule": "constant"}, "progress": False}
+    (found,) = tune(["float"], grid=(0.02, 1e30), results_dir=tmp_path, **options)
+    assert dict(found.table)[1e30] == (0.0,)
+    with pytest.raises(ValueError, match="nowhere"):
+        tune(["float"], f"folder:{tmp_path}/nowhere", results_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match="positive rates"):
+        tune(["float"], grid=(), results_dir=tmp_path)
+
+
+def test_equal_rates_prefer_the_smaller_one():
+    assert best_rate({0.1: [0.5, 0.7], 0.2: [0.6, 0.6], 0.05: [0.1, 0.2]}) == 0.1
