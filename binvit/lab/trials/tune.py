@@ -90,7 +90,7 @@ def tune(
             data=data_name(dataset),
             recipe=recipe,
             scheme=scheme,
-            bias=bias,  # type: ignore[arg-type]
+            bias=bias,
             rate=best_rate(measured[scheme, bias]),
             table=tuple(sorted(measured[scheme, bias].items())),
         )
