@@ -13,9 +13,8 @@ import binvit
 from binvit.lab.analysis import attention, tensor_losses
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments import gsb_ablation
-from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.products import superpose
-from binvit.nn.rules import Elastic
+from binvit.nn.rules import Elastic, GsbAttention, GsbValue
 from binvit.nn.schemes import PLACES
 
 

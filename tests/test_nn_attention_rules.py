@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from nn_helpers import agree, arrays, outcome, parameters_of, upstream, values
 
 from binvit.nn import products
-from binvit.nn.attention_rules import REDUCTIONS, GsbAttention, GsbValue, HeadSign, MapThreshold, largest
 from binvit.nn.catalogue import scheme
-from binvit.nn.rules import SMALLEST_SCALE
+from binvit.nn.rules import REDUCTIONS, SMALLEST_SCALE, GsbAttention, GsbValue, HeadSign, MapThreshold, largest
 from binvit.nn.schemes import ATTENTION_RULES, VALUE_RULES
 
 MAP, VALUE = (2, 2, 3, 3), (2, 2, 3, 4)  # (B, H, N, N) and (B, H, N, d)

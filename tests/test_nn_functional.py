@@ -11,8 +11,8 @@ from nn_helpers import upstream
 
 from binvit.nn import functional as BF
 from binvit.nn import products, rules
-from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.catalogue import scheme
+from binvit.nn.rules import GsbAttention, GsbValue
 from binvit.nn.schemes import ATTENTION_RULES, INPUT_RULES, VALUE_RULES, WEIGHT_RULES
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gsb_quantizers.npz")

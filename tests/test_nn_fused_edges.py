@@ -11,8 +11,8 @@ from nn_helpers import arrays, values
 
 import binvit
 from binvit.nn import products, rules
-from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.fused import autograd
+from binvit.nn.rules import GsbAttention, GsbValue
 from binvit.nn.schemes import WEIGHT_RULES
 
 scale = st.sampled_from([0.25, 0.5, 1.0, 2.0])

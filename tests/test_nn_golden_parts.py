@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 import binvit
 from binvit.nn import products
-from binvit.nn.attention_rules import ThreeMaps
 from binvit.nn.block_parts import ChannelScale, LayerEnd, RPReLU
 from binvit.nn.layer_parts import Binarizer
-from binvit.nn.layers import BinaryLinear
-from binvit.nn.rules import Ede, Rule, Sign
+from binvit.nn.linear import BinaryLinear
+from binvit.nn.rules import Ede, Rule, Sign, ThreeMaps
 
 EXACT = Sign(scale="row", window="closed", factor="exact")
 

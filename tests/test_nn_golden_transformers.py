@@ -11,10 +11,10 @@ from torch import nn
 
 import binvit
 from binvit.nn import products
-from binvit.nn.attention_rules import HeadSign, MapThreshold, ScoreSign
 from binvit.nn.layer_parts import Binarizer
-from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp
-from binvit.nn.rules import Bwn, Elastic, LearnedRow, Sign
+from binvit.nn.layers import BinaryAttention, BinaryMlp
+from binvit.nn.linear import BinaryLinear
+from binvit.nn.rules import Bwn, Elastic, HeadSign, LearnedRow, MapThreshold, ScoreSign, Sign
 
 ELASTIC_BIT = Elastic(gradient="bit")
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import binvit
 from binvit.nn import AttentionBias, Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv, rules
-from binvit.nn.attention_rules import GsbAttention, HeadSign
 from binvit.nn.block_parts import LayerEnd, RPReLU
+from binvit.nn.rules import GsbAttention, HeadSign
 from binvit.nn.schemes import PLACES
 
 SCHEMES = binvit.list_schemes()

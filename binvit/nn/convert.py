@@ -12,7 +12,8 @@ from torch import nn
 
 from binvit.nn.catalogue import scheme as scheme_of
 from binvit.nn.layer_parts import AttentionBias, LimitedActivation, bias_attention
-from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.layers import BinaryAttention, BinaryMlp
+from binvit.nn.linear import BinaryLinear, BinaryPatchConv
 from binvit.nn.model import Binarized, binarize_heads, binarized_class, like
 from binvit.nn.schemes import Scheme
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from binvit.nn.attention_rules import REDUCTIONS, GsbAttention, GsbValue, check_thresholds
 from binvit.nn.products import binarize
-from binvit.nn.rules import Bwn, Elastic
+from binvit.nn.rules import REDUCTIONS, Bwn, Elastic, GsbAttention, GsbValue, check_thresholds
 
 
 def elastic_signed(x: Tensor, scale: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def gsb_attention(
     reduce: str = "row",
     gradient: str = "official",
 ) -> Tensor:
-    """Binarize an attention map by GSB; see `binvit.nn.attention_rules.GsbAttention`.
+    """Binarize an attention map by GSB; see `binvit.nn.rules.GsbAttention`.
 
     Args:
         a: Attention map after the softmax and its bias, (B, H, N, N).
@@ -78,7 +77,7 @@ def gsb_value(
     reduce: str = "row",
     gradient: str = "official",
 ) -> Tensor:
-    """Binarize a value tensor by GSB; see `binvit.nn.attention_rules.GsbValue`.
+    """Binarize a value tensor by GSB; see `binvit.nn.rules.GsbValue`.
 
     Args:
         v: Value, (B, H, N, d).

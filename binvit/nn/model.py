@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from binvit.nn.layer_parts import Binarizer
-from binvit.nn.layers import BinaryLinear, BinaryPatchConv
+from binvit.nn.linear import BinaryLinear, BinaryPatchConv
 from binvit.nn.schemes import Scheme
 
 MOST_GATHERED = 512

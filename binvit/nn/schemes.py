@@ -8,20 +8,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from binvit.nn.attention_rules import (
+from binvit.nn.block_parts import BRANCHES, LAYER_ACTIVATIONS
+from binvit.nn.rules import (
     REDUCTIONS,
+    Bwn,
+    Ede,
+    Elastic,
+    Float,
     GsbAttention,
     GsbValue,
     HeadSign,
+    LearnedOutput,
+    LearnedRow,
     MapEde,
     MapLearned,
     MapThreshold,
+    Rule,
     ScoreSign,
+    Sign,
     ThreeMaps,
     check_thresholds,
 )
-from binvit.nn.block_parts import BRANCHES, LAYER_ACTIVATIONS
-from binvit.nn.rules import Bwn, Ede, Elastic, Float, LearnedOutput, LearnedRow, Rule, Sign
 
 COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
 

@@ -18,7 +18,8 @@ from binvit import bits
 from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import Binarizer
-from binvit.nn.layers import BinaryAttention, BinaryLinear, BinaryPatchConv
+from binvit.nn.layers import BinaryAttention
+from binvit.nn.linear import BinaryLinear, BinaryPatchConv
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
 from binvit.nn.rules import Plane, Rule
 from binvit.packed.blueprint import Blueprint

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from binvit import bits
 from binvit.nn.convert import VECTORS
-from binvit.nn.layers import Binarizer, BinaryLinear
+from binvit.nn.layer_parts import Binarizer
+from binvit.nn.linear import BinaryLinear
 from binvit.nn.precision import on_cpu
 from binvit.packed.blueprint import Blueprint, check_same, describe
 from binvit.packed.exact import fold_weight, weight_dtype

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 import binvit
 from binvit.lab.analysis.tensor_losses import fit_scales, single_tensor_options
-from binvit.nn.attention_rules import GsbAttention, GsbValue, largest
 from binvit.nn.layer_parts import BiasedAttention
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.products import superpose
-from binvit.nn.rules import Elastic
+from binvit.nn.rules import Elastic, GsbAttention, GsbValue, largest
 
 
 @torch.no_grad()

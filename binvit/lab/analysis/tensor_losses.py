@@ -19,7 +19,8 @@ from binvit.lab.data.loader import Batches
 from binvit.lab.data.transforms import eval_transform
 from binvit.lab.training.evaluation import classify
 from binvit.nn.layer_parts import Binarizer
-from binvit.nn.layers import BinaryAttention, BinaryLinear
+from binvit.nn.layers import BinaryAttention
+from binvit.nn.linear import BinaryLinear
 from binvit.nn.products import superpose
 from binvit.nn.rules import SMALLEST_SCALE, Rule
 from binvit.nn.schemes import Scheme

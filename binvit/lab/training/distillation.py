@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from binvit.lab.training.recipe import Recipe
-from binvit.nn.layers import BinaryLinear
+from binvit.nn.linear import BinaryLinear
 
 
 def training_loss(

@@ -1,6 +1,6 @@
 """Compiled CPU kernels of the attention core's training step: from the joint qkv tensor to the context and back.
 
-They compute what `binvit.nn.attention_rules` and the elastic rule define, for maxima taken per row of the map and per
+They compute what `binvit.nn.rules` and the elastic rule define, for maxima taken per row of the map and per
 head of the value. Each kernel works on one row or one head at a time, so that intermediate values stay in the
 first-level cache, and sums do not depend on the number of threads.
 """

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from binvit.nn.attention_rules import GsbAttention, GsbValue
 from binvit.nn.fused import attention, elementwise
 from binvit.nn.precision import full_precision
-from binvit.nn.rules import Bwn, Elastic, Rule
+from binvit.nn.rules import Bwn, Elastic, GsbAttention, GsbValue, Rule
 
 _INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
 _BWN = Bwn()

@@ -1,6 +1,6 @@
 """Compiled CPU kernels of the training step: several element-wise passes over memory in one.
 
-They compute what the rules in `binvit.nn.rules` and `binvit.nn.attention_rules` define, for the rules that GSB and its
+They compute what the rules in `binvit.nn.rules` and `binvit.nn.rules` define, for the rules that GSB and its
 one-group baseline train with, on float32 CPU tensors; everything else takes the rules' own tensor formulas. Sums are
 formed in blocks of fixed size, so that results do not depend on the number of threads.
 """

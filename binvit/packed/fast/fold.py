@@ -17,11 +17,22 @@ from binvit import bits
 from binvit.bits.attention.bias import Bias, full_bias, no_bias, relative_bias
 from binvit.bits.attention.scores import MAX_HEAD_WIDTH
 from binvit.bits.linear import Intervals, make_intervals, pad_outputs
-from binvit.nn.attention_rules import Gsb, GsbAttention, GsbValue, MapThreshold, ScoreSign, ThreeMaps
 from binvit.nn.block_parts import LayerEnd
 from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryMlp
-from binvit.nn.rules import Ede, Elastic, LearnedOutput, Rule, Sign
+from binvit.nn.rules import (
+    Ede,
+    Elastic,
+    Gsb,
+    GsbAttention,
+    GsbValue,
+    LearnedOutput,
+    MapThreshold,
+    Rule,
+    ScoreSign,
+    Sign,
+    ThreeMaps,
+)
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.fast.layout import HEAD, ROW, SAMPLE
 from binvit.packed.fast.softmax import score_table

@@ -1,0 +1,202 @@
+"""Linear layers of a binarized vision transformer; each replaces a float one and keeps its parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from binvit.nn.block_parts import LayerEnd
+from binvit.nn.fused import autograd
+from binvit.nn.layer_parts import Binarizer
+from binvit.nn.products import ReplaceValue, binary_product
+from binvit.nn.rules import Rule
+from binvit.nn.schemes import Scheme
+
+
+def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+class BinaryLinear(nn.Module):
+    """Linear layer with binarized weights and inputs: y = end(b_x(x + shift) b_w(W)^T + bias, x).
+
+    Args:
+        linear: The float layer (`nn.Linear`, or a convolution seen as one by `BinaryPatchConv`); its weights are
+            copied.
+        weight: Rule of the weights.
+        input: Rule of the inputs.
+        shift: Learn a shift per input feature, added before the inputs are binarized.
+        linear_bias: "keep" the float layer's bias or lack of one, have one "always" or "never".
+        parts: The outputs are those of so many layers of equal width (query, key and value), each with binarizers and a
+            shift of its own.
+        latent: What happens to the latent weights before every training step's forward pass, for good: "free" nothing,
+            "clipped" to [-1, 1], "centred" over each row's fan-in, then clipped.
+        norm: Normalize the inputs first.
+        post: What follows, a `LayerEnd`.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear | nn.Conv2d,
+        weight: Rule,
+        input: Rule,
+        *,
+        shift: bool = False,
+        linear_bias: str = "keep",
+        parts: int = 1,
+        latent: str = "free",
+        norm: bool = False,
+        post: LayerEnd | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.detach().flatten(1).shape
+        self.parts, self.latent = parts, latent
+        self.weight = _copy_of(linear.weight)
+        bias = nn.Parameter(self.weight.new_zeros(self.out_features)) if linear.bias is None else _copy_of(linear.bias)
+        has_bias = linear_bias == "always" or (linear_bias == "keep" and linear.bias is not None)
+        self.bias = bias if has_bias else None
+        shape = (self.in_features,) if parts == 1 else (parts, self.in_features)
+        self.shift = nn.Parameter(self.weight.new_zeros(shape)) if shift and not input.is_float else None
+        rows = self.out_features // parts
+        if parts == 1:
+            self.weight_binarizer, self.input_binarizer = Binarizer(weight, channels=rows), Binarizer(input)
+        else:
+            self.weight_binarizer = nn.ModuleList(Binarizer(weight, channels=rows) for _ in range(parts))
+            self.input_binarizer = nn.ModuleList(Binarizer(input) for _ in range(parts))
+        self.norm = nn.LayerNorm(self.in_features) if norm else None
+        self.post = post
+
+    @property
+    def matrix(self) -> Tensor:
+        """Latent weights, (out_features, in_features)."""
+        return self.weight.flatten(1)
+
+    @property
+    def weight_binarizers(self) -> list[Binarizer]:
+        """The binarizer of each part's weights."""
+        return [self.weight_binarizer] if self.parts == 1 else list(self.weight_binarizer)
+
+    @property
+    def input_binarizers(self) -> list[Binarizer]:
+        """The binarizer of each part's inputs."""
+        return [self.input_binarizer] if self.parts == 1 else list(self.input_binarizer)
+
+    @property
+    def shifts(self) -> list[Tensor | None]:
+        """The learned shift of each part's inputs, (in_features,)."""
+        return [self.shift] * self.parts if self.shift is None or self.parts == 1 else list(self.shift)
+
+    def constrained(self) -> Tensor:
+        """Return the latent weights (out_features, in_features) that are binarized; in training mode they stay so."""
+        w = self.matrix
+        if self.latent == "free":
+            return w
+        fixed = w.detach()
+        if self.latent == "centred":
+            fixed = fixed - fixed.mean(1, keepdim=True)
+        fixed = fixed.clamp(-1, 1)
+        if not self.training:
+            return ReplaceValue.apply(w, fixed)
+        # Behind autograd's back: a second forward pass before the step changes nothing that the first has kept.
+        self.weight.data.copy_(fixed.view_as(self.weight))
+        return self.matrix
+
+    def products(self, x: Tensor) -> Tensor:
+        """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
+        products = []
+        weights = self.constrained().chunk(self.parts)
+        biases = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
+        for *places, w, shift, bias in zip(
+            self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
+        ):
+            rules = places[0].rule, places[1].rule
+            px, pw = places[0].values(x, shift), places[1].values(w)
+            if self.training and autograd.takes_linear(*rules, x, w, shift, bias):
+                products.append(autograd.elastic_linear(x, w, *rules, *px, pw, shift, bias))
+            else:
+                products.append(binary_product(x, w, *rules, px, pw, shift, bias))
+        return products[0] if self.parts == 1 else torch.cat(products, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features)."""
+        y = self.products(x if self.norm is None else self.norm(x))
+        return y if self.post is None else self.post(y, x)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+def scheme_linear(
+    linear: nn.Linear,
+    scheme: Scheme,
+    weight: str = "weight",
+    input: str = "input",
+    *,
+    parts: int = 1,
+    normed: bool = True,
+    last: bool = False,
+) -> BinaryLinear:
+    """Return a linear layer of a block with the parts that the scheme names.
+
+    Args:
+        linear: The float layer.
+        scheme: What is binarized and how.
+        weight: Which of the scheme's places holds for the weights.
+        input: Which of them holds for the inputs.
+        parts: Number of equal parts of the output: 3 for query, key and value.
+        normed: The block itself normalizes the inputs.
+        last: The layer ends a branch of the block, so that a scale of the branch belongs here.
+    """
+    outputs, inputs = linear.weight.shape
+    ends = {
+        "factor": scheme.output_factor,
+        "norm": scheme.norm == "after",
+        "own_input": scheme.own_input,
+        "activation": scheme.layer_activation,
+        "scale": scheme.layer_scale and last,
+    }
+    has_end = any(value not in (False, "none") for value in ends.values())
+    return BinaryLinear(
+        linear,
+        scheme.rule(weight),
+        scheme.rule(input),
+        shift=scheme.shift,
+        linear_bias=scheme.linear_bias,
+        parts=parts if scheme.separate_qkv else 1,
+        latent=scheme.latent,
+        norm=scheme.norm == "before" and not normed,
+        post=LayerEnd(inputs, outputs, parts=parts, **ends) if has_end else None,
+    )
+
+
+class BinaryPatchConv(BinaryLinear):
+    """Patch embedding with binarized or 8-bit weights: the strided convolution as one product over unfolded patches.
+
+    In evaluation mode every image is multiplied by itself, so that float rounding cannot depend on the batch.
+
+    Args:
+        conv: Convolution whose stride equals its kernel.
+        weight: Rule of the weights.
+        input: Rule of the patches; a mean over a patch is XNOR-Net's box filter, since patches do not overlap.
+    """
+
+    def __init__(self, conv: nn.Conv2d, weight: Rule, input: Rule) -> None:
+        super().__init__(conv, weight, input)
+        self.patch_size = tuple(conv.kernel_size)
+        self.in_chans = conv.in_channels
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Cut images (B, C, H, W) into patches (B, L, C * p * p), row by row."""
+        b, c, h, w = x.shape
+        ph, pw = self.patch_size
+        x = x.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(b, (h // ph) * (w // pw), c * ph * pw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to features (B, width, H / p, W / p)."""
+        grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
+        if self.training:
+            y = super().forward(self.patches(x))
+        else:
+            y = torch.cat([super(BinaryPatchConv, self).forward(self.patches(image)) for image in x.split(1)])
+        return y.mT.reshape(x.shape[0], self.out_features, *grid)

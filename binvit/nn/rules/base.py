@@ -1,0 +1,104 @@
+"""What every rule is: planes of small integers with their scales, and the gradients that flow back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-5
+
+
+class Plane(NamedTuple):
+    """One term `scale * (levels - offset)` of a binarized tensor.
+
+    Attributes:
+        levels: Integer values stored as floats, of the shape of the input.
+        scale: A tensor that broadcasts against `levels`, or None for 1.
+        offset: Whole numbers that broadcast against `levels`, or None for 0.
+    """
+
+    levels: Tensor
+    scale: Tensor | None
+    offset: Tensor | None = None
+
+    @property
+    def integers(self) -> Tensor:
+        """Return levels - offset, of the shape of the levels."""
+        return self.levels if self.offset is None else self.levels - self.offset
+
+
+def sign(x: Tensor) -> Tensor:
+    """Return +1 where x >= 0 and -1 elsewhere, in the type of x."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def reduce_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sum x over all dimensions along which `shape` was broadcast."""
+    return x.sum() if len(shape) == 0 else x.sum_to_size(shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor is binarized.
+
+    Attributes:
+        per: What one value of each parameter covers: the whole "tensor", an output "channel" (first dimension of a
+            weight) or a "head" of an attention tensor (B, H, N, d).
+    """
+
+    per: str = "tensor"
+
+    parameters: ClassVar[tuple[str, ...]] = ()  # names of the tensors that planes() and backward() take after x
+    learned: ClassVar[bool] = True  # parameters are trained; False: they are buffers set by a schedule
+    floored: ClassVar[bool] = False  # parameters are kept above `SMALLEST_SCALE`, which their gradient passes
+    lowest: ClassVar[int] = -1  # smallest and largest level
+    highest: ClassVar[int] = 1
+    groups: ClassVar[int] = 1  # number of planes
+    is_float: ClassVar[bool] = False
+    scale_per_token: ClassVar[bool] = False  # scales differ along the tokens, so tokens cannot be summed as integers
+
+    def parameter_shape(self, *, channels: int = 1, heads: int = 1) -> tuple[int, ...]:
+        return {"tensor": (), "channel": (channels, 1), "head": (heads, 1, 1)}[self.per]
+
+    def default(self) -> tuple[float, ...]:
+        """Parameter values of a rule that has not seen data."""
+        return (1.0,) * len(self.parameters)
+
+    def initial(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Parameter values drawn from the first training batch x."""
+        return ()
+
+    def first_forward(self, initial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Parameter values that the very first forward pass uses (the official GSB code differs there)."""
+        return initial
+
+    def planes(self, x: Tensor, *parameters: Tensor) -> list[Plane]:
+        raise NotImplementedError
+
+    def backward(self, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients to x and to each parameter for the gradient g of the binarized tensor."""
+        raise NotImplementedError
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Mean of x over everything that shares one parameter value, in the parameter's shape."""
+        if self.per == "tensor":
+            return x.mean()
+        if self.per == "channel":
+            return x.flatten(1).mean(1, keepdim=True)
+        return x.mean((0, 2, 3)).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Float(Rule):
+    """Leave the tensor as it is: y = x, dx = g."""
+
+    is_float: ClassVar[bool] = True
+
+    def planes(self, x: Tensor) -> list[Plane]:
+        return [Plane(x, None)]
+
+    def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return (g,)
