@@ -63,6 +63,33 @@ def test_context_residuals_and_layer_scales_are_counted():
     assert (audit_of("bibert", init_values=0.1) - plain).loc["norms", "float_ops"] == 2 * elements
 
 
+def test_parts_of_blocks_are_counted():
+    tokens, width = 16, 48
+    whole = {"class_token": False, "global_pool": "avg"}
+    outputs, plain = tokens * (3 * width + width + 4 * width + width), audit_of("bibert", **whole)
+
+    def more(column="float_ops", **fields):
+        return audit_of(binvit.scheme("bibert", **fields), **whole).sub(plain, fill_value=0)[column]
+
+    assert more(norm="after")["norms"] == 4 * outputs
+    assert more("parameters", norm="after")["norms"] == 2 * 9 * width
+    assert more(norm="before")["norms"] == 4 * tokens * 5 * width
+    assert more(own_input=True)[STREAM] == outputs + tokens * 4 * width  # fc2 averages its wider input first
+    assert more(layer_activation="clip")["activation functions"] == 2 * outputs
+    assert more(layer_activation="rprelu")["activation functions"] == 3 * outputs
+    assert more("parameters", output_factor=True)["weight scales"] == 9 * width
+    assert more(output_factor=True)["weight scales"] == outputs
+    assert more(layer_scale=True)["norms"] == 2 * 2 * tokens * width
+    assert more(activation="none")["activation functions"] == -tokens * 4 * width
+    assert more(separate_qkv=True)["activation scales"] == 2 * tokens * width
+    pool, shift = (
+        audit_of(binvit.scheme("bibert", branches=kind), **whole).loc["branches"] for kind in ("pool", "shift")
+    )
+    assert pool["float_ops"] == (2 * (3 + 1) + 2 * (5 + 1) + 4 * 3) * tokens * width
+    assert shift["float_ops"] == (2 * (3 + 1) + 2 * (5 + 1) + 6 * 3) * tokens * width
+    assert (pool["parameters"], shift["parameters"]) == (4 * 2 * width, 6 * 2 * width)
+
+
 @pytest.mark.parametrize("include_prefix", [False, True])
 def test_attention_pooling_is_counted(include_prefix):
     width, tokens = 48, 17 if include_prefix else 16

@@ -41,6 +41,29 @@ def test_every_rule_of_every_place(place):
             check_exact(trained(scheme, depth=1), X[:3])
 
 
+PARTS = {
+    "layers of their own": {"separate_qkv": True},
+    "norms before": {"norm": "before"},
+    "norms after, own inputs, clips": {"norm": "after", "own_input": True, "layer_activation": "clip"},
+    "factors and scales": {"output_factor": True, "layer_scale": True, "layer_activation": "rprelu"},
+    "centred latent weights": {"latent": "centred", "weight": "sign_mean"},
+    "clipped latent weights": {"latent": "clipped"},
+    "a norm of the context": {"context_norm": True},
+    "a context with query, key and value": {"context_residual": True},
+    "no activation": {"activation": "none"},
+    "pooling branches": {"branches": "pool"},
+    "shifting branches": {"branches": "shift"},
+}
+
+
+@pytest.mark.parametrize("name", ["gsb", "xnor"])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_block(name, part):
+    model = trained(binvit.scheme(name, **PARTS[part]), depth=1, class_token=False, global_pool="avg")
+    check_exact(model, X[:3])
+    assert binvit.pack(model).reason or part in ("no activation", "centred latent weights", "clipped latent weights")
+
+
 @pytest.mark.parametrize("reduce", ["batch", "sample", "head", "row"])
 @pytest.mark.parametrize("thresholds", [(), (0.6,), (0.5, 0.7, 0.9)])
 def test_reductions_and_numbers_of_groups(reduce, thresholds):

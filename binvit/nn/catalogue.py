@@ -81,6 +81,7 @@ _CATALOGUE = (
         "and value, and LayerNorms where the nets have batch norms, are this project's choice.",
         output_factor=True,
         norm="after",
+        context_norm=True,
         activation="none",
         **_everywhere("sign_open", weight="sign_open", attention="half_max_learned", value="sign_learned"),
     ),
