@@ -1,4 +1,10 @@
-"""How every kernel is compiled: the one place that owns the options, the threads and the compile time."""
+"""How every kernel is compiled: the one place that owns the options, the cache, the threads and the compile time.
+
+numba optimizes every function by itself, and again inside each caller that it is inlined into: the forward pass, a nest
+of kernels seven deep, would be compiled seven times. So a kernel has two forms. Python calls the entry, which is kept
+on disk; in other kernels its name stands for the nested form, which is optimized and turned into machine code with the
+entry around it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +13,23 @@ import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import llvmlite.binding
 import numba
 import numpy as np
-from numba import config
+from numba.core import event
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
+config: Any = numba.config  # which numba fills at run time
 JIT = not config.DISABLE_JIT
 """False under ``NUMBA_DISABLE_JIT=1``: kernels then run as plain Python, their vector code as numpy."""
 
@@ -33,42 +46,193 @@ _CHOSEN = threading.local()
 
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
-# Lets LLVM keep one partial sum per lane.
-_REORDERED_SUMS = {"reassoc", "contract", "nsz", "arcp"}
+_REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane
+
+_HOMES = ("bits", "nn/fused", "packed/fast")  # the rooms whose kernels may be nested in others
+_PATIENCE = 1.0  # seconds of compiling before a word is said
 
 
-def kernel(
-    function: Callable | None = None,
-    *,
-    parallel: bool = False,
-    reorder: bool = False,
-) -> Callable:
-    """Compiles a function with the options that all kernels share.
+def kernel(function: Callable | None = None, *, parallel: bool = False, reorder: bool = False) -> Callable:
+    """Compile a function with the options that all kernels share.
 
     Args:
         function: the kernel; numba compiles it at the first call and keeps the result on disk.
-        parallel: whether its ``numba.prange`` loops run on several threads.
+        parallel: whether its ``numba.prange`` loops run on several threads; such a kernel is called from Python only.
         reorder: whether floating-point sums may be reordered.
 
     Returns:
-        The compiled kernel, which other compiled functions may call; without JIT the function itself.
+        The compiled kernel, which other kernels may call; without JIT the function itself.
     """
     if function is None:
         return lambda f: kernel(f, parallel=parallel, reorder=reorder)
     if not JIT:
         return function
-    options = {
-        "nogil": True,
-        "error_model": "numpy",
-        "parallel": parallel,
-        "fastmath": _REORDERED_SUMS if reorder else False,
-    }
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to write a cache: a read-only installation without a home directory
-        return numba.njit(**options)(function)
-    _follow_package(compiled)
-    return compiled
+    fast = _REORDERED_SUMS if reorder else False
+    return _Kernel(function, nogil=True, error_model="numpy", parallel=parallel, fastmath=fast)
+
+
+class _Kernel:
+    def __init__(self, function: Callable, **options: Any) -> None:
+        functools.update_wrapper(self, function)
+        njit: Any = functools.partial(numba.njit, no_cfunc_wrapper=True, **options)
+        self._entry = njit()(function)
+        try:
+            self._entry._cache = _Cache(function)
+        except RuntimeError:  # numba found no folder: a read-only installation without a home
+            self._entry._cache = _NoCache()
+        self._nested = njit(no_cpython_wrapper=True, pipeline_class=_NestedCompiler)(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._entry(*arguments)
+
+    @property
+    def _numba_type_(self) -> numba.types.Type:  # what the kernel's name means in compiled code
+        return self._nested._numba_type_
+
+
+class _NestedCompiler(Compiler):
+    def define_pipelines(self) -> list:
+        self.state.library = _NestedLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
+class _NestedLibrary(JITCodeLibrary):
+    # Code that is linked into other libraries only: nothing of it is optimized or loaded by itself.
+
+    codegen = SimpleNamespace(set_env=lambda name, environment: None)
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0
+
+
+def _package_stamp() -> str:
+    here = Path(__file__).parent
+    sources = [here / "jit.py", *sorted(path for home in _HOMES for path in (here / home).rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+_STAMP = _package_stamp()
+
+
+class _NoCache(NullCache):
+    def save_overload(self, signature: Any, data: Any) -> None:
+        _say_uncached("there is no folder to write to")
+
+
+class _Cache(FunctionCache):
+    # A kernel's machine code on disk, which may fail at any time without failing a call.
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        # numba looks at the function's file only, so an edited kernel would live on inside those it is nested in.
+        stamp = self._impl.locator.get_source_stamp(), _STAMP
+        self._cache_file = _CacheFile(self.cache_path, f"{self._impl.filename_base}.sealed", stamp)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return super().load_overload(signature, context)
+        except Exception as error:  # damaged bytes may raise anything
+            _say_damaged(self.cache_path, error)
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _say_uncached(f"{self.cache_path} cannot be written ({error.strerror or error})")
+
+
+class _CacheFile(IndexDataCacheFile):
+    # Ends every file with a digest, which unpickling does not read: a flipped bit of machine code would be run. That of
+    # code covers the stamp, too, since numba writes the index first: code of old sources may still lie behind it.
+
+    @contextmanager
+    def _open_for_write(self, path: str) -> Iterator[Any]:
+        with super()._open_for_write(path) as file:
+            yield file
+            file.flush()
+            file.write(self._seal(path, Path(file.name).read_bytes()))
+
+    def _load_index(self) -> dict:
+        try:
+            self._check(self._index_path)
+            return super()._load_index()
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            _say_damaged(self._index_path, error)
+            return {}
+
+    def _load_data(self, name: str) -> Any:
+        self._check(self._data_path(name))
+        return super()._load_data(name)
+
+    def _check(self, path: str) -> None:
+        content = Path(path).read_bytes()
+        if content[-32:] != self._seal(path, content[:-32]):
+            raise ValueError("its digest does not fit")
+
+    def _seal(self, path: str, content: bytes) -> bytes:
+        stamp = "" if path == self._index_path else repr(self._source_stamp)
+        return hashlib.sha256(content + stamp.encode()).digest()
+
+
+_COMPILING = "compiling", "binvit is compiling its kernels for this machine, which takes some seconds."
+
+
+class _Watch(event.Listener):
+    # Says a word when the process has compiled kernels for a second in all; numba compiles one after the other.
+
+    def __init__(self) -> None:
+        self._depth, self._spent, self._start = 0, 0.0, 0.0
+
+    def on_start(self, event: event.Event) -> None:
+        self._depth += _is_ours(event)
+        if self._depth == 1 and not self._start:
+            self._start = time.perf_counter()
+            self._timer = threading.Timer(max(0.0, _PATIENCE - self._spent), _say, _COMPILING)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_end(self, event: event.Event) -> None:
+        self._depth -= _is_ours(event)
+        if not self._depth and self._start:
+            self._timer.cancel()
+            self._spent, self._start = self._spent + time.perf_counter() - self._start, 0.0
+
+
+def _is_ours(event: event.Event) -> bool:
+    return event.data["dispatcher"].py_func.__module__.startswith("binvit.")
+
+
+if JIT:
+    event.register("numba:compile", _Watch())
+
+_SAID: set[str] = set()
+
+
+def _say(topic: str, sentence: str) -> None:
+    # Once a process; in a notebook it would become part of the document, and of what is compared.
+    if topic in _SAID or os.environ.get("BINVIT_QUIET", "0") not in ("", "0") or "ipykernel" in sys.modules:
+        return
+    _SAID.add(topic)
+    with suppress(AttributeError, OSError, ValueError):  # stderr is closed, or there is none
+        sys.stderr.write(f"{sentence}\n")
+        sys.stderr.flush()
+
+
+def _say_uncached(reason: str) -> None:
+    _say("uncached", f"binvit compiles its kernels anew in every process, since {reason}; set NUMBA_CACHE_DIR.")
+
+
+def _say_damaged(path: str, error: Exception) -> None:
+    _say("damaged", f"binvit compiles kernels anew, since it cannot read those in {path} ({error}).")
 
 
 def vector_code(twin: Callable) -> Callable:
@@ -81,24 +245,6 @@ def vector_code(twin: Callable) -> Callable:
         A decorator for the intrinsic.
     """
     return lambda function: intrinsic(function) if JIT else twin
-
-
-def _package_stamp() -> str:
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([here / "jit.py", *(here / "bits").rglob("*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-_STAMP = _package_stamp()
-
-
-def _follow_package(compiled: Callable) -> None:
-    # numba looks at the caller's file only, so an edited kernel would live on inside the callers it was inlined into.
-    file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(file, "_source_stamp"):
-        file._source_stamp = (file._source_stamp, _STAMP)
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
@@ -178,7 +324,7 @@ def get_threads() -> int:
 @functools.cache
 def _start_threads() -> None:
     # numba starts its threads in torch's OpenMP runtime if that is loaded, and thereby sets the number that torch uses.
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     before = torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
     numba.get_num_threads()
     if before is not None:

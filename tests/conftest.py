@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
+os.environ.setdefault("BINVIT_QUIET", "1")  # what is said on stderr does not depend on what was compiled before
 
 from hypothesis import settings
 

@@ -8,14 +8,14 @@ first-level cache, and sums do not depend on the number of threads.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from binvit.nn.fused.elementwise import OPTIONS
+from binvit.jit import kernel
 
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
     """Signs of the shifted query and key: qkv (B, N, 3, H, d), shifts (H, d) -> (B, H, N, d) each."""
     batch, n, _, heads, width = qkv.shape
@@ -28,7 +28,7 @@ def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
                 signs_k[b, h, i, c] = ONE if qkv[b, i, 1, h, c] + shift_k[h, c] >= 0 else -ONE
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def superpose_value(qkv, shift, scales, thresholds, extremes, out):
     """Binarized value per head: qkv (B, N, 3, H, d), shift (H, d) -> out (B, H, N, d); extremes (B, H, 2): max, min."""
     batch, n, _, heads, width = qkv.shape
@@ -53,7 +53,7 @@ def superpose_value(qkv, shift, scales, thresholds, extremes, out):
             y[e] = y[e] if v[e] >= 0 else -y[e]
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def superpose_map(product, bias, table, scales, thresholds, probability, out):
     """Softmax by table, bias, maximum and groups of integer products (B, H, N, N), one row at a time."""
     batch, heads, n, m = product.shape
@@ -96,7 +96,7 @@ def superpose_map(product, bias, table, scales, thresholds, probability, out):
                 out[b, h, i, j] = y
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscales, counts):
     """Turn g, the gradient of the binarized map, into the gradient of the scores, row by row and in place."""
     batch, heads, n, m = probability.shape
@@ -146,7 +146,7 @@ def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscale
                     dbias[h, i, j] += d[j]
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def merge_gradients(
     qkv,
     shift_q,

@@ -7,35 +7,25 @@ formed in blocks of fixed size, so that results do not depend on the number of t
 
 from __future__ import annotations
 
-import functools
-
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from binvit.jit import JIT, get_threads, kernel
+
 BLOCK = 32  # rows that are summed together
-OPTIONS = {"parallel": True, "cache": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 def usable(*tensors: Tensor | None) -> bool:
     """Tell whether the kernels can take these tensors: float32 on the CPU, and numba compiles."""
-    if numba.config.DISABLE_JIT:
+    if not JIT:
         return False
-    _start_threads()
+    get_threads()  # starts them: numba may take torch's OpenMP runtime over, and the number that torch uses with it
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
 
 
-@functools.cache
-def _start_threads() -> None:
-    # numba may start its threads in torch's OpenMP runtime, and thereby sets the number that torch uses.
-    before = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(before)
-
-
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def elastic_levels(x, shift, threshold, unsigned, out):
     """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1."""
     rows, k = x.shape
@@ -49,7 +39,7 @@ def elastic_levels(x, shift, threshold, unsigned, out):
                     out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def centred_signs(w, out):
     """Signs of w - mean(w), (N, K), into out; returns the mean of |w|."""
     rows, k = w.shape
@@ -67,7 +57,7 @@ def centred_signs(w, out):
     return np.float32(sizes.sum() / w.size)
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def elastic_backward(x, shift, g, gain, scale, unsigned, dshift):
     """Gradients of an elastic binarizer of x + shift, (M, K) with a shift of (K,).
 
@@ -102,7 +92,7 @@ def elastic_backward(x, shift, g, gain, scale, unsigned, dshift):
     return np.float32(sums.sum())
 
 
-@njit(**OPTIONS)
+@kernel(parallel=True, reorder=True)
 def scale_product(product, scale, bias, out):
     """Write product * scale + bias, (M, N) with vectors of (N,), into out, which may be the product."""
     rows, n = product.shape

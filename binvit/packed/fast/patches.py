@@ -163,7 +163,9 @@ def embed_patches(p, image, x, start, stop):
     columns = image.shape[2] // wide
     patches, out = np.zeros((TILE, length), np.float32), np.empty((TILE, PANEL), np.float32)
     if start == 0:
-        x[:prefix] = p.prefix
+        for t in range(prefix):  # assigning a slice compiles the text of numba's error about shapes: three seconds
+            for n in range(width):
+                x[t, n] = p.prefix[t, n]
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
         for r in range(rows):

@@ -1,0 +1,166 @@
+"""How kernels are compiled and kept on disk, in a small package of the same layout, each run in its own process."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from binvit import jit
+
+pytestmark = pytest.mark.skipif(not jit.JIT, reason="nothing is compiled")
+
+INNER = "from binvit.jit import kernel\n\n@kernel\ndef inner(x):\n    return x + 1\n"
+OUTER = """import numpy as np
+from binvit.jit import kernel
+from binvit.{home}.inner import inner
+
+@kernel
+def outer(x):
+    return 10 * inner(x)
+
+@kernel(reorder=True)
+def total(x):
+    y = np.zeros(4)
+    for i in range(4):
+        y[i] = inner(x) + i
+    return y.sum()
+"""
+MAIN = """import binvit.jit
+binvit.jit._PATIENCE = 99
+from binvit.packed.fast.outer import outer, total
+print(outer(4), total(4))
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    for home in ("bits", "nn/fused", "packed/fast", "lab"):
+        (tmp_path / "binvit" / home).mkdir(parents=True)
+    (tmp_path / "binvit" / "__init__.py").touch()
+    shutil.copy(jit.__file__, tmp_path / "binvit")
+    (tmp_path / "binvit" / "bits" / "inner.py").write_text(INNER)
+    (tmp_path / "binvit" / "packed" / "fast" / "outer.py").write_text(OUTER.format(home="bits"))
+    return tmp_path
+
+
+def run(folder, main=MAIN, file_size=None, **environment):
+    """Return what a process prints to stdout and stderr."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("BINVIT_QUIET", "NUMBA_DISABLE_JIT")}
+    settings = {"PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def limit():
+        if file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    done = subprocess.run(
+        [sys.executable, "-c", main],
+        env=kept | settings | environment,
+        cwd=folder,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def kept_code(folder):
+    return {path: path.read_bytes() for path in (folder / "cache").rglob("*.nb[ci]")}
+
+
+@pytest.mark.parametrize("home", ["bits", "nn/fused", "packed/fast"])
+def test_an_edited_kernel_is_new_inside_those_that_call_it(package, home):
+    (package / "binvit" / home / "inner.py").write_text(INNER)
+    outer = package / "binvit" / "packed" / "fast" / "outer.py"
+    outer.write_text(OUTER.format(home=home.replace("/", ".")))
+    assert run(package) == ("50 26.0\n", "")
+    (package / "binvit" / home / "inner.py").write_text(INNER.replace("x + 1", "x + 2"))
+    assert run(package) == ("60 30.0\n", "")
+
+
+def test_code_is_kept_from_process_to_process_and_whatever_changes_in_other_rooms(package):
+    assert run(package) == ("50 26.0\n", "")
+    first = kept_code(package)
+    assert len(first) == 4  # index and code of the two kernels that Python calls
+    (package / "binvit" / "lab" / "new.py").write_text("x = 1\n")
+    assert run(package) == ("50 26.0\n", "")
+    assert kept_code(package) == first
+
+
+def test_without_a_folder_to_write_to_kernels_are_compiled_and_that_is_said_once(package):
+    for room in ("packed/fast", "bits"):
+        (package / "binvit" / room / "__pycache__").write_text("a file, where root could write into any folder")
+    nowhere = {"NUMBA_CACHE_DIR": "/dev/null/none", "HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none"}
+    out, err = run(package, **nowhere)
+    assert out == "50 26.0\n"
+    assert err.count("\n") == 1
+    assert "there is no folder to write to" in err
+    assert run(package, **nowhere, BINVIT_QUIET="1") == ("50 26.0\n", "")
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_folder_without_space_costs_only_the_cache(package, size):
+    out, err = run(package, file_size=size)
+    assert out == "50 26.0\n"
+    assert err.count("\n") == 1
+    assert "File too large" in err
+    assert str(package / "cache") in err
+    assert not list((package / "cache").rglob("*.tmp*"))
+    assert run(package) == ("50 26.0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    {
+        "empty index": ("nbi", lambda content: b""),
+        "text for index": ("nbi", lambda content: b"I am a poem.\n" * 99),
+        "half the code": ("nbc", lambda content: content[: len(content) // 2]),
+        "zeros for code": ("nbc", lambda content: bytes(len(content))),
+        "a flipped bit": ("nbc", lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:]),
+    }.values(),
+)
+def test_damaged_files_are_made_anew_and_that_is_said_once(package, ending, damage):
+    run(package)
+    for path, content in kept_code(package).items():
+        if path.suffix == f".{ending}":
+            path.write_bytes(damage(content))
+    out, err = run(package)
+    assert out == "50 26.0\n"
+    assert err.count("\n") == 1
+    assert "cannot read" in err
+    assert run(package) == ("50 26.0\n", "")
+
+
+def test_code_of_old_sources_behind_a_new_index_is_not_run(package):
+    run(package)
+    old = kept_code(package)
+    (package / "binvit" / "bits" / "inner.py").write_text(INNER.replace("x + 1", "x + 2"))
+    run(package)
+    for path, content in old.items():
+        if path.suffix == ".nbc":  # as if the disk had been full between index and code
+            path.write_bytes(content)
+    assert run(package)[0] == "60 30.0\n"
+
+
+def test_a_second_of_compiling_is_said_once_and_not_in_notebooks(package):
+    impatient = MAIN.replace("99", "0")
+    out, err = run(package, impatient)
+    assert out == "50 26.0\n"
+    assert err == "binvit is compiling its kernels for this machine, which takes some seconds.\n"
+    assert run(package, impatient) == ("50 26.0\n", "")  # loaded, not compiled
+    for quiet, environment in (("import sys; sys.modules['ipykernel'] = sys\n", {}), ("", {"BINVIT_QUIET": "1"})):
+        shutil.rmtree(package / "cache")
+        assert run(package, quiet + impatient, **environment) == ("50 26.0\n", "")
+
+
+def test_all_rooms_with_kernels_count_for_the_stamp():
+    package = Path(jit.__file__).parent
+    users = {path for path in package.rglob("*.py") if "import" in path.read_text() and "@kernel" in path.read_text()}
+    nested = {path for path in users if not any(path.is_relative_to(package / home) for home in jit._HOMES)}
+    assert {path.name for path in nested} <= {"jit.py", "exact.py"}  # the exact path's kernel calls no other
+    assert not [path for path in package.rglob("*.py") if "njit(" in path.read_text() and path.name != "jit.py"]
