@@ -102,7 +102,7 @@ class Config:
         dataclass(cls, frozen=True, config=settings)
         build = cls.__init__
 
-        def __init__(self, *values: Any, **fields: Any) -> None:
+        def __init__(self: Any, *values: Any, **fields: Any) -> None:
             names = cls.field_names()
             for name, value in [*zip(names, values, strict=False), *fields.items()]:
                 if _is_deep(value):

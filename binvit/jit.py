@@ -235,7 +235,7 @@ def _say_damaged(path: str, error: Exception) -> None:
     _say("damaged", f"binvit compiles kernels anew, since it cannot read those in {path} ({error}).")
 
 
-def vector_code(twin: Callable) -> Callable:
+def vector_code(twin: Callable | None) -> Callable:
     """Makes an intrinsic of LLVM vector code, with a plain Python twin that gives the same integers without JIT.
 
     Args:

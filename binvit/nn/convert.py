@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -49,7 +50,8 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
         _replace_parts(model, scheme)
         binarize_heads(model)
     if not isinstance(model, Binarized):
-        model.__class__ = binarized_class(type(model))
+        kind: Any = type(model)
+        model.__class__ = binarized_class(kind)
     return model.train(model.training)
 
 
@@ -172,7 +174,7 @@ def fill_buffers(model: VisionTransformer) -> None:
             module.index = index
 
 
-def set_progress(model: nn.Module, done: float) -> None:
+def set_progress(model: VisionTransformer, done: float) -> None:
     """Tell schedule-driven binarizers (IR-Net's gradient) which share `done`, 0 to 1, of training is over."""
     for module in model.modules():
         if module is not model and hasattr(module, "set_progress"):

@@ -92,7 +92,7 @@ def gsb_value(
     return _binarize_gsb(GsbValue, v, scales, thresholds, reduce, gradient)
 
 
-def _choice(what: str, value: str, valid: Sequence[str]) -> None:
+def _choice(what: str, value: str, valid: Sequence[object]) -> None:
     if value not in valid:
         raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, got {value!r}.")
 

@@ -28,6 +28,8 @@ class Binarizer(nn.Module):
         sets_itself: A batch in training mode may set the parameters.
     """
 
+    initialized: Tensor
+
     def __init__(self, rule: Rule, *, channels: int = 1, heads: int = 1) -> None:
         super().__init__()
         self.rule = rule
@@ -136,7 +138,8 @@ class Binarizer(nn.Module):
     def set_progress(self, done: float) -> None:
         """Move a schedule-driven parameter to the share `done` (0 to 1) of training."""
         if not self.rule.learned and self.rule.parameters:
-            getattr(self, self.rule.parameters[0]).fill_(self.rule.progress(done))
+            rule: Any = self.rule
+            getattr(self, rule.parameters[0]).fill_(rule.progress(done))
 
     def extra_repr(self) -> str:
         return repr(self.rule)
@@ -158,6 +161,8 @@ class AttentionBias(nn.Module):
         grid: Patches along height and width.
         prefix: Number of tokens before the patches (class, distillation, registers).
     """
+
+    index: Tensor
 
     def __init__(self, kind: str, heads: int, grid: tuple[int, int], prefix: int) -> None:
         super().__init__()

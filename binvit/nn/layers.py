@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from timm.layers import Mlp
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from binvit.nn.block_parts import Branches, LayerEnd, clip
@@ -31,7 +35,18 @@ class BinaryAttention(nn.Module):
             "binary" (what multiplies the value), "query", "key", "value" (before binarization) and "value_binary".
     """
 
-    def __init__(self, attention: nn.Module, scheme: Scheme, grid: tuple[int, int], prefix: int) -> None:
+    qkv: Any  # `BinaryLinear`, in a packed model what stands in for it
+    proj: Any
+    factor: Tensor
+    query_binarizer: Binarizer
+    key_binarizer: Binarizer
+    attention_binarizer: Binarizer
+    value_binarizer: Binarizer
+    query_shift: nn.Parameter | None
+    key_shift: nn.Parameter | None
+    value_shift: nn.Parameter | None
+
+    def __init__(self, attention: Attention, scheme: Scheme, grid: tuple[int, int], prefix: int) -> None:
         super().__init__()
         heads = self.num_heads = attention.num_heads
         self.head_dim, self.attn_dim = attention.head_dim, attention.attn_dim
@@ -120,7 +135,8 @@ class BinaryAttention(nn.Module):
         binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
         plain = self.training and self.softmax and not (self.record or self.context_end or self.attn_drop.p)
         plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        return plain and binarizers[2].is_set and autograd.takes_attention(*(b.rule for b in binarizers), qkv)
+        query, key, map_, value = (binarizer.rule for binarizer in binarizers)
+        return plain and binarizers[2].is_set and autograd.takes_attention(query, key, map_, value, qkv)
 
     def _fused(self, qkv: Tensor) -> Tensor:
         query, key, map_, value = (
@@ -152,7 +168,10 @@ class BinaryMlp(nn.Module):
             out.
     """
 
-    def __init__(self, mlp: nn.Module, scheme: Scheme, grid: tuple[int, int] | None = None) -> None:
+    fc1: Any  # `BinaryLinear`, in a packed model what stands in for it
+    fc2: Any
+
+    def __init__(self, mlp: Mlp, scheme: Scheme, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.fc1 = scheme_linear(mlp.fc1, scheme, "mlp_weight")
         self.act = {"keep": mlp.act, "relu": nn.ReLU(), "none": nn.Identity()}[scheme.activation]
@@ -160,8 +179,9 @@ class BinaryMlp(nn.Module):
         self.fc2 = scheme_linear(mlp.fc2, scheme, "mlp_weight", "hidden", normed=False, last=True)
         self.drop2 = mlp.drop2
         self.limit = scheme.activation_limit
-        branched = grid is not None and scheme.branches != "none"
-        self.branches = Branches(scheme.branches, self.fc1.in_features, grid) if branched else None
+        self.branches = None
+        if grid is not None and scheme.branches != "none":
+            self.branches = Branches(scheme.branches, self.fc1.in_features, grid)
 
     def activate(self, x: Tensor) -> Tensor:
         """Apply the activation and, if the scheme has one, its limit."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,7 @@ from binvit.nn.rules import Rule
 from binvit.nn.schemes import Scheme
 
 
-def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
+def _copy_of(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
@@ -34,6 +37,9 @@ class BinaryLinear(nn.Module):
         norm: Normalize the inputs first.
         post: What follows, a `LayerEnd`.
     """
+
+    weight_binarizer: Any  # one, or a ModuleList of one per part
+    input_binarizer: Any
 
     def __init__(
         self,
@@ -105,7 +111,7 @@ class BinaryLinear(nn.Module):
         """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
         products = []
         weights = self.constrained().chunk(self.parts)
-        biases = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
+        biases: Sequence[Tensor | None] = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
         for *places, w, shift, bias in zip(
             self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
         ):
@@ -148,7 +154,7 @@ def scheme_linear(
         last: The layer ends a branch of the block, so that a scale of the branch belongs here.
     """
     outputs, inputs = linear.weight.shape
-    ends = {
+    ends: dict[str, Any] = {
         "factor": scheme.output_factor,
         "norm": scheme.norm == "after",
         "own_input": scheme.own_input,

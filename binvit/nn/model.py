@@ -52,7 +52,7 @@ class Binarized:
     def reset_classifier(self, num_classes: int, *arguments: Any, **options: Any) -> None:
         """Replace the heads by new ones of another number of classes, binarized as the scheme says."""
         super().reset_classifier(num_classes, *arguments, **options)  # type: ignore[misc]
-        binarize_heads(self)  # type: ignore[arg-type]
+        binarize_heads(self)
         self._prepared = False
 
     def set_input_size(
@@ -91,8 +91,8 @@ def binarized_class(kind: type) -> type:
     return type(f"Binarized{kind.__name__}", (Binarized, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
-def _empty(kind: type) -> nn.Module:
-    made = binarized_class(kind)
+def _empty(kind: type) -> Any:
+    made: Any = binarized_class(kind)
     return made.__new__(made)
 
 
@@ -217,7 +217,7 @@ def _gather(images: Tensor, group: Any) -> Tensor:
 
 
 @contextmanager
-def _forgotten(model: nn.Module) -> Iterator[None]:
+def _forgotten(model: VisionTransformer) -> Iterator[None]:
     """Forget all scales, and take them back if what follows raises an error."""
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for binarizer in _binarizers(model):

@@ -117,8 +117,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or no PyTorch checkpoint of plain tensors ({type(error).__name__})."
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
-    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not tensors:
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(
             f"{path} is no official GSB checkpoint: the key 'model' with a dictionary of tensors is missing."
         )

@@ -27,10 +27,10 @@ def full_precision(function: Callable) -> Callable:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         if not kinds:
             return function(*arguments, **options)
-        arguments = [_widen(argument) for argument in arguments]
+        wide = [_widen(argument) for argument in arguments]
         options = {name: _widen(option) for name, option in options.items()}
         with torch.autocast(kinds[0], enabled=False), torch.autocast(kinds[-1], enabled=False):
-            return function(*arguments, **options)
+            return function(*wide, **options)
 
     return run
 

@@ -18,7 +18,7 @@ LARGEST_EXACT = 2**24  # integers below are exact in float32
 
 def superpose(planes: Sequence[Plane]) -> Tensor:
     """Return the sum of scale * (levels - offset) over the planes."""
-    total = None
+    total: Any = None
     for plane in planes:
         term = plane.integers if plane.scale is None else plane.integers * plane.scale
         total = term if total is None else total + term
@@ -140,13 +140,14 @@ class _BinaryProduct(torch.autograd.Function):
         x, w, *parameters = ctx.saved_tensors
         px, pw = parameters[: ctx.n_x], parameters[ctx.n_x :]
         need_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[4] or any(ctx.needs_input_grad[6 : 6 + ctx.n_x])
-        dx, dpx = None, [None] * len(px)
+        dx: Tensor | None = None
+        dpx: list[Tensor | None] = [None] * len(px)
         if need_x:
             dx, *dpx = rule_x.backward(x, g @ superpose(rule_w.planes(w, *pw)), *px)
         xb = superpose(rule_x.planes(x, *px))
         gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
         dw, *dpw = rule_w.backward(w, gw, *pw)
-        dshift = dx.sum_to_size(ctx.shift_shape) if ctx.shift_shape is not None and need_x else None
+        dshift = None if dx is None or ctx.shift_shape is None else dx.sum_to_size(ctx.shift_shape)
         dbias = g.flatten(0, -2).sum(0) if ctx.has_bias else None
         return None, None, dx, dw, dshift, dbias, *dpx, *dpw
 
@@ -197,7 +198,7 @@ def superposed_product(attention: Sequence[Plane], value: Sequence[Plane]) -> Te
 
     The sum runs over the attention planes and, inside, over the value planes; the order is part of the contract.
     """
-    total = None
+    total: Any = None
     for plane_a in attention:
         for plane_v in value:
             product = plane_a.integers @ plane_v.integers

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from safetensors.torch import save as serialize
 from timm.layers import AttentionPoolLatent
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from binvit.nn.block_parts import Branches, LayerEnd
@@ -66,7 +69,7 @@ def audit(model: PackedViT) -> Audit:
         The audit; patch embedding and heads count as float operations even where their weights have eight bits.
     """
     trained = {name: t for name, t in model.blueprint.build().state_dict().items() if not name.endswith("initialized")}
-    counts = {column: Counter() for column in COLUMNS}
+    counts: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS}
     for name, tensor in trained.items():
         part = part_of(name, model.tensors.get(name, tensor))
         if ".weight_binarizer." in name:
@@ -108,13 +111,13 @@ def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> Non
         _count_pool(vit.attn_pool, patches if not vit.pool_include_prefix else tokens, floats)
     floats["norms"] += sum(_count_norm(name, module, vit, tokens) for name, module in vit.named_modules())
     for name in ("head", "head_dist"):
-        head = getattr(vit, name, None)
+        head: Any = getattr(vit, name, None)
         if hasattr(head, "in_features"):
             on_bits = isinstance(head, PackedLinear) and head.on_bits
             (binary if on_bits else floats)["heads"] += head.in_features * head.out_features
 
 
-def _count_norm(name: str, module: nn.Module, vit: nn.Module, tokens: int) -> int:
+def _count_norm(name: str, module: Any, vit: VisionTransformer, tokens: int) -> int:
     if not hasattr(module, "normalized_shape"):
         return 0
     rows = {"fc_norm": 1, "attn_pool.norm": getattr(vit.attn_pool, "latent_len", 1)}.get(name, tokens)
@@ -143,7 +146,7 @@ def _count_pool(pool: AttentionPoolLatent, tokens: int, floats: Counter) -> None
     floats[STREAM] += latents * pool.out_features
 
 
-def _count_linear(linear: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
+def _count_linear(linear: nn.Linear | PackedLinear, tokens: int, binary: Counter, floats: Counter) -> None:
     products, outputs = tokens * linear.in_features * linear.out_features, tokens * linear.out_features
     if not isinstance(linear, PackedLinear) or not linear.on_bits:
         floats["float weights"] += products
@@ -183,7 +186,7 @@ def _branch_operations(branches: Branches) -> int:
     return axes + 3 * len(branches.scales)
 
 
-def _count_attention(attention: nn.Module, tokens: int, binary: Counter, floats: Counter) -> None:
+def _count_attention(attention: Attention, tokens: int, binary: Counter, floats: Counter) -> None:
     entries, elements = attention.num_heads * tokens * tokens, tokens * attention.attn_dim
     if not isinstance(attention, PackedAttention):
         floats[PRODUCTS] += 2 * entries * attention.head_dim

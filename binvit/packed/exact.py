@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from binvit import bits
@@ -56,7 +58,7 @@ class PackedLinear(nn.Module):
         self.input_binarizer, self.weight_rule = layer.input_binarizer, layer.weight_binarizers[0].rule
         self.bias, self.shift, self.norm, self.post = layer.bias, layer.shift, layer.norm, layer.post
         self.scale = scale
-        self.words = weight.numpy() if weight.dtype == torch.uint64 else None
+        self.words: Any = weight.numpy() if weight.dtype == torch.uint64 else None
         self.on_bits = self.words is not None and is_binary(self.input_rule)
         if self.words is None:
             self.levels = weight
@@ -103,11 +105,11 @@ class PackedLinear(nn.Module):
             weights = self._prepared[part]
             product = torch.from_numpy(bits.binary_matmul(packed, weights, self.in_features, unsigned=unsigned))
             return product.float().reshape(*levels.shape[:-1], -1)
-        weights = self.levels.chunk(self.parts)[part]
+        levels_w = self.levels.chunk(self.parts)[part]
         floats = rule.is_float or self.weight_rule.is_float
         exact = floats or exact_in_float32(self.in_features, rule, self.weight_rule)
-        y = few_rows_product(levels, weights) if exact and not floats else None
-        return integer_product(levels, weights.float(), exact) if y is None else y
+        y = few_rows_product(levels, levels_w) if exact and not floats else None
+        return integer_product(levels, levels_w.float(), exact) if y is None else y
 
     def finish(self, product: Tensor, input_scale: Tensor | None, x: Tensor | None = None) -> Tensor:
         """Turn integer products (..., out_features), overwritten, and the input x into the layer's output."""
@@ -127,7 +129,7 @@ class PackedPatchConv(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to features (B, width, H / p, W / p)."""
         grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
-        patches = BinaryPatchConv.patches
+        patches: Any = BinaryPatchConv.patches
         y = torch.cat([super(PackedPatchConv, self).forward(patches(self, image)) for image in x.split(1)])
         return y.mT.reshape(x.shape[0], self.out_features, *grid)
 
@@ -149,7 +151,7 @@ class PackedAttention(BinaryAttention):
         maps, values = self.attention_binarizer.planes(a), self.value_binarizer.planes(v)
         if any(rule.is_float for rule in rules) or rules[1].scale_per_token:
             return superpose(maps) @ superpose(values)
-        total = None
+        total: Any = None
         for a_plane in maps:
             for v_plane in values:
                 product = plane_product(a_plane, v_plane._replace(levels=v_plane.levels.mT))
@@ -204,7 +206,7 @@ def bit_product(x: Tensor, w: Tensor) -> Tensor:
     return torch.from_numpy(out).float().reshape(b, h, m, n)
 
 
-def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> nn.Module:
+def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTransformer:
     """Rebuild the evaluation-mode model of a packed file on packed weights.
 
     Args:
@@ -220,7 +222,7 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> nn.Modul
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, BinaryLinear):
-            kind = PackedPatchConv if isinstance(module, BinaryPatchConv) else PackedLinear
+            kind: Any = PackedPatchConv if isinstance(module, BinaryPatchConv) else PackedLinear
             setattr(model.get_submodule(parent), child, kind(module, *_take_weight(name, module, rest)))
         elif isinstance(module, BinaryAttention):
             module.__class__ = PackedAttention
@@ -244,14 +246,16 @@ def fold_weight(layer: BinaryLinear) -> Plane:
     planes = [b.planes(w)[0] for b, w in zip(layer.weight_binarizers, weights, strict=True)]
     if layer.parts == 1:
         return planes[0]
-    scale = None if planes[0].scale is None else torch.stack([plane.scale for plane in planes])
+    scales = [plane.scale for plane in planes if plane.scale is not None]
+    scale = torch.stack(scales) if scales else None
     return Plane(torch.cat([plane.levels for plane in planes]), scale)
 
 
 def _take_weight(name: str, layer: BinaryLinear, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Take a layer's weight and its scale, None where the rule has none, out of the tensors of a file."""
     dtype, names = weight_dtype(layer.weight_binarizers[0].rule), (f"{name}.weight", f"{name}.weight_scale")
-    weight, scale = (tensors.pop(key, None) for key in names)
+    weight: Any = tensors.pop(names[0], None)
+    scale = tensors.pop(names[1], None)
     words = dtype == torch.uint64
     columns = bits.word_count(layer.in_features) if words else layer.in_features
     _check_tensor(names[0], weight, (dtype,), (layer.out_features, columns))
@@ -314,7 +318,7 @@ def few_rows_product(x: Tensor, w: Tensor) -> Tensor | None:
 
 
 @kernel(reorder=True)
-def _multiply(x, w, out):
+def _multiply(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
     for n in range(w.shape[0]):
         for m in range(x.shape[0]):
             total = np.float32(0)

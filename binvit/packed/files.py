@@ -66,7 +66,7 @@ def checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     total = zlib.crc32(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 

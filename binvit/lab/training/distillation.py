@@ -47,8 +47,8 @@ def training_loss(
         distance = F.cross_entropy(distilled, taught.argmax(1))
         loss = (1 - recipe.alpha) * loss + recipe.alpha * distance
     elif recipe.distillation == "soft":
-        warm = [F.log_softmax(item / recipe.temperature, dim=1) for item in (distilled, taught)]
-        distance = F.kl_div(*warm, reduction="batchmean", log_target=True) * recipe.temperature**2
+        student, warm = (F.log_softmax(item / recipe.temperature, dim=1) for item in (distilled, taught))
+        distance = F.kl_div(student, warm, reduction="batchmean", log_target=True) * recipe.temperature**2
         loss = (1 - recipe.alpha) * loss + recipe.alpha * distance
     if recipe.similarity:
         heads = teacher.blocks[0].attn.num_heads

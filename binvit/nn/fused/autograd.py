@@ -39,8 +39,11 @@ def takes_attention(rule_q: Rule, rule_k: Rule, rule_a: Rule, rule_v: Rule, *ten
     """Tell whether `attention_core` covers attention with these rules and tensors."""
     signs = elastic_kind(rule_q) == elastic_kind(rule_k) == "signed"
     by_row = isinstance(rule_a, GsbAttention) and (rule_a.reduce == "row" or not rule_a.thresholds)
-    by_head = isinstance(rule_v, GsbValue) and rule_v.gradient == "official"
-    by_head = by_head and (rule_v.reduce in ("row", "head") or not rule_v.thresholds)
+    by_head = (
+        isinstance(rule_v, GsbValue)
+        and rule_v.gradient == "official"
+        and (rule_v.reduce in ("row", "head") or not rule_v.thresholds)
+    )
     maps, values = by_row or elastic_kind(rule_a) == "unsigned", by_head or elastic_kind(rule_v) == "signed"
     return signs and maps and values and elementwise.usable(*tensors)
 
@@ -229,8 +232,8 @@ class _AttentionCore(torch.autograd.Function):
         dscales = np.concatenate([sums.sum(0), sums_a.sum(0)]) / np.sqrt(np.maximum(sizes, 1))
         dscale_q, dscale_k, *dscales = torch.from_numpy(dscales.astype(np.float32)).unbind()
         dscales_v, dscales_a = dscales[: len(scales_v)], dscales[len(scales_v) :]
-        dshift = torch.from_numpy(dshift.sum(0)).view(3, heads, 1, d)
-        dshifts = [part if has else None for part, has in zip(dshift, ctx.has_shift, strict=True)]
+        summed = torch.from_numpy(dshift.sum(0)).view(3, heads, 1, d)
+        dshifts = [part if has else None for part, has in zip(summed, ctx.has_shift, strict=True)]
         dbias = torch.from_numpy(dbias) if extra.size else None
         return None, None, dqkv, dbias, *dshifts, dscale_q, dscale_k, *dscales_a, *dscales_v
 

@@ -37,11 +37,11 @@ class Elastic(Rule):
     floored: ClassVar[bool] = True
 
     @property
-    def lowest(self) -> int:  # type: ignore[override]
+    def lowest(self) -> int:
         return self.lo
 
     @property
-    def highest(self) -> int:  # type: ignore[override]
+    def highest(self) -> int:
         return self.hi
 
     def initial(self, x: Tensor) -> tuple[Tensor, ...]:

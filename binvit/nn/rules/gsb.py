@@ -17,7 +17,7 @@ REDUCTIONS = ("batch", "sample", "head", "row")
 
 def largest(x: Tensor, reduce: str) -> Tensor:
     """Return the largest value of x (B, H, N, M) over the "batch", a "sample", a "head" or a "row", broadcastable."""
-    return x.amax({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "head": (2, 3), "row": -1}[reduce], keepdim=True)
+    return x.amax({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "head": (2, 3), "row": (3,)}[reduce], keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Gsb(Rule):
     floored: ClassVar[bool] = True
 
     @property
-    def parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+    def parameters(self) -> tuple[str, ...]:
         return ("scale", *(f"scale{i + 2}" for i in range(len(self.thresholds))))
 
     @property
-    def groups(self) -> int:  # type: ignore[override]
+    def groups(self) -> int:
         return len(self.thresholds) + 1
 
     def _stack(self, raw: list[Tensor]) -> tuple[Tensor, ...]:
@@ -157,9 +157,10 @@ class GsbValue(Gsb):
     def backward(self, x: Tensor, g: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
         size, levels = x.abs(), sign(x)
         signed, sized = levels * g, x * g
-        total, dscales = None, []
+        total, dscales = torch.zeros_like(x), []
         for mask, scale in zip([None, *self.masks(x)], scales, strict=True):
             inside = size <= scale
+            count: int | Tensor
             if mask is None:
                 window_, count = inside, max(x.numel(), 1)
                 ones, ramp = signed.sum(), (sized * inside).sum()
@@ -167,7 +168,7 @@ class GsbValue(Gsb):
                 window_ = (inside & mask) if self.gradient == "masked" else (inside | ~mask)
                 count = mask.sum().clamp(min=1).to(x.dtype)  # the root of an integer would be float32
                 ones, ramp = (signed * mask).sum(), (sized * (inside & mask)).sum()
-            total = window_.to(x.dtype) if total is None else total + window_
+            total += window_
             dscales.append((ones - ramp / scale) / count**0.5)
         return total * g, *dscales
 

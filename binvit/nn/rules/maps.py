@@ -66,7 +66,7 @@ class MapEde(MapThreshold):
     def planes(self, x: Tensor, sharpness: Tensor) -> list[Plane]:
         return super().planes(x)
 
-    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, None]:
         return g * Ede.slope(x - self._threshold(x), sharpness), None
 
 

@@ -35,7 +35,7 @@ class Sign(Rule):
     factor: str = "constant"
 
     @property
-    def scale_per_token(self) -> bool:  # type: ignore[override]
+    def scale_per_token(self) -> bool:
         return self.scale == "row"
 
     def _scale(self, x: Tensor) -> Tensor | None:
@@ -171,7 +171,7 @@ class Ede(Rule):
         standard, _ = self._standard(x)
         return [Plane(sign(standard), self._scale(standard))]
 
-    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, None]:
         if not self.standardize:
             return g * self.slope(x, sharpness), None
         standard, std = self._standard(x)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import LayerScale
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from binvit import bits
@@ -44,7 +44,7 @@ class NotFoldable(Exception):
     """A block has a step that the kernels do not know; the message says which."""
 
 
-def fold_block(block: nn.Module, grid: tuple[int, int], prefix: int) -> dict[str, Any]:
+def fold_block(block: Block, grid: tuple[int, int], prefix: int) -> dict[str, Any]:
     """Return the entries of `binvit.packed.fast.forward.Layers` for one block, without the leading axis.
 
     Args:
@@ -113,13 +113,13 @@ def _vector(x: Tensor | None, size: int, default: float = 0.0) -> np.ndarray:
     return np.ascontiguousarray(x.float().flatten().expand(size).numpy())
 
 
-def _fold_norm(norm: nn.Module, shift: Tensor | None) -> tuple[np.ndarray, float]:
+def _fold_norm(norm: Any, shift: Tensor | None) -> tuple[np.ndarray, float]:
     _require(isinstance(norm, nn.LayerNorm), f"the norm is {type(norm).__name__}")
     (size,) = norm.normalized_shape
     return np.stack([_vector(norm.weight, size, 1.0), _vector(norm.bias, size), _vector(shift, size)]), norm.eps
 
 
-def _fold_post(linear: PackedLinear, scale: nn.Module) -> tuple[np.ndarray, bool]:
+def _fold_post(linear: PackedLinear, scale: LayerScale) -> tuple[np.ndarray, bool]:
     size, post = linear.out_features, linear.post
     gain = scale.gamma if isinstance(scale, LayerScale) else None
     rows = [_vector(None, size), _vector(None, size, 1.0), _vector(None, size)] if post is None else _rprelu(post)
@@ -127,7 +127,7 @@ def _fold_post(linear: PackedLinear, scale: nn.Module) -> tuple[np.ndarray, bool
 
 
 def _rprelu(post: LayerEnd) -> list[np.ndarray]:
-    activation = post.activation
+    activation: Any = post.activation
     return [_vector(x, len(x)) for x in (-activation.shift_in, activation.slope, activation.shift_out)]
 
 
@@ -250,7 +250,7 @@ def _reduction(rule: Rule, smallest: int) -> int:
     return HEAD if rule.reduce == "head" else SAMPLE
 
 
-def over_batch(block: nn.Module) -> bool:
+def over_batch(block: Block) -> bool:
     """Tell whether a maximum of the block runs over all images of the batch."""
     rules = [getattr(block.attn, f"{place}_binarizer").rule for place in ("attention", "value")]
     return any(isinstance(rule, Gsb) and rule.thresholds and rule.reduce == "batch" for rule in rules)
@@ -258,12 +258,12 @@ def over_batch(block: nn.Module) -> bool:
 
 def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
-    rule = binarizer.rule
+    rule: Any = binarizer.rule
     if isinstance(rule, ThreeMaps):
-        scale, offset = (x.flatten() for x in (binarizer.scale, binarizer.offset))
+        scale, offset = (getattr(binarizer, name).flatten() for name in ("scale", "offset"))
         _require(bool((scale > 0).all()), "a scale of the map is not positive")
-        cuts = [[_largest_unset(rule, a, z, s) for s in (1, 2, 3)] for a, z in zip(scale, offset, strict=True)]
-        return np.array(cuts, np.float32), np.zeros(3, np.float32), np.tile(scale.numpy()[:, None], 3)
+        levels = [[_largest_unset(rule, a, z, s) for s in (1, 2, 3)] for a, z in zip(scale, offset, strict=True)]
+        return np.array(levels, np.float32), np.zeros(3, np.float32), np.tile(scale.numpy()[:, None], 3)
     _require(rule.per == "tensor", f"the attention map is {rule}")
     scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters if rule.learned] or [1.0]
     shares = [0.0]

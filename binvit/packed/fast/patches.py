@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from binvit import bits
@@ -45,7 +46,7 @@ class Patches(NamedTuple):
     block: int
 
 
-def fold_patches(model: nn.Module) -> Patches:
+def fold_patches(model: VisionTransformer) -> Patches:
     """Fold the patch embedding and the position embedding.
 
     Args:
@@ -83,7 +84,7 @@ def _nothing() -> Patches:
     return Patches(np.zeros((0, 0, 0), np.float32), flat, flat, flat, np.ones(2, np.int64), 1)
 
 
-def _with_block(folded: Patches, model: nn.Module) -> Patches:
+def _with_block(folded: Patches, model: VisionTransformer) -> Patches:
     """Find the block length that gives torch's numbers for a random image."""
     conv, length = model.patch_embed.proj, folded.weights.shape[1]
     shape = (1, conv.in_chans, *model.patch_embed.img_size)

@@ -17,10 +17,12 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from binvit import bits
 from binvit.bits.attention.bias import Bias
@@ -45,7 +47,7 @@ class FastPath:
         NotFoldable: If a block has a step without a fused form.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: VisionTransformer) -> None:
         self._model = model
         with torch.inference_mode():
             where = model.patch_embed.grid_size, model.num_prefix_tokens
@@ -58,7 +60,7 @@ class FastPath:
         for block in folded[1:]:
             if any(block[name] != value for name, value in first.items() if isinstance(value, int)):
                 raise NotFoldable("the blocks differ")
-        entries = {
+        entries: dict[str, Any] = {
             name: _stack([block[name] for block in folded])
             if isinstance(value, np.ndarray) and name not in _SHARED
             else value
@@ -164,7 +166,7 @@ class _OneTorchThread:
 
 _ONE_TORCH_THREAD = _OneTorchThread()
 if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that stays behind
-    os.register_at_fork(after_in_child=_ONE_TORCH_THREAD.__init__)
+    os.register_at_fork(after_in_child=lambda: _OneTorchThread.__init__(_ONE_TORCH_THREAD))
 
 
 def torch_threads() -> int:

@@ -11,6 +11,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from llvmlite import ir
@@ -104,7 +106,7 @@ def _by_loop(counts, smallest, table, lanes, tokens, reciprocals, attention, sta
         reciprocals[row] = np.float32(1) / total
 
 
-def _make_row_by_permutation(keep: bool):
+def _make_row_by_permutation(keep: bool) -> Callable:
     @vector_code(twin=None)
     def row_by_permutation(typing_context, counts, row, least, table, vectors, attention):
         """Sums the exponentials of a row whose levels are below 64, or 255 for padding; may keep them."""

@@ -73,7 +73,7 @@ def _report(task: Callable[[int, int], None], number: int, threads: int, done: q
 
 TEAM = Team()
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child starts without workers
-    os.register_at_fork(after_in_child=TEAM.__init__)
+    os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
 
 
 class Pool(Generic[T]):
