@@ -7,12 +7,23 @@ sentence on stderr and exit code 2, failed work with exit code 1.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
+
+
+class _Path(click.Path):
+    """A path in which `~` and environment variables are replaced, also where a shell leaves them: --out=~/results."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expandvars(os.path.expanduser(value)), param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -27,13 +38,11 @@ def cli() -> None:
 )
 @click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="report", show_default=True, help="Folder of the report."
-)
+@click.option("--out", type=PATH, default="report", show_default=True, help="Folder of the report.")
 @click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
-@click.option("-f", "--file", "files", type=click.Path(path_type=Path), multiple=True, help="YAML file of parameters.")
-@click.option("--notebooks", type=click.Path(path_type=Path), help="Folder of the notebooks.  [default: the clone's]")
+@click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
+@click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
 def reproduce(
     size: str,
     only: tuple[str, ...],
@@ -83,10 +92,8 @@ def reproduce(
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data set's files.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Folder of the result."
-)
+@click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
 def train(
     dataset: str,
     scheme: str,
@@ -124,10 +131,10 @@ def train(
 @click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
               show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data set's files.")
-@click.option("--out", type=click.Path(path_type=Path), default="results", show_default=True,
+@click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--out", type=PATH, default="results", show_default=True,
               help="Folder of the results.")  # fmt: skip
-@click.option("--rates", type=click.Path(path_type=Path), help="File of the rates.  [default: the package's own]")
+@click.option("--rates", type=PATH, help="File of the rates.  [default: the package's own]")
 def tune(
     dataset: str,
     schemes: tuple[str, ...],
@@ -155,8 +162,8 @@ def tune(
 
 
 @cli.command()
-@click.argument("results_dir", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the archive.  [default: paper_figures]")
+@click.argument("results_dir", type=PATH)
+@click.option("--out", type=PATH, help="Folder of the archive.  [default: paper_figures]")
 def archive(results_dir: Path, out: Path | None) -> None:
     """Add the finished trials of a results folder to the archive.
 
@@ -178,11 +185,11 @@ def archive(results_dir: Path, out: Path | None) -> None:
 
 @cli.command()
 @click.argument("name")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The Parquet file to write.")
+@click.option("--out", type=PATH, required=True, help="The Parquet file to write.")
 @click.option("--size", type=click.IntRange(1, 2**14), help="Side in pixels.  [default: images stay as they are]")
 @click.option("--per-class", type=click.IntRange(1), help="Training images of every class.  [default: all]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images are drawn.")
-@click.option("--root", type=click.Path(path_type=Path), default="data", show_default=True,
+@click.option("--root", type=PATH, default="data", show_default=True,
               help="Folder of the official files, which are downloaded to it if they are absent.")  # fmt: skip
 def data(name: str, out: Path, size: int | None, per_class: int | None, seed: int, root: Path) -> None:
     """Make a Parquet file of an official data set, as archived trials name it.
@@ -199,10 +206,8 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="The packed file.  [default: MODEL with .packed in its name]"
-)
+@click.argument("model", type=PATH)
+@click.option("--out", type=PATH, help="The packed file.  [default: MODEL with .packed in its name]")
 @click.option("--exact", is_flag=True, help="Logits equal the trained model's bit for bit, at the price of speed.")
 @click.option("--float16", is_flag=True, help="Round shifts, biases, norms and positions: smaller, some other answers.")
 def pack(model: Path, out: Path | None, exact: bool, float16: bool) -> None:
@@ -228,9 +233,7 @@ def pack(model: Path, out: Path | None, exact: bool, float16: bool) -> None:
               help="Images per run; may be repeated.  [default: 1, 8, 32; of a training step 8]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
 @click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="bench", show_default=True, help="Folder of tables and figures."
-)
+@click.option("--out", type=PATH, default="bench", show_default=True, help="Folder of tables and figures.")
 def bench(
     parts: tuple[str, ...], training: bool, batches: tuple[int, ...], threads: int | None, seconds: float, out: Path
 ) -> None:
@@ -247,23 +250,31 @@ def bench(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER")
+@click.argument("model", type=PATH)
+@click.argument("images", type=PATH, metavar="IMAGE_OR_FOLDER")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
-def predict(model: Path, images: Path, top: int) -> None:
+@click.option("--csv", "form", flag_value="csv", help="Print image, rank, class and probability as CSV.")
+@click.option("--json", "form", flag_value="json", help="Print a list of images with their classes as JSON.")
+def predict(model: Path, images: Path, top: int, form: str | None) -> None:
     """Print class names and probabilities for an image file or for all images of a folder.
 
-    MODEL is a file that binvit train or binvit pack has written.
+    MODEL is a file that binvit train or binvit pack has written. What is no image is skipped with a word on stderr,
+    where a progress bar is shown as well.
     """
-    from binvit.lab.predict import image_files, open_model, predict_files
+    from tqdm import tqdm
 
-    files = image_files(images)
-    for path, guesses in predict_files(open_model(model), files, top):
-        click.echo(f"{path}: " + ", ".join(f"{name} {probability:.3f}" for name, probability in guesses))
+    from binvit.lab.predict import image_files, open_model, predict_files, written
+
+    skip = (lambda sentence: tqdm.write(sentence, file=sys.stderr)) if images.is_dir() else None
+    files = image_files(images, skip)
+    predictions = predict_files(open_model(model), files, top, skip)
+    hidden = len(files) == 1 or not sys.stderr.isatty()
+    for line in written(tqdm(predictions, total=len(files), unit="image", disable=hidden), form):
+        tqdm.write(line, file=sys.stdout)
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 def audit(model: Path) -> None:
     """Print where a model's bytes and operations are, part by part.
 

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import csv
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from binvit.lab.data.images import open_image
+import torch
+from PIL.Image import Image
+
+from binvit.lab.data.folders import visible_files
+from binvit.lab.data.images import is_readable, open_image, require_regular, resize_square
 from binvit.lab.training.checkpoint import load_checkpoint
 from binvit.lab.training.classifier import Classifier
 from binvit.nn import round_vectors
 from binvit.packed import PackedViT, load, pack, save
 from binvit.packed.files import is_packed
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+Skip = Callable[[str], None]
+"""Told in a sentence what is left out; without one, what is no image ends the prediction with an error."""
+
+BATCH_SIZE = 32
 
 
-def image_files(path: Path) -> list[Path]:
+def image_files(path: Path, skip: Skip | None = None) -> list[Path]:
     """Return the image itself, or all images of a folder and the folders in it, sorted by name.
+
+    Links are followed, hidden files and folders are left out, as in training.
+
+    Args:
+        path: an image or a folder.
+        skip: told of files in the folder that are no images.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no image in it.
+        ValueError: the path leads to something that is neither.
     """
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not found:
-            raise FileNotFoundError(f"The folder {path} holds no image ({', '.join(SUFFIXES)}).")
-        return found
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no image or folder {path}.")
-    return [path]
+    if not path.is_dir():
+        return [require_regular(path, "image or folder")]
+    files = visible_files(path)
+    found = [file for file in files if is_readable(file) and file.is_file()]
+    if not found:
+        raise FileNotFoundError(f"The folder {path} holds no image that this machine's Pillow can read.")
+    others = sorted(set(files) - set(found))
+    if others and skip is not None:
+        many = f"{len(others)} files that are no images, such as" if len(others) > 1 else "what is no image:"
+        skip(f"Skipped {many} {others[0]}.")
+    return found
 
 
 def open_model(path: Path) -> Classifier:
@@ -89,26 +111,89 @@ def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool =
 
 
 def predict_files(
-    classifier: Classifier, images: Iterable[Path], top: int = 1
+    classifier: Classifier, images: Sequence[Path], top: int = 1, skip: Skip | None = None
 ) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
-    """Predict the classes of image files.
+    """Predict the classes of image files, in batches, while other threads decode the next ones.
 
-    Each image is a batch of its own, so that its neighbours cannot change what a batch-dependent scheme sees in it.
+    Under a scheme whose scales look at the whole batch, each image is a batch of its own, so that its neighbours cannot
+    change what the model sees in it.
 
     Args:
         classifier: what `open_model` returned.
         images: the files.
         top: how many classes to return per image, likeliest first.
+        skip: told of files that cannot be read, which are left out.
 
     Yields:
         The file, and pairs of class name and probability.
 
     Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: an image cannot be read.
+        FileNotFoundError: an image is missing and `skip` is not given.
+        ValueError: an image cannot be read and `skip` is not given.
     """
-    for path in images:
-        single = classifier.probabilities([open_image(path)])[0]
-        probabilities, classes = single.topk(min(top, len(classifier.classes)))
-        found = zip(classes.tolist(), probabilities.tolist(), strict=True)
-        yield path, [(classifier.classes[number], probability) for number, probability in found]
+    size = 1 if classifier.reads_batches else BATCH_SIZE
+    top = min(top, len(classifier.classes))
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as decoders:
+        waiting: deque[list[tuple[Path, Future[Image]]]] = deque()
+        start, ahead = 0, max(2, 2 * BATCH_SIZE // size)
+        try:
+            while waiting or start < len(images):
+                while start < len(images) and len(waiting) < ahead:
+                    batch = images[start : start + size]
+                    waiting.append([(path, decoders.submit(_decode, path, classifier.image_size)) for path in batch])
+                    start += size
+                read = []
+                for path, picture in waiting.popleft():
+                    try:
+                        read.append((path, picture.result()))
+                    except (ValueError, OSError) as error:
+                        if skip is None:
+                            raise
+                        skip(f"Skipped {path}: {error}")
+                if read:
+                    found = classifier.probabilities([picture for _, picture in read]).topk(top)
+                    for (path, _), shares, numbers in zip(
+                        read, found.values.tolist(), found.indices.tolist(), strict=True
+                    ):
+                        names = [classifier.classes[number] for number in numbers]
+                        yield path, list(zip(names, shares, strict=True))
+        finally:
+            decoders.shutdown(cancel_futures=True)  # whoever stops early does not wait for images nobody looks at
+
+
+def written(predictions: Iterable[tuple[Path, list[tuple[str, float]]]], form: str | None = None) -> Iterator[str]:
+    """Write predictions line by line, as they come.
+
+    Args:
+        predictions: what `predict_files` yields.
+        form: "csv" (columns image, rank, class, probability), "json" (a list of images with their classes) or, by
+            default, text.
+
+    Yields:
+        Lines without their ends.
+
+    Raises:
+        ValueError: there is no prediction.
+    """
+    count = 0
+    for count, (path, classes) in enumerate(predictions, 1):
+        if form == "csv":
+            if count == 1:
+                yield "image,rank,class,probability"
+            for rank, (name, probability) in enumerate(classes, 1):
+                row = io.StringIO()
+                csv.writer(row, lineterminator="").writerow([path, rank, name, f"{probability:.6f}"])
+                yield row.getvalue()
+        elif form == "json":
+            found = [{"class": name, "probability": round(probability, 6)} for name, probability in classes]
+            yield ("[" if count == 1 else ",") + json.dumps({"image": str(path), "classes": found}, ensure_ascii=False)
+        else:
+            yield f"{path}: " + ", ".join(f"{name} {probability:.3f}" for name, probability in classes)
+    if not count:
+        raise ValueError("None of the images can be read.")
+    if form == "json":
+        yield "]"
+
+
+def _decode(path: Path, image_size: int) -> Image:
+    return resize_square(open_image(path), image_size)

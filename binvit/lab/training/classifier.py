@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from binvit.lab.data.images import resize_square
 from binvit.lab.data.transforms import eval_transform
 
 
@@ -34,12 +36,19 @@ class Classifier:
     def tensor(self, pictures: Sequence[Image]) -> Tensor:
         """Turn RGB pictures into the model's input, float32 (B, 3, S, S)."""
         transform = eval_transform(self.image_size, self.mean, self.std)
-        return torch.stack([transform(picture) for picture in pictures])
+        return transform.batch(np.stack([np.asarray(resize_square(picture, self.image_size)) for picture in pictures]))
 
     @torch.inference_mode()
     def probabilities(self, pictures: Sequence[Image]) -> Tensor:
         """Return how likely the model finds each class, float32 (B, classes)."""
         return self.model(self.tensor(pictures)).softmax(dim=1)
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether what the model sees in a picture depends on the others of its batch."""
+        owner = self.model if hasattr(self.model, "scheme") else getattr(self.model, "blueprint", None)
+        scheme = getattr(owner, "scheme", None)
+        return scheme is not None and scheme.name != "float" and scheme.reduce == "batch"
 
     @property
     def grid(self) -> tuple[int, int]:
