@@ -89,6 +89,12 @@ def reproduce(
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", default="gsb", show_default=True, help="How to binarize; see binvit schemes.")
 @click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+              help="A field of the recipe, such as epochs=20 or lr=3e-4; may be repeated.")  # fmt: skip
+@click.option("--model", metavar="TIMM", help="A timm vision transformer, in place of the recipe's own.")
+@click.option("--weights", type=PATH, help="Weights to start from: a safetensors or .pth file in timm's layout.")
+@click.option("--pretrained", is_flag=True, help="Start from timm's weights of the model, downloaded if need be.")
+@click.option("--image-size", type=int, help="Side of the images in pixels.  [default: as they are]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
@@ -98,6 +104,11 @@ def train(
     dataset: str,
     scheme: str,
     recipe: str,
+    settings: tuple[str, ...],
+    model: str | None,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
     seed: int,
     samples_per_class: int | None,
     label_noise: float,
@@ -105,14 +116,23 @@ def train(
     out: Path,
 ) -> None:
     """Train a model and keep it; a finished trial is read instead of trained again."""
+    from binvit.lab.training.recipes import parse_options
     from binvit.lab.trials.pool import run_trials
     from binvit.lab.trials.store import model_path
     from binvit.lab.trials.trial import Trial
 
+    options = parse_options(settings)
+    named = {"model": model, "weights": weights and str(weights), "pretrained": pretrained, "image_size": image_size}
+    for name, value in named.items():
+        if value:
+            if name in options:
+                raise ValueError(f"The recipe's {name} is given twice, by an option of its own and by --set.")
+            options[name] = value
     trial = Trial(
         dataset=dataset,
         scheme=scheme,
         recipe=recipe,
+        recipe_options=options,
         seed=seed,
         samples_per_class=samples_per_class,
         label_noise=label_noise,

@@ -175,7 +175,8 @@ def _check_arguments(samples_per_class: object, label_noise: object, seed: objec
 def _native_size(splits: dict[str, ImageSet], name: str) -> int:
     sizes = {images.stored_size or images.common_size() for images in splits.values() if len(images)}
     if len(sizes) > 1 or None in sizes:
-        raise ValueError(f"The images of {name} are not squares of one size; give the image_size they shall have.")
+        hint = "give the image_size they shall have (--image-size on the command line)"
+        raise ValueError(f"The images of {name} are not squares of one size; {hint}.")
     size = sizes.pop()
     for images in splits.values():
         images.stored_size = size

@@ -156,8 +156,8 @@ class Training:
         info = self.describe(scheme)
         if earlier is None:
             # A pretrained start is overwritten when a state is resumed, but then the weights lie in timm's cache.
-            self.model = new_model(info, pretrained=recipe.pretrained)
-            if not recipe.pretrained:
+            self.model = new_model(info, pretrained=True)
+            if not recipe.starts_from_weights:
                 init_latent_weights(self.model)
         else:
             self.model = new_model(info)

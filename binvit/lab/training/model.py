@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import binvit
 from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.weights import create_pretrained, load_weights
 from binvit.nn.schemes import Scheme
 
 
@@ -21,18 +22,29 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
         recipe: the model's shape.
         num_classes: outputs of each head.
         image_size: pixels of an image's side; images are square.
-        pretrained: load timm's pretrained weights, which timm downloads.
+        pretrained: load the weights that the recipe starts from, timm's own or a file's.
 
     Returns:
         A timm vision transformer, images (B, 3, H, W) -> logits (B, num_classes).
 
     Raises:
-        ValueError: the image is not divisible into patches, or timm cannot build the model.
+        ValueError: the image is not divisible into patches, timm cannot build the model, or weights do not fit it.
+        FileNotFoundError: weights are missing.
     """
+    model = _new(recipe, num_classes, image_size, pretrained and recipe.pretrained)
+    if pretrained and recipe.weights_hash and not recipe.weights:
+        raise FileNotFoundError(f"The trial starts from weights with the hash {recipe.weights_hash}; give their file.")
+    if pretrained and recipe.weights:
+        load_weights(model, recipe.weights, recipe.weights_hash)
+    return model
+
+
+def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) -> VisionTransformer:
     if recipe.model is not None:
         options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": recipe.drop_path}
         try:
-            model = timm.create_model(recipe.model, pretrained=pretrained, **options)
+            create = create_pretrained if pretrained else timm.create_model
+            model = create(recipe.model, **options)
         except (
             AssertionError,
             RuntimeError,
@@ -46,7 +58,7 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
         if image_size % model.patch_embed.patch_size[0]:
             raise ValueError(_indivisible(image_size, model.patch_embed.patch_size[0]))
         return model
-    patch_size = recipe.patch_size or max(2, image_size // 8)
+    patch_size = recipe.patch_size or default_patch_size(image_size)
     if image_size % patch_size:
         raise ValueError(_indivisible(image_size, patch_size))
     cls = VisionTransformerDistilled if recipe.distilled else VisionTransformer
@@ -65,8 +77,30 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
     )
 
 
+def default_patch_size(image_size: int) -> int:
+    """Return the divisor of an image's side that is nearest to an eighth of it, at least 2.
+
+    Raises:
+        ValueError: no divisor gives 2 to 32 patches a side.
+    """
+    useful = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0 and image_size // size <= 32]
+    if not useful:
+        raise ValueError(
+            f"Images of {image_size} pixels cannot be divided into patches of equal size; "
+            f"give another side with --image-size (the recipe's image_size), such as {_multiple(image_size, 8)}."
+        )
+    return min(useful, key=lambda size: abs(size - image_size / 8))
+
+
 def _indivisible(image_size: int, patch_size: int) -> str:
-    return f"The image size {image_size} is not divisible by the patch size {patch_size}."
+    return (
+        f"The image size {image_size} is not divisible by the patch size {patch_size}; "
+        f"give another side with --image-size (the recipe's image_size), such as {_multiple(image_size, patch_size)}."
+    )
+
+
+def _multiple(size: int, factor: int) -> int:
+    return factor * max(1, round(size / factor))
 
 
 @dataclass(frozen=True)
@@ -97,7 +131,7 @@ def new_model(info: CheckpointInfo, pretrained: bool = False) -> torch.nn.Module
 
     Args:
         info: the header.
-        pretrained: start from timm's pretrained weights.
+        pretrained: start from the weights that the recipe starts from.
 
     Returns:
         A binarized timm vision transformer.

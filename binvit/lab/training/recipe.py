@@ -1,5 +1,6 @@
 """Recipes: everything that decides how a model is trained, except the data, the scheme and the seed."""
 
+import dataclasses
 import functools
 from typing import Annotated, Literal
 
@@ -33,6 +34,10 @@ class Recipe(Config):
     """A timm model name; None builds a vision transformer from the eight fields that follow."""
     pretrained: Switch = False
     """Start from timm's pretrained weights (downloaded by timm); only with `model`."""
+    weights: Text = dataclasses.field(default="", compare=False)
+    """File of weights in timm's layout to start from (safetensors, or a state saved by torch); "" starts anew."""
+    weights_hash: Annotated[Text, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    """SHA-256 of that file, which a trial finds out by itself: the content is what counts, not where it lies."""
     width: Count = 64
     """Channels of a token."""
     depth: Count = 4
@@ -42,7 +47,7 @@ class Recipe(Config):
     mlp_ratio: Annotated[Number, Field(gt=0, le=2**10)] = 4.0
     """Width of the hidden layer over `width`."""
     patch_size: Count | None = None
-    """Pixels of a patch's side; None takes an eighth of the image's side, at least 2."""
+    """Pixels of a patch's side; None takes the divisor of the image's side nearest to an eighth of it, at least 2."""
     distilled: Switch = False
     """Add a distillation token and its head."""
     global_pool: Literal["token", "avg"] = "token"
@@ -140,12 +145,21 @@ class Recipe(Config):
     def __post_init__(self) -> None:
         if self.model is None and self.width % self.heads:
             raise ValueError(f"The recipe's width {self.width} must be divisible by its {self.heads} heads.")
+        if self.pretrained and self.weights:
+            raise ValueError(
+                f"A training starts from timm's pretrained weights or from {self.weights!r}, not from both."
+            )
         if self.pretrained and self.model is None:
             raise ValueError("Pretrained weights need a timm model name in the recipe's field model, got None.")
         if self.distilled and self.global_pool != "token":
             raise ValueError(
                 f"A distilled model reads its tokens: global_pool must be 'token', got {self.global_pool!r}."
             )
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the model is trained already when the training begins."""
+        return self.pretrained or bool(self.weights or self.weights_hash)
 
     @property
     def augments(self) -> bool:

@@ -1,8 +1,11 @@
 """The named recipes."""
 
 import dataclasses
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+from binvit.config import read_yaml
 from binvit.lab.training.recipe import Recipe, Stage
 
 
@@ -106,3 +109,33 @@ def recipe(name: str, /, **overrides: Any) -> Recipe:
     if "name" in overrides:
         raise ValueError(f"A recipe keeps its registered name, got name={overrides['name']!r} for {name!r}.")
     return dataclasses.replace(_REGISTRY[name], **overrides)
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Read fields of a recipe from texts such as "epochs=20", "lr=3e-4" or "model=null"; lists are written as in YAML.
+
+    Returns:
+        Overrides for `recipe`, which checks them.
+
+    Raises:
+        ValueError: a text has no "=", a field is unknown or given twice, or a value is no YAML.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"A setting must be NAME=VALUE, such as epochs=20, got {text!r}.")
+        if name not in Recipe.field_names():
+            raise ValueError(f"Unknown recipe field {name!r}; valid fields are {', '.join(Recipe.field_names())}.")
+        if name in options:
+            raise ValueError(f"The recipe's {name} is set twice.")
+        options[name] = _parse(name, value)
+    return options
+
+
+def _parse(name: str, text: str) -> Any:
+    if isinstance(getattr(_REGISTRY["smoke"], name), str):
+        return text
+    with suppress(ValueError):
+        return float(text)  # YAML takes 3e-4 for a text; a whole number becomes one where its field is one
+    return read_yaml(text, f"The value of the recipe's {name}")

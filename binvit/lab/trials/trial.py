@@ -14,6 +14,7 @@ from binvit.lab.data.sources import split_name
 from binvit.lab.training.rates import tuned_rate
 from binvit.lab.training.recipe import Count, Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.training.weights import file_hash
 from binvit.lab.trials.identity import identity
 from binvit.nn.schemes import Scheme
 
@@ -72,6 +73,10 @@ class Trial(Config):
         return name
 
     def __post_init__(self) -> None:
+        weights = self.recipe_options.get("weights")
+        if isinstance(weights, str) and weights and "weights_hash" not in self.recipe_options:
+            known = {**self.recipe_options, "weights_hash": file_hash(weights)}
+            object.__setattr__(self, "recipe_options", Options(known))
         for name, resolve in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
             options = getattr(self, name)
             record = resolve(options)

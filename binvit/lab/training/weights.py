@@ -1,0 +1,138 @@
+"""Weights that training starts from: a local file, or those that timm downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from binvit.lab.data.images import require_regular
+
+_HEADS = ("head", "head_dist")
+_REACH_SECONDS = 5
+
+
+def file_hash(path: str | Path) -> str:
+    """Return "sha256:" and the hexadecimal SHA-256 of a file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file.
+    """
+    with open(require_regular(Path(path), "file of weights"), "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str = "") -> None:
+    """Fill a model with the weights of a file in timm's layout; position embeddings are resized to its patches.
+
+    A head for other classes is left out, so that the model keeps its new one.
+
+    Args:
+        model: any timm vision transformer.
+        path: a safetensors file, or a state that torch has saved (tensors only, also inside "model" or "state_dict").
+        expected_hash: what `file_hash` has to return; "" takes any.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, is another one, or does not fit the model.
+
+    References:
+        Touvron et al., Training data-efficient image transformers, ICML 2021 (bicubic resizing of positions).
+    """
+    path = Path(path)
+    if expected_hash and file_hash(path) != expected_hash:
+        raise ValueError(f"The weights {path} are not those that the trial names: their hash is not {expected_hash}.")
+    state = _read(path)
+    try:
+        state = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
+    except Exception as error:  # tensors of any name and shape come in, and timm asserts, indexes and reshapes
+        raise ValueError(f"The weights {path} do not fit the model ({_first_line(error)}).") from None
+    wanted = model.state_dict()
+    for name in [name for name in state if name.split(".")[0] in _HEADS]:
+        if name not in wanted or state[name].shape != wanted[name].shape:
+            del state[name]
+    for name in (*state, *wanted):
+        if name not in wanted or (name not in state and name.split(".")[0] not in _HEADS):
+            whose = "the model has none" if name not in wanted else "they have none"
+            raise ValueError(f"The weights {path} are another model's: of the tensor {name!r} {whose}.")
+        if name in state and state[name].shape != wanted[name].shape:
+            shapes = f"{tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
+            raise ValueError(f"The weights {path} are another model's: {name!r} has the shape {shapes}.")
+    model.load_state_dict(wanted | state)
+
+
+def create_pretrained(name: str, **options: Any) -> torch.nn.Module:
+    """Build a timm model with timm's pretrained weights, from the cache of the Hugging Face Hub or by a download.
+
+    Args:
+        name: of the model.
+        **options: of `timm.create_model`.
+
+    Raises:
+        FileNotFoundError: the weights are not on this machine and cannot be downloaded, which is found out at once.
+        ValueError: timm has none for this model.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ValueError(f"timm has no pretrained weights for {name!r}; its names with weights end with a tag.")
+    repository = config.hf_hub_id or ""
+    cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    if isinstance(cached, str):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
+    try:
+        _require_network()
+        return timm.create_model(name, pretrained=True, **options)
+    except OSError as error:  # of sockets and of HTTP
+        file = f"model.safetensors of the Hugging Face repository {repository}" if repository else str(config.url)
+        raise FileNotFoundError(
+            f"The pretrained weights of {name!r} are not on this machine and cannot be downloaded "
+            f"({_first_line(error)}); give their file with --weights (the recipe's weights): {file}."
+        ) from None
+
+
+def _require_network() -> None:
+    """Raise an OSError if the Hub does not answer; the download itself would try again for most of a minute."""
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except urllib.error.URLError as error:
+        raise OSError(f"no connection: {error.reason}") from None
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    require_regular(path, "file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and safetensors have errors of their own for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} holds no weights: no safetensors file or PyTorch state of tensors alone.") from None
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} holds no weights: expected a mapping of names to tensors.")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path} holds no weights: {name!r} is no tensor of floating-point numbers.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"The weights {path} are damaged: {name!r} holds values that are no finite numbers.")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__
