@@ -94,7 +94,7 @@ def reproduce(
 @click.option("--model", metavar="TIMM", help="A timm vision transformer, in place of the recipe's own.")
 @click.option("--weights", type=PATH, help="Weights to start from: a safetensors or .pth file in timm's layout.")
 @click.option("--pretrained", is_flag=True, help="Start from timm's weights of the model, downloaded if need be.")
-@click.option("--image-size", type=int, help="Side of the images in pixels.  [default: as they are]")
+@click.option("--image-size", type=click.IntRange(1), help="Side of the images in pixels.  [default: as they are]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")

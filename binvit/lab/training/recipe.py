@@ -147,7 +147,7 @@ class Recipe(Config):
             raise ValueError(f"The recipe's width {self.width} must be divisible by its {self.heads} heads.")
         if self.pretrained and self.weights:
             raise ValueError(
-                f"A training starts from timm's pretrained weights or from {self.weights!r}, not from both."
+                f"A training starts from timm's pretrained weights or a file's, got both."
             )
         if self.pretrained and self.model is None:
             raise ValueError("Pretrained weights need a timm model name in the recipe's field model, got None.")

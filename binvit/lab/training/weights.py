@@ -16,6 +16,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from binvit.lab.data.images import require_regular
+from binvit.lab.data.sources import expanded
 
 _HEADS = ("head", "head_dist")
 _REACH_SECONDS = 5
@@ -28,7 +29,7 @@ def file_hash(path: str | Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is no regular file.
     """
-    with open(require_regular(Path(path), "file of weights"), "rb") as file:
+    with open(require_regular(expanded(path), "file of weights"), "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
@@ -49,7 +50,7 @@ def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str 
     References:
         Touvron et al., Training data-efficient image transformers, ICML 2021 (bicubic resizing of positions).
     """
-    path = Path(path)
+    path = expanded(path)
     if expected_hash and file_hash(path) != expected_hash:
         raise ValueError(f"The weights {path} are not those that the trial names: their hash is not {expected_hash}.")
     state = _read(path)
