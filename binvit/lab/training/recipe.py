@@ -146,9 +146,7 @@ class Recipe(Config):
         if self.model is None and self.width % self.heads:
             raise ValueError(f"The recipe's width {self.width} must be divisible by its {self.heads} heads.")
         if self.pretrained and self.weights:
-            raise ValueError(
-                f"A training starts from timm's pretrained weights or a file's, got both."
-            )
+            raise ValueError("A training starts from timm's pretrained weights or a file's, got both.")
         if self.pretrained and self.model is None:
             raise ValueError("Pretrained weights need a timm model name in the recipe's field model, got None.")
         if self.distilled and self.global_pool != "token":
