@@ -1,7 +1,9 @@
 """One trial from its data to its files: trained, measured, kept."""
 
+import functools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,28 @@ def is_wrong_input(error: Exception) -> bool:
     return isinstance(error, _WRONG_INPUT) and not isinstance(error, TrainingDiverged)
 
 
+def _leaves_nothing(run: Callable[..., bool]) -> Callable[..., bool]:
+    """Remove the lock of a trial that is refused, and the folders made for it, so that wrong input leaves no trace."""
+
+    @functools.wraps(run)
+    def run_cleanly(trial: Trial, results_dir: str | Path, *values: Any, **options: Any) -> bool:
+        running = Path(results_dir) / ".running"
+        made = [folder for folder in (running, running.parent) if not folder.exists()]
+        try:
+            return run(trial, results_dir, *values, **options)
+        except Exception as error:
+            if is_wrong_input(error):
+                with suppress(OSError, ValueError):  # ValueError: without readable data there is no name of a lock
+                    (running / f"{trial.id}.lock").unlink(missing_ok=True)
+                with suppress(OSError):  # other trials have files there
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+    return run_cleanly
+
+
+@_leaves_nothing
 def run_trial(
     trial: Trial, results_dir: str | Path, keep_model: bool = False, report: Report | None = None, wait: bool = True
 ) -> bool:
