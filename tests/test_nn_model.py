@@ -112,6 +112,16 @@ def test_a_whole_model_may_be_checkpointed_from_the_first_batch(name):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+def test_parts_that_stand_still_get_scales_and_keep_standing_still():
+    model, whole = (binvit.binarize(tiny_vit(), "gsb").train() for _ in range(2))
+    model.blocks[0].eval()
+    model(X)
+    whole(X)
+    assert same(scales(model), scales(whole))
+    assert not any(module.training for module in model.blocks[0].modules())
+    assert model.blocks[1].training
+
+
 def test_features_alone_set_the_scales():
     model = binvit.binarize(tiny_vit(), "gsb").train()
     model.forward_features(X)

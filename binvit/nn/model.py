@@ -157,12 +157,12 @@ def set_scales(model: Any, images: Tensor) -> None:
     """Set those scales that have no value yet from one batch, in training mode.
 
     Args:
-        model: A binarized model; it stays in its mode.
+        model: A binarized model; all its parts stay in their modes.
         images: A batch, normalized like training images, finite.
     """
     for binarizer in _binarizers(model):
         binarizer.sets_itself = True
-    training, checkpointing = model.training, model.grad_checkpointing
+    modes, checkpointing = [(module, module.training) for module in model.modules()], model.grad_checkpointing
     devices = [images.device] if images.device.type == "cuda" else []
     model.train()
     model.grad_checkpointing, model._prepared = False, True
@@ -171,7 +171,8 @@ def set_scales(model: Any, images: Tensor) -> None:
             model(images)
     finally:
         model.grad_checkpointing = checkpointing
-        model.train(training)
+        for module, training in modes:  # parts that stand still while others train keep doing so
+            module.training = training
         model._prepared = all(binarizer.is_set for binarizer in _binarizers(model))
 
 
