@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ class Batches:
         order = self.order(epoch) if order is None else order
         indices = order[step * self.batch_size : (step + 1) * self.batch_size]
         if self._whole:
-            images = self.transform.batch(self.dataset.pixels()[indices])
+            images = cast(Normalize, self.transform).batch(self.dataset.pixels()[indices])
         else:
             with fixed_randomness(self.seed, epoch, step):
                 images = torch.stack([self.transform(self.dataset.open(index)) for index in indices])
