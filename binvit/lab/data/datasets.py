@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -166,9 +166,9 @@ def _check_arguments(samples_per_class: object, label_noise: object, seed: objec
     ):
         if value is None and label != "seed":
             continue
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
             raise ValueError(f"{label} must be an integer of at least {least}, but {value!r} was given.")
-    if not isinstance(label_noise, Real) or not 0 <= label_noise < 1:
+    if not isinstance(label_noise, Real) or not 0 <= float(label_noise) < 1:
         raise ValueError(f"label_noise must be a share in [0, 1), but {label_noise!r} was given.")
 
 
@@ -177,7 +177,7 @@ def _native_size(splits: dict[str, ImageSet], name: str) -> int:
     if len(sizes) > 1 or None in sizes:
         hint = "give the image_size they shall have (--image-size on the command line)"
         raise ValueError(f"The images of {name} are not squares of one size; {hint}.")
-    size = sizes.pop()
+    size = cast(int, sizes.pop())
     for images in splits.values():
         images.stored_size = size
     return size
