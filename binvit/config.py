@@ -38,6 +38,18 @@ Text = Annotated[str, Strict()]
 Switch = Annotated[bool, Strict()]
 
 
+def one_of(names: Iterable[str]) -> BeforeValidator:
+    """Return the annotation of a text that is one of these names."""
+    valid = tuple(names)
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in valid:
+            return value
+        raise pydantic_core.PydanticCustomError("one_of", f"one of {', '.join(valid)}")
+
+    return BeforeValidator(check)
+
+
 class Options(Mapping[str, Any]):
     """A mapping that can be hashed: sorted by name, with tuples for lists and options for mappings inside."""
 

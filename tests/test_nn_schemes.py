@@ -227,70 +227,80 @@ def test_an_unknown_scheme_lists_the_valid_ones():
 
 
 def test_an_unknown_field_lists_the_valid_ones():
-    refused(lambda: binvit.scheme("gsb", wieght="sign"), "Unknown scheme field 'wieght'", "weight, input, hidden")
+    refused(
+        lambda: binvit.scheme("gsb", wieght="sign"),
+        "Unknown scheme field 'wieght'",
+        "weight, mlp_weight, input, hidden",
+    )
     fields = binvit.scheme("gsb").to_dict() | {"wieght": "sign"}
     refused(lambda: Scheme.from_dict(fields), "Unknown scheme field 'wieght'", "weight")
 
 
 def test_a_scheme_without_a_name_is_refused():
-    refused(lambda: Scheme.from_dict({"weight": "sign"}), "A scheme needs a field name")
+    refused(lambda: Scheme.from_dict({"weight": "sign"}), "A scheme needs the field name.")
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", ["ternary", None, 3, ["sign"]])
 def test_an_unknown_rule_lists_the_valid_ones(place, rule):
     refused(
-        lambda: binvit.scheme("gsb", **{place: rule}), f"Unknown rule for {place} {rule!r}", ", ".join(PLACES[place])
+        lambda: binvit.scheme("gsb", **{place: rule}),
+        f"The scheme's {place} must be one of ",
+        f"{', '.join(PLACES[place])}, got {rule!r}.",
     )
 
 
 @pytest.mark.parametrize("field", ["attention_bias", "reduce", "gradient", "init"])
 @pytest.mark.parametrize("value", ["whatever", None, 1, True])
 def test_an_unknown_choice_lists_the_valid_ones(field, value):
-    refused(lambda: binvit.scheme("gsb", **{field: value}), f"Unknown {field} {value!r}; valid are ")
+    refused(
+        lambda: binvit.scheme("gsb", **{field: value}), f"The scheme's {field} must be one of ", f", got {value!r}."
+    )
 
 
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("components", ("mlp", "attention"), "Unknown component 'attention'; valid are patch_embed, mlp, mhsa, head."),
-        ("components", "mlp", "Scheme field components must be a list, got 'mlp'."),
-        ("components", None, "Scheme field components must be a list, got None."),
-        ("components", [1], "Unknown component 1; valid are patch_embed, mlp, mhsa, head."),
-        ("thresholds", 0.7, "Scheme field thresholds must be a list, got 0.7."),
-        ("thresholds", ["0.7"], "Scheme field thresholds must hold numbers, got ('0.7',)."),
-        ("thresholds", [True], "Scheme field thresholds must hold numbers, got (True,)."),
+        (
+            "components",
+            ("mlp", "attention"),
+            "The scheme's components[1] must be one of 'patch_embed', 'mlp', 'mhsa' or 'head', got 'attention'.",
+        ),
+        ("components", "mlp", "The scheme's components must be a list, got 'mlp'."),
+        ("components", None, "The scheme's components must be a list, got None."),
+        ("components", [1], "The scheme's components[0] must be one of 'patch_embed', 'mlp', 'mhsa' or 'head', got 1."),
+        ("thresholds", 0.7, "The scheme's thresholds must be a list, got 0.7."),
+        ("thresholds", ["0.7"], "The scheme's thresholds[0] must be a number, got '0.7'."),
+        ("thresholds", [True], "The scheme's thresholds[0] must be a number, got True."),
+        (
+            "thresholds",
+            [2**30000],
+            "The scheme's thresholds[0] must be a number, got a whole number of about 9031 digits.",
+        ),
+        ("thresholds", (float("nan"),), "The scheme's thresholds[0] must be a finite number, got nan."),
+        ("shift", "yes", "The scheme's shift must be true or false, got 'yes'."),
+        ("shift", 1, "The scheme's shift must be true or false, got 1."),
+        ("own_input", 0, "The scheme's own_input must be true or false, got 0."),
+        ("norm", "Before", "The scheme's norm must be one of 'none', 'before' or 'after', got 'Before'."),
+        ("layer_activation", "relu", "The scheme's layer_activation must be one of none, clip, rprelu, got 'relu'."),
+        ("branches", None, "The scheme's branches must be one of none, pool, shift, got None."),
+        ("latent", 1, "The scheme's latent must be one of 'free', 'clipped' or 'centred', got 1."),
+        ("latent_init", 0.1, "The scheme's latent_init must be a list, got 0.1."),
+        ("latent_init", ["a", 1], "The scheme's latent_init[0] must be a number, got 'a'."),
+        ("latent_init", [1, 1], "The scheme's latent_init must be two numbers that increase, got (1.0, 1.0)."),
+        ("context_residual", "no", "The scheme's context_residual must be true or false, got 'no'."),
+        ("layer_scale", None, "The scheme's layer_scale must be true or false, got None."),
+        ("activation_limit", 0, "The scheme's activation_limit must be above 0, got 0."),
+        ("activation_limit", "10", "The scheme's activation_limit must be a number, got '10'."),
+        ("activation_limit", True, "The scheme's activation_limit must be a number, got True."),
+        ("activation_limit", float("nan"), "The scheme's activation_limit must be a finite number, got nan."),
+        ("activation_limit", float("inf"), "The scheme's activation_limit must be a finite number, got inf."),
+        ("description", None, "The scheme's description must be a text, got None."),
+        ("name", 3, "The scheme's name must be a text, got 3."),
         ("thresholds", (0.9, 0.7), "thresholds must increase strictly and lie between 0 and 1, got (0.9, 0.7)."),
         ("thresholds", (0.7, 0.7), "thresholds must increase strictly and lie between 0 and 1, got (0.7, 0.7)."),
-        ("thresholds", (float("nan"),), "thresholds must increase strictly and lie between 0 and 1, got (nan,)."),
-        ("thresholds", (0, 0.5), "thresholds must increase strictly and lie between 0 and 1, got (0, 0.5)."),
-        ("shift", "yes", "Scheme field shift must be true or false, got 'yes'."),
-        ("shift", 1, "Scheme field shift must be true or false, got 1."),
-        ("own_input", 0, "Scheme field own_input must be true or false, got 0."),
-        ("norm", "Before", "Unknown norm 'Before'; valid are none, before, after."),
-        ("layer_activation", "relu", "Unknown layer_activation 'relu'; valid are none, clip, rprelu."),
-        ("branches", None, "Unknown branches None; valid are none, pool, shift."),
-        ("latent", 1, "Unknown latent 1; valid are free, clipped, centred."),
-        ("latent_init", 0.1, "Scheme field latent_init must be two numbers or None, got 0.1."),
-        ("latent_init", ["a", 1], "Scheme field latent_init must be two numbers or None, got ['a', 1]."),
-        ("latent_init", [1, 1], "Scheme field latent_init must be two finite numbers that increase, got [1, 1]."),
-        ("context_residual", "no", "Scheme field context_residual must be true or false, got 'no'."),
-        ("layer_scale", None, "Scheme field layer_scale must be true or false, got None."),
-        ("activation_limit", 0, "Scheme field activation_limit must be a positive number or None, got 0."),
-        ("activation_limit", "10", "Scheme field activation_limit must be a positive number or None, got '10'."),
-        ("activation_limit", True, "Scheme field activation_limit must be a positive number or None, got True."),
-        (
-            "activation_limit",
-            float("nan"),
-            "Scheme field activation_limit must be a positive number or None, got nan.",
-        ),
-        (
-            "activation_limit",
-            float("inf"),
-            "Scheme field activation_limit must be a positive number or None, got inf.",
-        ),
-        ("description", None, "Scheme field description must be a string, got None."),
-        ("name", 3, "Scheme field name must be a string, got 3."),
+        ("thresholds", (0, 0.5), "thresholds must increase strictly and lie between 0 and 1, got (0.0, 0.5)."),
+        ("latent_init", [1, 2, 3], "The scheme's latent_init must be a list of at most 2 entries, got [1, 2, 3]."),
     ],
 )
 def test_a_wrong_value_is_one_sentence(field, value, sentence):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from binvit.nn.schemes import Scheme, check_fields, check_name
+from binvit.nn.schemes import Scheme, check_name
 
 
 def _everywhere(rule: str, **fields: Any) -> dict[str, Any]:
@@ -223,5 +223,4 @@ def scheme(name: str, **overrides: Any) -> Scheme:
         ValueError: If the name, a field or a value is unknown; the sentence lists the valid ones.
     """
     check_name("scheme", name, CATALOGUE)
-    check_fields(overrides)
     return dataclasses.replace(CATALOGUE[name], **overrides)

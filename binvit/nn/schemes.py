@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import Field
+
+from binvit.config import Config, Number, Switch, Text, one_of
 from binvit.nn.block_parts import BRANCHES, LAYER_ACTIVATIONS
 from binvit.nn.rules import (
     REDUCTIONS,
@@ -30,7 +31,8 @@ from binvit.nn.rules import (
     check_thresholds,
 )
 
-COMPONENTS = ("patch_embed", "mlp", "mhsa", "head")
+Component = Literal["patch_embed", "mlp", "mhsa", "head"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 # Rule names, by the kind of place they fit. Each entry makes the rule from the scheme, which carries the rules'
 # options.
@@ -102,157 +104,101 @@ PLACES: dict[str, dict[str, Callable[[Scheme], Rule]]] = {
     "head_input": INPUT_RULES,
 }
 
-_SWITCHES = (
-    *("shift", "attention_shift", "separate_qkv", "qk_norm"),
-    *("output_factor", "own_input", "layer_scale", "context_norm", "context_residual"),
-)
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "linear_bias": ("keep", "always", "never"),
-    "latent": ("free", "clipped", "centred"),
-    "norm": ("none", "before", "after"),
-    "layer_activation": LAYER_ACTIVATIONS,
-    "activation": ("keep", "relu", "none"),
-    "branches": BRANCHES,
-    "attention_bias": ("full", "relative", "none"),
-    "reduce": REDUCTIONS,
-    "gradient": ("official", "masked"),
-    "init": ("stacked", "official"),
-}
 
+class Scheme(Config):
+    """One way to binarize a vision transformer; fields are overridden by `binvit.scheme(name, field=value)`."""
 
-@dataclass(frozen=True)
-class Scheme:
-    """One way to binarize a vision transformer; fields are overridden by `binvit.scheme(name, field=value)`.
-
-    Attributes:
-        name: Name in the catalogue.
-        description: One line for tables.
-        reference: The paper, and what this project had to decide itself.
-        components: What is binarized, a subset of "patch_embed", "mlp", "mhsa" (qkv, proj and the attention products)
-            and "head"; everything else stays float.
-        weight: Rule of the weights of qkv, proj, fc1 and fc2, a key of `WEIGHT_RULES`.
-        mlp_weight: Rule of the weights of fc1 and fc2 where it is another one, a key of `WEIGHT_RULES` or "as_weight".
-        input: Rule of the inputs of qkv, proj and fc1, a key of `INPUT_RULES`.
-        hidden: Rule of the input of fc2, a key of `INPUT_RULES`.
-        query: Rule of the query, a key of `QUERY_RULES`.
-        key: Rule of the key, a key of `QUERY_RULES`.
-        attention: Rule of the attention map, a key of `ATTENTION_RULES`.
-        value: Rule of the value, a key of `VALUE_RULES`.
-        patch_weight: Rule of the weights of the patch embedding, a key of `WEIGHT_RULES`.
-        patch_input: Rule of the patches, a key of `INPUT_RULES`.
-        head_weight: Rule of the weights of the classification heads, a key of `WEIGHT_RULES`.
-        head_input: Rule of the inputs of the heads, a key of `INPUT_RULES`.
-        shift: Learned shifts are added to every tensor before it is binarized.
-        attention_shift: Query, key and value are among them; BiT's released code forgets theirs.
-        separate_qkv: The projections to query, key and value are layers of their own, each with its shift and scales.
-        qk_norm: A LayerNorm over the features of each head stands before query and key, as in timm's own models
-            with such norms.
-        linear_bias: Biases of the binarized linear layers: "keep" (as the float model has them), "always" or "never".
-        latent: What happens to the latent weights before each training step: nothing ("free"), "clipped" to [-1, 1], or
-            "centred" over the fan-in and clipped.
-        latent_init: A training from nothing draws the latent weights uniformly from these two bounds; None leaves them
-            as the float model starts. See `binvit.nn.init_latent_weights`.
-        output_factor: A learned factor per output, 1 at the start, multiplies what a 1-bit linear layer puts out.
-        norm: A LayerNorm stands "before" the 1-bit inputs that the block does not normalize (those of proj and fc2),
-            "after" every 1-bit linear layer (one each for query, key and value), or nowhere ("none").
-        own_input: The input of a 1-bit linear layer is added to its (normalized) output: repeated side by side where
-            the output is wider, averaged over neighbouring features where it is narrower.
-        layer_activation: What follows then: "none", "clip" to [-1, 1] or "rprelu", ReActNet's shifted PReLU.
-        layer_scale: proj and fc2 end with a learned factor (0.1 at the start) and offset per channel.
-        context_norm: A LayerNorm follows the product of map and value, and what `layer_activation` says.
-        context_residual: Query, key and value are added to that (normalized) product before the activation.
-        activation: The activation of the binarized MLP: "keep" (the float model's), "relu" or "none".
-        activation_limit: The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it
-            as it is.
-        branches: Beside the MLP stand branches that mix neighbouring patches: "pool" (BinaryViT), "shift" (BHViT) or
-            "none". A model with a class token, or any other before the patches, has none.
-        attention_bias: A learned bias is added to the attention map after the softmax, of every block, binarized or
-            not: "full", one value per head and pair of tokens; "relative", one per head and relative position of two
-            patches, and the rows of class and distillation token in full; "none".
-        thresholds: GSB: shares of the maximum above which groups 2, 3, ... start.
-        reduce: GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row".
-        gradient: GSB: "official" or "masked".
-        init: GSB: "stacked" or "official" initialization of the scales.
-    """
-
-    name: str
-    description: str = field(default="", compare=False)
-    reference: str = field(default="", compare=False)
-    components: tuple[str, ...] = COMPONENTS
-    weight: str = "float"
-    mlp_weight: str = "as_weight"
-    input: str = "float"
-    hidden: str = "float"
-    query: str = "float"
-    key: str = "float"
-    attention: str = "float"
-    value: str = "float"
-    patch_weight: str = "int8_channel"
-    patch_input: str = "float"
-    head_weight: str = "int8"
-    head_input: str = "int8"
-    shift: bool = False
-    attention_shift: bool = True
-    separate_qkv: bool = False
-    qk_norm: bool = False
-    linear_bias: str = "keep"
-    latent: str = "free"
-    latent_init: tuple[float, float] | None = None
-    output_factor: bool = False
-    norm: str = "none"
-    own_input: bool = False
-    layer_activation: str = "none"
-    layer_scale: bool = False
-    context_norm: bool = False
-    context_residual: bool = False
-    activation: str = "keep"
-    activation_limit: float | None = None
-    branches: str = "none"
-    attention_bias: str = "none"
-    thresholds: tuple[float, ...] = ()
-    reduce: str = "row"
-    gradient: str = "official"
-    init: str = "stacked"
+    name: Text
+    """Name in the catalogue."""
+    description: Text = field(default="", compare=False)
+    """One line for tables."""
+    reference: Text = field(default="", compare=False)
+    """The paper, and what this project had to decide itself."""
+    components: tuple[Component, ...] = COMPONENTS
+    """What is binarized, a subset of "patch_embed", "mlp", "mhsa" (qkv, proj and the attention products) and
+    "head"; everything else stays float."""
+    weight: Annotated[str, one_of(PLACES["weight"])] = "float"
+    """Rule of the weights of qkv, proj, fc1 and fc2, a key of `WEIGHT_RULES`."""
+    mlp_weight: Annotated[str, one_of(PLACES["mlp_weight"])] = "as_weight"
+    """Rule of the weights of fc1 and fc2 where it is another one, a key of `WEIGHT_RULES` or "as_weight"."""
+    input: Annotated[str, one_of(PLACES["input"])] = "float"
+    """Rule of the inputs of qkv, proj and fc1, a key of `INPUT_RULES`."""
+    hidden: Annotated[str, one_of(PLACES["hidden"])] = "float"
+    """Rule of the input of fc2, a key of `INPUT_RULES`."""
+    query: Annotated[str, one_of(PLACES["query"])] = "float"
+    """Rule of the query, a key of `QUERY_RULES`."""
+    key: Annotated[str, one_of(PLACES["key"])] = "float"
+    """Rule of the key, a key of `QUERY_RULES`."""
+    attention: Annotated[str, one_of(PLACES["attention"])] = "float"
+    """Rule of the attention map, a key of `ATTENTION_RULES`."""
+    value: Annotated[str, one_of(PLACES["value"])] = "float"
+    """Rule of the value, a key of `VALUE_RULES`."""
+    patch_weight: Annotated[str, one_of(PLACES["patch_weight"])] = "int8_channel"
+    """Rule of the weights of the patch embedding, a key of `WEIGHT_RULES`."""
+    patch_input: Annotated[str, one_of(PLACES["patch_input"])] = "float"
+    """Rule of the patches, a key of `INPUT_RULES`."""
+    head_weight: Annotated[str, one_of(PLACES["head_weight"])] = "int8"
+    """Rule of the weights of the classification heads, a key of `WEIGHT_RULES`."""
+    head_input: Annotated[str, one_of(PLACES["head_input"])] = "int8"
+    """Rule of the inputs of the heads, a key of `INPUT_RULES`."""
+    shift: Switch = False
+    """Learned shifts are added to every tensor before it is binarized."""
+    attention_shift: Switch = True
+    """Query, key and value are among them; BiT's released code forgets theirs."""
+    separate_qkv: Switch = False
+    """The projections to query, key and value are layers of their own, each with its shift and scales."""
+    qk_norm: Switch = False
+    """A LayerNorm over the features of each head stands before query and key, as in timm's own models with such
+    norms."""
+    linear_bias: Literal["keep", "always", "never"] = "keep"
+    """Biases of the binarized linear layers: "keep" (as the float model has them), "always" or "never"."""
+    latent: Literal["free", "clipped", "centred"] = "free"
+    """What happens to the latent weights before each training step: nothing ("free"), "clipped" to [-1, 1], or
+    "centred" over the fan-in and clipped."""
+    latent_init: tuple[Number, Number] | None = None
+    """A training from nothing draws the latent weights uniformly from these two bounds; None leaves them as the
+    float model starts. See `binvit.nn.init_latent_weights`."""
+    output_factor: Switch = False
+    """A learned factor per output, 1 at the start, multiplies what a 1-bit linear layer puts out."""
+    norm: Literal["none", "before", "after"] = "none"
+    """A LayerNorm stands "before" the 1-bit inputs that the block does not normalize (those of proj and fc2),
+    "after" every 1-bit linear layer (one each for query, key and value), or nowhere ("none")."""
+    own_input: Switch = False
+    """The input of a 1-bit linear layer is added to its (normalized) output: repeated side by side where the output
+    is wider, averaged over neighbouring features where it is narrower."""
+    layer_activation: Annotated[str, one_of(LAYER_ACTIVATIONS)] = "none"
+    """What follows then: "none", "clip" to [-1, 1] or "rprelu", ReActNet's shifted PReLU."""
+    layer_scale: Switch = False
+    """proj and fc2 end with a learned factor (0.1 at the start) and offset per channel."""
+    context_norm: Switch = False
+    """A LayerNorm follows the product of map and value, and what `layer_activation` says."""
+    context_residual: Switch = False
+    """Query, key and value are added to that (normalized) product before the activation."""
+    activation: Literal["keep", "relu", "none"] = "keep"
+    """The activation of the binarized MLP: "keep" (the float model's), "relu" or "none"."""
+    activation_limit: Annotated[Number, Field(gt=0)] | None = None
+    """The activation of every MLP, binarized or not, is clipped to [-limit, limit]; None leaves it as it is."""
+    branches: Annotated[str, one_of(BRANCHES)] = "none"
+    """Beside the MLP stand branches that mix neighbouring patches: "pool" (BinaryViT), "shift" (BHViT) or "none". A
+    model with a class token, or any other before the patches, has none."""
+    attention_bias: Literal["full", "relative", "none"] = "none"
+    """A learned bias is added to the attention map after the softmax, of every block, binarized or not: "full", one
+    value per head and pair of tokens; "relative", one per head and relative position of two patches, and the rows
+    of class and distillation token in full; "none"."""
+    thresholds: tuple[Number, ...] = ()
+    """GSB: shares of the maximum above which groups 2, 3, ... start."""
+    reduce: Annotated[str, one_of(REDUCTIONS)] = "row"
+    """GSB: the set over which the maximum runs, "batch" (as released), "sample", "head" or "row"."""
+    gradient: Literal["official", "masked"] = "official"
+    """GSB: "official" or "masked"."""
+    init: Literal["stacked", "official"] = "stacked"
+    """GSB: "stacked" or "official" initialization of the scales."""
 
     def __post_init__(self) -> None:
-        for name in ("name", "description", "reference"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"Scheme field {name} must be a string, got {getattr(self, name)!r}.")
-        for name in ("components", "thresholds"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not hasattr(value, "__iter__"):
-                raise ValueError(f"Scheme field {name} must be a list, got {value!r}.")
-            object.__setattr__(self, name, tuple(value))
-        for component in self.components:
-            check_name("component", component, COMPONENTS)
-        object.__setattr__(self, "components", tuple(c for c in COMPONENTS if c in self.components))
-        for place, rules in PLACES.items():
-            check_name(f"rule for {place}", getattr(self, place), rules)
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"Scheme field {name} must be true or false, got {getattr(self, name)!r}.")
-        for name, choices in _CHOICES.items():
-            check_name(name, getattr(self, name), choices)
-        self._check_latent_init()
-        limit = self.activation_limit
-        if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf
-        ):
-            raise ValueError(f"Scheme field activation_limit must be a positive number or None, got {limit!r}.")
-        if any(isinstance(t, bool) or not isinstance(t, int | float) for t in self.thresholds):
-            raise ValueError(f"Scheme field thresholds must hold numbers, got {self.thresholds}.")
+        object.__setattr__(self, "components", tuple(name for name in COMPONENTS if name in self.components))
+        if self.latent_init is not None and not self.latent_init[0] < self.latent_init[1]:
+            raise ValueError(f"The scheme's latent_init must be two numbers that increase, got {self.latent_init!r}.")
         check_thresholds(self.thresholds)
-
-    def _check_latent_init(self) -> None:
-        bounds = self.latent_init
-        if bounds is None:
-            return
-        numbers = isinstance(bounds, list | tuple) and len(bounds) == 2
-        if not numbers or any(isinstance(b, bool) or not isinstance(b, int | float) for b in bounds):
-            raise ValueError(f"Scheme field latent_init must be two numbers or None, got {bounds!r}.")
-        if not -math.inf < bounds[0] < bounds[1] < math.inf:
-            raise ValueError(f"Scheme field latent_init must be two finite numbers that increase, got {bounds!r}.")
-        object.__setattr__(self, "latent_init", tuple(bounds))
 
     def gsb_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("thresholds", "reduce", "gradient", "init")}
@@ -265,32 +211,8 @@ class Scheme:
         """Tell whether the component (an element of `COMPONENTS`) is binarized."""
         return component in self.components
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Scheme:
-        """Make a scheme from what `to_dict` returned.
-
-        Raises:
-            ValueError: If a field is unknown or has an invalid value.
-        """
-        check_fields(fields)
-        if "name" not in fields:
-            raise ValueError("A scheme needs a field name.")
-        return cls(**fields)
-
 
 def check_name(what: str, value: Any, valid: Iterable[str]) -> None:
     """Raise a ValueError that lists the valid names unless the value is one of them."""
     if not isinstance(value, str) or value not in valid:
         raise ValueError(f"Unknown {what} {value!r}; valid are {', '.join(valid)}.")
-
-
-def check_fields(fields: Iterable[str]) -> None:
-    """Raise a ValueError that lists the fields of `Scheme` unless all given names are among them."""
-    valid = [f.name for f in dataclasses.fields(Scheme)]
-    for name in fields:
-        if name not in valid:
-            raise ValueError(f"Unknown scheme field {name!r}; valid are {', '.join(valid)}.")
