@@ -10,7 +10,7 @@ import dataclasses
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Self, dataclass_transform
+from typing import Annotated, Any, ClassVar, Self, dataclass_transform
 
 import pydantic_core
 from pydantic import (
@@ -106,6 +106,8 @@ OptionsField = Annotated[Mapping[str, Any], PlainValidator(_options), PlainSeria
 class Config:
     """A frozen, hashable record that is checked when it is made; its subclasses are pydantic dataclasses."""
 
+    _owner: ClassVar[str] = ""  # begins the sentences about fields; by default "The recipe's " for a Recipe
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         settings = ConfigDict(
@@ -115,14 +117,14 @@ class Config:
         build = cls.__init__
 
         def __init__(self: Any, *values: Any, **fields: Any) -> None:
-            names = cls.field_names()
+            names, owner = cls.field_names(), cls._owner or f"The {_what(cls)}'s "
             for name, value in [*zip(names, values, strict=False), *fields.items()]:
                 if _is_deep(value):
-                    raise ValueError(f"The {_what(cls)}'s {name} is nested deeper than {_DEEPEST} levels.")
+                    raise ValueError(f"{owner}{name} is nested deeper than {_DEEPEST} levels.")
             try:
                 build(self, *map(plain, values), **{name: plain(value) for name, value in fields.items()})
             except ValidationError as error:
-                raise ValueError(sentence(error, _what(cls), names)) from None
+                raise ValueError(sentence(error, _what(cls), names, owner)) from None
 
         cls.__init__ = __init__  # type: ignore[method-assign]
 
@@ -212,13 +214,14 @@ _EXPECTED = {
 }
 
 
-def sentence(error: ValidationError, what: str, fields: Iterable[str] = ()) -> str:
+def sentence(error: ValidationError, what: str, fields: Iterable[str] = (), owner: str = "") -> str:
     """Return the first fault of a validation as one full sentence.
 
     Args:
         error: what pydantic raised.
         what: what the fields belong to, such as "recipe".
         fields: the valid names, in order.
+        owner: what stands before a field's name, such as "The recipe's ".
     """
     names = list(fields)
     fault = error.errors(include_url=False)[0]
@@ -236,7 +239,7 @@ def sentence(error: ValidationError, what: str, fields: Iterable[str] = ()) -> s
         return f"A {what} needs the field {where}."
     context = {name: f"{item:g}" if isinstance(item, float) else item for name, item in context.items()}
     expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else fault["msg"].removeprefix("Input should be ")
-    return f"The {what}'s {where} must be {expected}, got {show(value)}."
+    return f"{owner}{where} must be {expected}, got {show(value)}."
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -72,12 +72,16 @@ def test_a_cell_run_again_counts_as_it_is_now():
         ("label_noise: float = 1.0", "valid are numbers from 0 to below 1"),
         ("samples_per_class: Optional[int] = 0", "integers from 1"),
         ("epochs: int = 0", "integers from 1"),
-        ("count: int = 2.0", r"The parameter count is 2.0, of type float, but it has to be an integer\."),
-        ("flag: bool = 'true'", "has to be true or false.*-y or -f"),
-        ("rate: float = '1e-4'", r"write 1\.0e-4"),
-        ("rate: float = float('nan')", "has to be a number"),
-        ("count: int = True", "has to be an integer"),
-        ("levels: list[float] = 0.5", "has to be a list in which each entry is a number"),
+        ("count: int = 2.0", r"The parameter count must be a whole number, got 2\.0\."),
+        ("flag: bool = 'true'", "The parameter flag must be true or false .*-y or -f.*, got 'true'"),
+        ("rate: float = '1e-4'", r"The parameter rate must be a number .*write 1\.0e-4\), got '1e-4'"),
+        ("rate: float = float('nan')", "The parameter rate must be a finite number, got nan"),
+        ("seeds: list[int] = '[1]'", r"The parameter seeds must be a list .*-y or -f.*, got '\[1\]'"),
+        ("levels: list[float] = [1, 'a']", r"The parameter levels\[1\] must be a number .*, got 'a'"),
+        ("seed: int = 10**5000", "seed holds a whole number of about 5000 digits; valid are integers from 0"),
+        ("rate: float = 10**400", "rate must be a number, got a whole number of about 400 digits"),
+        ("count: int = True", "The parameter count must be a whole number, got True"),
+        ("levels: list[float] = 0.5", "The parameter levels must be a list, got 0.5"),
         ("width: int | None = None", "'int | None' is not understood; use int, float"),
     ],
 )
@@ -109,8 +113,16 @@ def test_without_history_of_cells_as_under_nbval():
     cell = "count: int = 2\nnames: list[str] = ['a']\nlimit: Optional[float] = None"
     namespace = running(cell) | {"In": [""]}
     assert dataclasses.asdict(check_parameters(namespace)) == {"count": 2, "names": ["a"], "limit": None}
-    with pytest.raises(ValueError, match=r"limit is 'x', of type str, but it has to be a number or nothing \(null\)"):
+    with pytest.raises(ValueError, match=r"The parameter limit must be a number .*, got 'x'"):
         check_parameters(namespace | {"limit": "x"})
+
+
+def test_a_value_nested_a_thousand_times_is_refused_with_a_sentence():
+    deep: list = []
+    for _ in range(1000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"^The parameter levels is nested deeper than 32 levels\.$"):
+        check_parameters(running("levels: list[float] = [1]") | {"levels": deep})
 
 
 def test_without_parameters_cell():

@@ -42,10 +42,10 @@ def test_only(folder, number):
         ({"only": ["09"]}, "no notebook '09'; there are 01, 02"),
         ({"values": {"coutn": 1}}, "01_count.ipynb has no parameter 'coutn'; its parameters are count, names, rate"),
         ({"texts": {"coutn": "1"}}, "no parameter 'coutn'"),
-        ({"values": {"count": "many"}}, "count is 'many', of type str, but it has to be an integer"),
-        ({"texts": {"count": "2.5"}}, "count is 2.5, of type float"),
-        ({"texts": {"names": "a"}}, "names is 'a', of type str, but it has to be a list"),
-        ({"texts": {"names": "[a"}}, "has to be a list"),
+        ({"values": {"count": "many"}}, "count must be a whole number .*, got 'many'"),
+        ({"texts": {"count": "2.5"}}, "count must be a whole number, got 2.5"),
+        ({"texts": {"names": "a"}}, "names must be a list .*, got 'a'"),
+        ({"texts": {"names": "[a"}}, "names must be a list"),
     ],
 )
 def test_wrong_plans_are_refused(folder, options, sentence):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-_WORDS = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
+from pydantic import AfterValidator, BeforeValidator, Strict
+from pydantic_core import PydanticCustomError
+
+from binvit.config import Config, Number, Switch, Text, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,52 +37,50 @@ class Between:
 
 # ---------------------------------------------------------------------------------------------------------------- types
 
+_YAML_HINT = " (YAML reads 1e-4 as a text: write 1.0e-4)"
+_TEXT_HINT = " (papermill's -p passes texts: use -y or -f for lists, true and false)"
 
-def _annotation(text: str) -> Any:
-    """Parse a type such as `list[int]`; what papermill cannot read is refused, since it would not be checked."""
-    node: ast.expr | None
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        node = None
-    inner = node
-    while (
-        isinstance(inner, ast.Subscript)
-        and isinstance(inner.value, ast.Name)
-        and inner.value.id in ("list", "Optional")
-    ):
-        inner = inner.slice
-    if not (isinstance(inner, ast.Name) and inner.id in _WORDS):
+
+def _no_text(expected: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            raise PydanticCustomError("no_text", expected)
+        return value
+
+    return BeforeValidator(check)
+
+
+_KINDS: dict[str, Any] = {
+    "int": Annotated[int, Strict(), _no_text("a whole number" + _TEXT_HINT)],
+    "float": Annotated[Number, _no_text("a number" + _YAML_HINT)],
+    "str": Text,
+    "bool": Annotated[Switch, _no_text("true or false" + _TEXT_HINT)],
+}
+_LIST = _no_text("a list" + _TEXT_HINT)
+
+
+def _kind(text: str, check_entry: Callable[[Any], Any], check_list: Callable[[list], list]) -> Any:
+    """Return the type that a text such as `list[int]` stands for, with what its values must hold besides.
+
+    What papermill cannot read is refused, since it would not be checked.
+    """
+
+    def build(node: ast.expr | None) -> Any:
+        if isinstance(node, ast.Name) and node.id in _KINDS:
+            return Annotated[_KINDS[node.id], AfterValidator(check_entry)]
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+            if node.value.id == "list":
+                return Annotated[list[build(node.slice)], _LIST, AfterValidator(check_list)]  # type: ignore[misc]
+            if node.value.id == "Optional":
+                return build(node.slice) | None
         raise ValueError(
             f"The parameter type {text!r} is not understood; use int, float, str, bool, list[...] or Optional[...]."
         )
-    return node
 
-
-def _describe(node: Any) -> str:
-    if isinstance(node, ast.Name):
-        return _WORDS[node.id]
-    if node.value.id == "Optional":
-        return f"{_describe(node.slice)} or nothing (null)"
-    return f"a list in which each entry is {_describe(node.slice)}"
-
-
-def _fit(value: Any, node: Any) -> Any:
-    """Return `value` as the type asks for it, or raise TypeError."""
-    if isinstance(node, ast.Subscript):
-        if ast.unparse(node.value) == "Optional":
-            return None if value is None else _fit(value, node.slice)
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        return [_fit(entry, node.slice) for entry in value]
-    # A bool is an int for Python, never for an experiment.
-    if node.id == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise TypeError
-        return float(value)
-    if node.id != "float" and type(value).__name__ == node.id:
-        return value
-    raise TypeError
+    try:
+        return build(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError:
+        return build(None)
 
 
 def convert(name: str, value: Any, annotation: str) -> Any:
@@ -93,19 +94,14 @@ def convert(name: str, value: Any, annotation: str) -> Any:
     Raises:
         ValueError: the value has another type.
     """
-    node = _annotation(annotation)
-    try:
-        return _fit(value, node)
-    except TypeError:
-        hint = ""
-        if isinstance(value, str) and "float" in annotation:
-            hint = " YAML reads 1e-4 as a text: write 1.0e-4."
-        elif isinstance(value, str) and "str" not in annotation:
-            hint = " papermill's -p passes texts: use -y or -f for lists, true and false."
-        wanted = _describe(node)
-        raise ValueError(
-            f"The parameter {name} is {value!r}, of type {type(value).__name__}, but it has to be {wanted}.{hint}"
-        ) from None
+    kind = _kind(annotation, lambda entry: entry, lambda entries: entries)
+    return getattr(_parameters({name: kind}, {name: value}), name)
+
+
+def _parameters(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """Return values as a frozen record with fields of these types."""
+    model = type("Parameters", (Config,), {"__annotations__": dict(kinds), "_owner": "The parameter "})
+    return model(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -119,10 +115,9 @@ def _check_scheme(name: str) -> None:
 
 
 def _check_dataset(name: str) -> None:
-    from binvit.lab.data.datasets import list_datasets
+    from binvit.lab.data.sources import split_name
 
-    if name.partition(":")[0] not in list_datasets():
-        raise ValueError(f"There is no data set {name!r}; the data sets are {', '.join(list_datasets())}.")
+    split_name(name)
 
 
 def _check_recipe(name: str) -> None:
@@ -160,23 +155,23 @@ def _words(valid: range | Between | Collection[Any]) -> str:
     return str(valid) if isinstance(valid, Between) else ", ".join(map(repr, valid))
 
 
-def _check_value(name: str, value: Any, rule: Rule | None) -> None:
-    if isinstance(value, list):
-        if not value:
-            raise ValueError(f"The parameter {name} is an empty list; it needs at least one entry.")
-        if any(value.count(entry) > 1 for entry in value):
-            raise ValueError(f"The parameter {name} is {value!r}, which holds an entry twice.")
-        for entry in value:
-            _check_value(name, entry, rule)
-    elif value is None or rule is None:
-        return
-    elif callable(rule):
+def _check_entry(name: str, value: Any, rule: Rule | None) -> Any:
+    if callable(rule):
         try:
             rule(value)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"The parameter {name} does not fit: {error}") from None
-    elif value not in rule:
-        raise ValueError(f"The parameter {name} holds {value!r}; valid are {_words(rule)}.")
+    elif rule is not None and value not in rule:
+        raise ValueError(f"The parameter {name} holds {show(value)}; valid are {_words(rule)}.")
+    return value
+
+
+def _check_list(name: str, value: list) -> list:
+    if not value:
+        raise ValueError(f"The parameter {name} is an empty list; it needs at least one entry.")
+    if any(value.count(entry) > 1 for entry in value):
+        raise ValueError(f"The parameter {name} is {show(value)}, which holds an entry twice.")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
@@ -250,8 +245,8 @@ def check_parameters(namespace: Mapping[str, Any], **valid: Rule) -> Any:
         unknown = [name for name in names if name not in types]
         if unknown:
             raise ValueError(f"{what} no parameter {unknown[0]}; its parameters are {', '.join(types)}.")
-    values = {name: convert(name, namespace[name], annotation) for name, annotation in types.items()}
-    for name, value in values.items():
-        _check_value(name, value, _rule(name, valid))
-    fields = [(name, Any) for name in values]
-    return dataclasses.make_dataclass("Parameters", fields, frozen=True)(**values)
+    kinds = {}
+    for name, annotation in types.items():
+        check_entry = functools.partial(_check_entry, name, rule=_rule(name, valid))
+        kinds[name] = _kind(annotation, check_entry, functools.partial(_check_list, name))
+    return _parameters(kinds, {name: namespace[name] for name in types})
