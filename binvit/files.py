@@ -1,32 +1,96 @@
 """Files that other processes may read: written under a temporary name, then renamed."""
 
 import os
+import platform
+import re
 import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..*\.(?P<machine>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.tmp")
+_DAY = 86_400
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
-    """Write a file so that a reader sees either the old content or all of the new one.
+    """Write a file so that a reader, and whoever comes after a power cut, sees either the old content or the new one.
 
     Args:
-        path: the file; missing parent folders are made.
+        path: the file; missing parent folders are made, a symbolic link stays and its target is written, and the
+            permissions of an existing file stay.
         content: text (stored as UTF-8) or bytes.
 
     Returns:
         The path written.
+
+    Raises:
+        ValueError: if the path leads to something that is no plain file, such as a folder or a device.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    suffix = f"{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = target.with_name(f".{target.name[:30]}.{suffix}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # a rename that survives a power cut must not point at an empty file
-        os.replace(temporary, path)
+        with suppress(FileNotFoundError):
+            temporary.chmod(target.stat().st_mode)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system lets a folder be opened, nor every file system that it be synchronized
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _machine() -> str:
+    # Containers share a host's name, but not its process numbers.
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}".replace(".", "-")
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Remove the temporary files that writers left in a folder when they were killed.
+
+    Args:
+        folder: the folder, which need not exist; folders inside it are left alone.
+
+    Returns:
+        The files removed: those of dead processes of this machine, and of any machine if they are older than a day.
+    """
+    removed = []
+    for path in Path(folder).glob(".*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        with suppress(OSError):  # removed by another process, or not ours to remove
+            if found and (_is_dead(**found.groupdict()) or time.time() - path.lstat().st_mtime > _DAY):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_dead(machine: str, process: str) -> bool:
+    if machine != _machine() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def set_aside(path: str | Path, label: str) -> Path:

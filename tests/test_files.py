@@ -1,0 +1,125 @@
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from binvit.files import atomic_write, remove_leftovers
+
+
+def test_text_and_bytes_are_written_into_new_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "text.txt"
+    assert atomic_write(path, "häuser\n") == path
+    assert path.read_bytes() == "häuser\n".encode()
+    atomic_write(str(path), b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["text.txt"]
+
+
+def test_symbolic_links_stay_and_their_targets_are_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "target", tmp_path / "link"
+    link.symlink_to(target)
+    for content in ("into nothing", "over a file"):
+        assert atomic_write(link, content) == link
+        assert link.is_symlink()
+        assert target.read_text() == content
+        assert not target.is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_permissions_stay_and_those_of_new_files_follow_the_umask(tmp_path):
+    path = tmp_path / "file"
+    before = os.umask(0o027)
+    try:
+        atomic_write(path, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        for mode in (0o600, 0o444, 0o664):
+            path.chmod(mode)
+            atomic_write(path, f"{mode}")
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes")
+def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "to nothing").symlink_to("/dev/null")
+    before = sorted(tmp_path.iterdir())
+    for name in ("/dev/null", *before):
+        with pytest.raises(ValueError, match=f"Expected a plain file to write to, but {name} is a folder, a device"):
+            atomic_write(name, "content")
+    assert sorted(tmp_path.iterdir()) == before
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write(path, "\ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_file_and_folder_are_on_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    steps, fsync, replace = [], os.fsync, os.replace
+    kinds = {True: "folder", False: "file"}
+
+    def record_sync(descriptor):
+        steps.append(kinds[stat.S_ISDIR(os.fstat(descriptor).st_mode)])
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("rename"), replace(*names)))
+    atomic_write(tmp_path / "file", "content")
+    assert steps == ["file", "rename", "folder"]
+
+
+def test_the_longest_name_a_folder_takes_can_be_written(tmp_path):
+    path = tmp_path / ("häuser" * 36)  # 252 bytes
+    atomic_write(path, "content")
+    assert path.read_text() == "content"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process numbers")
+def test_temporary_files_of_dead_processes_are_removed_and_no_others(tmp_path):
+    # The writer says when its file is half written, and waits there.
+    code = (
+        "import os, sys, time\n"
+        "from binvit import files\n"
+        "os.fsync = lambda descriptor: (print('half', flush=True), time.sleep(600))\n"
+        "files.atomic_write(sys.argv[1], 'content')\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / f"{i}.json")], stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == b"half\n"
+        for name in ("mine.tmp", ".notes.tmp", ".3.1.tmp"):
+            (tmp_path / name).write_text("kept")
+        dead, alive = (next(tmp_path.glob(f".*.{writer.pid}.*.tmp")) for writer in writers)
+        elsewhere = dead.with_name(dead.name.replace(".0.json.", ".0.json.other-"))
+        elsewhere.write_text("from another machine")
+        assert remove_leftovers(tmp_path) == []
+        os.kill(writers[0].pid, signal.SIGKILL)
+        writers[0].wait()
+        assert remove_leftovers(tmp_path) == [dead]
+        old = time.time() - 100_000
+        os.utime(elsewhere, (old, old))
+        assert remove_leftovers(tmp_path) == [elsewhere]
+        assert sorted(os.listdir(tmp_path)) == sorted([".3.1.tmp", ".notes.tmp", "mine.tmp", alive.name])
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert remove_leftovers(tmp_path / "none") == []
