@@ -20,6 +20,11 @@ def _copy_of(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
+def each(binarizer: Binarizer | nn.ModuleList) -> list[Binarizer]:
+    """Return a layer's binarizer, or that of each of its parts, as a list."""
+    return [module for module in binarizer.modules() if isinstance(module, Binarizer)]
+
+
 class BinaryLinear(nn.Module):
     """Linear layer with binarized weights and inputs: y = end(b_x(x + shift) b_w(W)^T + bias, x).
 
@@ -64,11 +69,10 @@ class BinaryLinear(nn.Module):
         shape = (self.in_features,) if parts == 1 else (parts, self.in_features)
         self.shift = nn.Parameter(self.weight.new_zeros(shape)) if shift and not input.is_float else None
         rows = self.out_features // parts
-        if parts == 1:
-            self.weight_binarizer, self.input_binarizer = Binarizer(weight, channels=rows), Binarizer(input)
-        else:
-            self.weight_binarizer = nn.ModuleList(Binarizer(weight, channels=rows) for _ in range(parts))
-            self.input_binarizer = nn.ModuleList(Binarizer(input) for _ in range(parts))
+        weights = [Binarizer(weight, channels=rows) for _ in range(parts)]
+        inputs = [Binarizer(input) for _ in range(parts)]
+        self.weight_binarizer: Binarizer | nn.ModuleList = weights[0] if parts == 1 else nn.ModuleList(weights)
+        self.input_binarizer: Binarizer | nn.ModuleList = inputs[0] if parts == 1 else nn.ModuleList(inputs)
         self.norm = nn.LayerNorm(self.in_features) if norm else None
         self.post = post
 
@@ -80,12 +84,12 @@ class BinaryLinear(nn.Module):
     @property
     def weight_binarizers(self) -> list[Binarizer]:
         """The binarizer of each part's weights."""
-        return [self.weight_binarizer] if self.parts == 1 else list(self.weight_binarizer)
+        return each(self.weight_binarizer)
 
     @property
     def input_binarizers(self) -> list[Binarizer]:
         """The binarizer of each part's inputs."""
-        return [self.input_binarizer] if self.parts == 1 else list(self.input_binarizer)
+        return each(self.input_binarizer)
 
     @property
     def shifts(self) -> list[Tensor | None]:

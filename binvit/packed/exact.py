@@ -21,7 +21,7 @@ from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention
-from binvit.nn.linear import BinaryLinear, BinaryPatchConv
+from binvit.nn.linear import BinaryLinear, BinaryPatchConv, each
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
 from binvit.nn.rules import Plane, Rule
 from binvit.packed.blueprint import Blueprint
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
     @property
     def input_binarizers(self) -> list[Binarizer]:
         """The binarizer of each part's inputs."""
-        return [self.input_binarizer] if self.parts == 1 else list(self.input_binarizer)
+        return each(self.input_binarizer)
 
     @property
     def input_rule(self) -> Rule:
