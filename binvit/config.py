@@ -210,6 +210,7 @@ _EXPECTED = {
     "too_short": "a list of at least {min_length} entries",
     "too_long": "a list of at most {max_length} entries",
     "string_too_short": "a text of at least {min_length} characters",
+    "string_pattern_mismatch": "a text of the form {pattern}",
     "none_required": "None",
 }
 

@@ -30,6 +30,7 @@ class Plan(Config):
     flip: Switch = False
     rates: tuple[Number, ...] = ()
     courses: tuple[Course, ...] = ()
+    mark: Annotated[Text, Field(pattern="^[a-z]*$")] = ""
     place: Text | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,8 +78,9 @@ def nested(levels: int) -> list:
         ),
         (
             {"colour": 1},
-            "Unknown plan field 'colour'; valid fields are name, rate, size, kind, flip, rates, courses, place.",
+            "Unknown plan field 'colour'; valid fields are name, rate, size, kind, flip, rates, courses, mark, place.",
         ),
+        ({"mark": "A1"}, "The plan's mark must be a text of the form ^[a-z]*$, got 'A1'."),
         ({"name": "bad"}, "A plan must not be called bad."),
         ({"rates": nested(1000)}, "The plan's rates is nested deeper than 32 levels."),
         ({"name": nested(20)}, "The plan's name must be a text, got [[[[[...]]]]]."),
@@ -94,8 +96,8 @@ def test_positions_and_missing_fields_are_named_too():
         Plan()  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"^The plan's rate must be a number, got 'b'\.$"):
         Plan("a", "b")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^A plan has 8 fields, got a value more: 9\.$"):
-        Plan("a", 1, 2, "soft", True, (), (), None, 9)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"^A plan has 9 fields, got a value more: 9\.$"):
+        Plan("a", 1, 2, "soft", True, (), (), "", None, 9)  # type: ignore[call-arg]
     for values in (3, [("name", "a")], {1: "a"}, None):
         with pytest.raises(ValueError, match=r"^A plan must be a mapping of field names to values, got "):
             Plan.from_dict(values)

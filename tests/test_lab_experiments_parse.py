@@ -23,6 +23,7 @@ def test_images_are_read_from_text():
         ("digit", "Unknown data set 'digit'"),
         ("", "Unknown data set ''"),
         ("digits, 20 images", "not understood at '20 images'"),
+        (f"digits, {'9' * 5000} per class", "are not understood at"),
         ("digits, 0 per class", "not understood at '0 per class'"),
         ("digits, 3 seeds, 4 seeds", "not understood at '4 seeds'"),
         ("digits, recipe large", "valid recipes are cpu"),

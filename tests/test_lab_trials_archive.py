@@ -20,7 +20,7 @@ def result(trial, accuracy=0.123456789, **fields):
     history = [record | {"epoch": epoch + 1, "test_accuracy": accuracy if epoch else None} for epoch in range(3)]
     values = {"clean_train_accuracy": None, "memorized": None, "seconds": 1.5, "parameters": 7, "history": history}
     values |= {"recipe": trial.get_recipe(), "scheme": trial.get_scheme(), "versions": {"torch": "2"}, "threads": 1}
-    values |= {"device": "cpu", "cpu": "any", "fingerprint": fields.pop("fingerprint", None) or trial.fingerprint}
+    values |= {"device": "cpu", "cpu": "any", "fingerprint": trial.fingerprint, "id": trial.id}
     return TrialResult(trial, accuracy, 0.5, **(values | fields))
 
 
@@ -55,6 +55,19 @@ def test_archived_trials_of_a_real_training_are_read_and_not_trained(tmp_path):
     assert stored_result(trials[0], tmp_path / "empty", keep_model=True, archive=tmp_path) is None
     assert stored_result(trials[0], tmp_path / "empty") is None
     assert stored_result(digits(2), tmp_path / "empty", archive=tmp_path) is None
+
+
+def test_a_trial_whose_rate_was_chosen_anew_is_another_and_the_old_line_stays_readable(tmp_path, monkeypatch):
+    trial = Trial("digits", "gsb")
+    add([result(trial)], tmp_path)
+    before = trial.id
+    monkeypatch.setattr("binvit.lab.trials.trial.tuned_rate", lambda *_: 0.0123)
+    assert trial.id != before
+    assert find(trial, tmp_path) is None
+    add([result(trial, accuracy=0.7)], tmp_path)
+    assert find(trial, tmp_path).test_accuracy == 0.7
+    monkeypatch.undo()
+    assert find(trial, tmp_path).test_accuracy == 0.123456789
 
 
 def test_the_results_folder_comes_first(tmp_path):
@@ -135,7 +148,7 @@ def _break(values, **changes):
         (lambda values: _break(values, test_accuracy=7), "test_accuracy must be at most 1, got 7"),
         (lambda values: _break(values, seconds=10**30), None),
         (lambda values: _break(values, parameters="x"), "parameters must be a whole number, got 'x'"),
-        (lambda values: _break(values, fingerprint="sha256:0"), "damaged: its trial has the identity"),
+        (lambda values: _break(values, fingerprint="sha256:0"), "is corrupt: it belongs to another trial"),
         (lambda values: _break(values, extra=1), "Unknown trial result field 'extra'"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_result_or_model_under_another_name_is_refused(tmp_path):
 def test_identity_is_of_what_is_trained_and_not_of_how_it_was_written():
     plain = Trial("digits", "gsb")
     same = [
-        Trial("digits", "gsb", recipe_options={"lr": 6e-3}, scheme_options={"thresholds": [0.7, 0.9]}),
+        Trial("digits", "gsb", recipe_options={"lr": plain.get_recipe().lr}, scheme_options={"thresholds": [0.7, 0.9]}),
         Trial("digits", "gsb", recipe_options={"workers": 3, "checkpoint_minutes": 1}),
         Trial("digits", "gsb", noise="pairs"),  # of no labels
         dataclasses.replace(plain, root="elsewhere"),

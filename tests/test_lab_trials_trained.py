@@ -17,7 +17,7 @@ def test_histories_are_one_table(tmp_path):
         numbers = {"test_accuracy": 0.5, "train_accuracy": 0.5, "clean_train_accuracy": None, "memorized": None}
         made = {"recipe": trial.get_recipe().to_dict(), "scheme": trial.get_scheme().to_dict()}
         rest = {"seconds": 1.0, "parameters": 1, "versions": {}, "threads": 1, "device": "cpu"}
-        rest |= {"fingerprint": trial.fingerprint, "cpu": "any"}
+        rest |= {"fingerprint": trial.fingerprint, "cpu": "any", "id": trial.id}
         write_result(TrialResult(trial=trial, history=history, **numbers, **made, **rest), tmp_path)
     table = histories(trials, tmp_path)
     assert list(table["seed"]) == [0, 0, 1, 1]

@@ -11,7 +11,7 @@ from binvit.lab.data.sources import split_name
 from binvit.lab.training.recipes import list_recipes
 from binvit.lab.training.recipes import recipe as get_recipe
 
-_PART = re.compile(r"(?P<samples>[1-9]\d*) per class|(?P<seeds>[1-9]\d*) seeds?|recipe (?P<recipe>\w+)")
+_PART = re.compile(r"(?P<samples>[1-9]\d{0,8}) per class|(?P<seeds>[1-9]\d{0,8}) seeds?|recipe (?P<recipe>\w+)")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
         if values is not None:
             result = replace(_result(values, path), trial=trial)
             try:
-                check_current(result, trial, f"The archived trial {result.id}")
+                check_current(result, trial, fingerprint, f"The archived trial {result.id}")
             except OutdatedResult:
                 continue
             return result
@@ -215,14 +215,10 @@ def _parsed(path: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
 
 def _result(values: dict[str, Any], path: Path) -> TrialResult:
     try:
-        given = {name: value for name, value in values.items() if name != "id"}
-        history = given.pop("history", None)
+        history = values.get("history")
         if not isinstance(history, dict) or len({len(column) for column in history.values()}) != 1:
             raise ValueError("its history must have columns of one length")
         rows = zip(*history.values(), strict=True)
-        result = TrialResult.from_dict(given | {"history": [dict(zip(history, row, strict=True)) for row in rows]})
-        if result.id != values["id"]:
-            raise ValueError(f"its trial has the identity {result.id}")
+        return TrialResult.from_dict(values | {"history": [dict(zip(history, row, strict=True)) for row in rows]})
     except (TypeError, ValueError) as error:
         raise ValueError(f"The trial {values['id']} of {path} is damaged: {error}") from None
-    return result

@@ -12,8 +12,11 @@ from binvit.nn.schemes import Scheme
 
 # Fields of a recipe that change how long a training takes, and no number.
 IDLE = ("workers", "checkpoint_minutes")
-# Fields of a trial that count besides its resolved recipe and scheme and its data.
-_COUNTED = ("seed", "samples_per_class", "label_noise", "evaluate_on")
+
+
+def counted(trial: Any) -> list[str]:
+    """Return the fields of a trial that count besides its resolved recipe and scheme and its data."""
+    return ["seed", "samples_per_class", "label_noise", "evaluate_on", *(["noise"] if trial.label_noise else [])]
 
 
 def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str) -> str:
@@ -31,12 +34,11 @@ def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str) -> st
     Returns:
         The names of scheme and recipe, the seed and 16 hexadecimal digits.
     """
-    counted = [*_COUNTED, "noise"] if trial.label_noise else _COUNTED
     values = {
         "data": fingerprint,
         "scheme": _told(scheme),
         "recipe": {name: value for name, value in _told(recipe).items() if name not in IDLE},
-        "trial": {name: value for name, value in _told(trial).items() if name in counted},
+        "trial": {name: value for name, value in _told(trial).items() if name in counted(trial)},
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     return f"{scheme.name}-{recipe.name}-{trial.seed}-{digest}"

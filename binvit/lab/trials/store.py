@@ -22,7 +22,7 @@ from binvit.files import atomic_write, set_aside
 from binvit.lab.training.checkpoint import is_checkpoint, load_checkpoint
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.training.recipe import Recipe, Share
-from binvit.lab.trials.identity import IDLE
+from binvit.lab.trials.identity import IDLE, counted
 from binvit.lab.trials.trial import Trial, options_text
 from binvit.nn.schemes import Scheme
 
@@ -156,6 +156,8 @@ class TrialResult(Config):
     """Of the data set; "sampled:..." says that only a part of its images was hashed."""
     cpu: Text
     """Kind of CPU."""
+    id: Text
+    """The identity of the trial on its data when it was trained; a rate chosen later may change the trial's own."""
     model: Annotated[SkipValidation[torch.nn.Module | None], Field(exclude=True)] = field(
         default=None, compare=False, repr=False
     )
@@ -164,11 +166,6 @@ class TrialResult(Config):
         default=None, compare=False, repr=False
     )
     """What `save_checkpoint` needs beside the model; None if the result was read from a file."""
-
-    @property
-    def id(self) -> str:
-        """The identity of its trial on its data."""
-        return self.trial.identity(self.fingerprint)
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""
@@ -202,9 +199,8 @@ def read_result_file(path: Path) -> TrialResult:
         values = read_json(path.read_bytes(), "it")
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ValueError("it has another format")
-        belongs = values.pop("id", None)
         result = TrialResult.from_dict(values)
-        if not belongs == result.id == path.stem:
+        if result.id != path.stem:
             raise ValueError("it belongs to another trial")
     except ValueError as error:
         raise ValueError(f"The result file {path} is corrupt: {error}") from None
@@ -259,12 +255,20 @@ def read_result(trial: Trial, results_dir: str | Path = "results") -> TrialResul
     except FileNotFoundError:
         sentence = f"There is no result of the trial {trial.describe()} ({path}); run it by run_trials."
         raise FileNotFoundError(sentence) from None
-    check_current(result, trial, f"The result file {path}")
+    check_current(result, trial, trial.fingerprint, f"The result file {path}")
     return dataclasses.replace(result, trial=trial)  # the same images may lie elsewhere
 
 
-def check_current(result: TrialResult, trial: Trial, what: str) -> None:
-    """Raise an OutdatedResult if a registered recipe or scheme meant something else when a result was made."""
+def check_current(result: TrialResult, trial: Trial, fingerprint: str, what: str) -> None:
+    """Refuse a stored result that is not of a trial on images of this fingerprint as they are meant today.
+
+    Raises:
+        ValueError: it is of another trial, whatever its name says.
+        OutdatedResult: a registered recipe or scheme meant something else when it was made.
+    """
+    own = [fingerprint, *(getattr(trial, name) for name in counted(trial))]
+    if own != [result.fingerprint, *(getattr(result.trial, name) for name in counted(trial))]:
+        raise ValueError(f"{what} is corrupt: it belongs to another trial.")
     for kind, stored, now in (
         ("recipe", result.recipe, trial.get_recipe()),
         ("scheme", result.scheme, trial.get_scheme()),

@@ -185,6 +185,7 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         device=training.device,
         fingerprint=trial.fingerprint,
         cpu=cpu_kind(),
+        id=trial.id,
         model=training.model.eval(),
         info=training.describe(),
     )
