@@ -230,7 +230,8 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
 @click.option("--out", type=PATH, help="The packed file.  [default: MODEL with .packed in its name]")
 @click.option("--exact", is_flag=True, help="Logits equal the trained model's bit for bit, at the price of speed.")
 @click.option("--float16", is_flag=True, help="Round shifts, biases, norms and positions: smaller, some other answers.")
-def pack(model: Path, out: Path | None, exact: bool, float16: bool) -> None:
+@click.option("--licence", default="", metavar="TEXT", help="Licence of the weights, for the model card.")
+def pack(model: Path, out: Path | None, exact: bool, float16: bool, licence: str) -> None:
     """Fold a trained model into bits.
 
     MODEL is a file that binvit train has written.
@@ -240,7 +241,7 @@ def pack(model: Path, out: Path | None, exact: bool, float16: bool) -> None:
     out = out or model.with_suffix(f".packed{model.suffix}")
     if out.resolve() == model.resolve():
         raise ValueError(f"The packed file would replace the model {model}; choose another --out.")
-    click.echo(repr(pack_checkpoint(model, out, exact, float16)))
+    click.echo(repr(pack_checkpoint(model, out, exact, float16, licence)))
     share = out.stat().st_size / model.stat().st_size
     click.echo(f"The packed model is {out}, {share:.1%} of the trained model's file.")
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from binvit.images import open_image
 from binvit.lab.data.datasets import list_datasets, load_data
-from binvit.lab.data.images import ImageSet, open_image
+from binvit.lab.data.images import ImageSet
 
 
 def encode(image, kind="PNG"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from binvit.lab.data.images import ImageSet, open_image
+from binvit.images import open_image
+from binvit.lab.data.images import ImageSet
 
 GRADIENT = np.arange(0, 192, dtype=np.uint8).reshape(12, 16)
 

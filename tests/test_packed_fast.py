@@ -133,7 +133,7 @@ def test_threads_follow_torch_and_bits():
     packed(X)
     with bits.use_threads(1):
         packed(X)
-    packed.predict(X, threads=1)
+    packed(X, threads=1)
     assert seen == [min(torch.get_num_threads(), bits.get_threads()), 1, 1]
     with pytest.raises(ValueError, match="at least 1"):
         packed(X, threads=0)

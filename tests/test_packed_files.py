@@ -1,6 +1,10 @@
+import contextlib
 import json
 import os
+import re
+import resource
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,9 +118,24 @@ def with_one(value):
 FC1 = "blocks.0.mlp.fc1.weight"
 TYPES = {torch.int32: "int32", torch.bool: "bool", torch.double: "float64", torch.bfloat16: "bfloat16"}
 CHANGES = {
-    "former version": (lambda h, t: h.update(version=1), r"format version 1, this release of binvit reads version 2"),
-    "future version": (lambda h, t: h.update(version=7), r"format version 7, this release of binvit reads version 2"),
+    "former version": (
+        lambda h, t: h.update(version=1),
+        r"format version 1, .* reads the versions 2 and 3",
+    ),
+    "future version": (
+        lambda h, t: h.update(version=7),
+        r"format version 7, .* reads the versions 2 and 3",
+    ),
+    **{
+        f"version {value!r}"[:20]: (
+            lambda h, t, value=value: h.update(version=value),
+            r"has format version .*, this rel",
+        )
+        for value in (3.0, True, "3", None, [3], 10**30, int("9" * 4000))
+    },
+    "no object at all": (lambda h, t: h.clear(), r"has format version None"),
     "exact is no switch": (lambda h, t: h.update(exact="no"), r"exact must be true or false, got 'no'"),
+    "an unknown entry": (lambda h, t: h.update(colour="red"), r"Unknown header field 'colour'"),
     "missing tensor": (lambda h, t: t.pop("blocks.1.norm2.bias"), r"blocks.1.norm2.bias is missing"),
     "missing weight": (lambda h, t: t.pop("blocks.1.mlp.fc2.weight"), r"tensor blocks.1.mlp.fc2.weight is missing"),
     "missing scale": (lambda h, t: t.pop(f"{FC1}_scale"), rf"{FC1}_scale is missing"),
@@ -156,7 +175,7 @@ CHANGES = {
         lambda h, t: t.update({"head.weight": t["head.weight"][:, :10]}),
         r"head.weight",
     ),
-    "no blueprint": (lambda h, t: h.pop("blueprint"), r"damaged \(KeyError"),
+    "no blueprint": (lambda h, t: h.pop("blueprint"), r"header needs the field blueprint"),
     "unknown scheme field": (
         lambda h, t: h["blueprint"]["scheme"].update(colour="red"),
         r"Unknown scheme field 'colour'",
@@ -164,12 +183,24 @@ CHANGES = {
     "unknown field": (lambda h, t: h["blueprint"].update(colour="red"), r"colour"),
     "no object": (lambda h, t: h.update(blueprint=3), r"is damaged"),
     "one class name too few": (lambda h, t: h["blueprint"]["classes"].pop(), r"5 classes, but 4 class names came"),
-    "class names that are no strings": (lambda h, t: h["blueprint"].update(classes=[1] * 5), r"list of strings"),
-    "a string of class names": (lambda h, t: h["blueprint"].update(classes="abcde"), r"list of strings"),
+    "class names that are no strings": (
+        lambda h, t: h["blueprint"].update(classes=[1] * 5),
+        r"classes\[0\] must be a text",
+    ),
+    "a string of class names": (
+        lambda h, t: h["blueprint"].update(classes="abcde"),
+        r"classes must be a list",
+    ),
     "means without stds": (lambda h, t: h["blueprint"].update(std=[]), r"mean has 3 numbers and the std 0"),
-    "a mean that is no number": (lambda h, t: h["blueprint"].update(mean=["a", 1, 1]), r"list of finite numbers"),
-    "no std": (lambda h, t: h["blueprint"].update(std=[0.0, 1.0, 1.0]), r"std must be positive"),
-    "impossible shape": (lambda h, t: h["blueprint"]["vit"].update(depth=3), r"blocks.2"),
+    "a mean that is no number": (
+        lambda h, t: h["blueprint"].update(mean=["a", 1, 1]),
+        r"mean\[0\] must be a number",
+    ),
+    "no std": (lambda h, t: h["blueprint"].update(std=[0.0, 1.0, 1.0]), r"std\[0\] must be above 0, got 0"),
+    "impossible shape": (
+        lambda h, t: h["blueprint"]["vit"].update(depth=3),
+        r"depth is 3, but the .* of 2",
+    ),
 }
 
 
@@ -208,6 +239,105 @@ def test_headers_that_describe_no_model(name, value, path):
     assert "\n" not in str(caught.value)
 
 
+HOSTILE = {
+    "1000 levels": "[" * 1000 + "]" * 1000,
+    "100 levels": "[" * 100 + "]" * 100,
+    "100,000 levels": "[" * 100_000,
+    "10**30": str(10**30),
+    "4000 digits": "9" * 4000,
+    "5000 digits": "9" * 5000,
+    "1e999": "1e999",
+    "NaN": "NaN",
+    "minus infinity": "-Infinity",
+    "text": '"a"',
+    "list": "[1, 2]",
+    "object": "{}",
+    "null": "null",
+}
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_every_field_refuses_hostile_values_in_a_sentence(value, path):
+    data, wrong = path.read_bytes(), []
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    content = json.loads(header["__metadata__"][KEY])
+    plan, tensors = content["blueprint"], binvit.load(path).tensors
+    places = [(content, "exact"), (content, "version"), (content, "blueprint")]
+    places += [(record, name) for record in (plan, plan["vit"], plan["card"], plan["scheme"]) for name in record]
+    for record, name in places:
+        before, record[name] = record[name], "HERE"
+        text = json.dumps(content).replace('"HERE"', HOSTILE[value])
+        record[name] = before
+        with contextlib.suppress(ValueError, RecursionError):  # with a checksum that fits, where one can be formed
+            changed = json.loads(text)
+            fits = checksum({k: v for k, v in changed.items() if k not in ("version", "checksum")}, tensors)
+            text = text.replace(content["checksum"], fits)
+        header["__metadata__"][KEY] = text
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
+        try:
+            binvit.load(path)
+        except ValueError as error:
+            if not re.fullmatch(r"The (packed model|file) [^\n]+\.", str(error)):
+                wrong.append(f"{name}: {str(error)[:300]}")
+        else:
+            allowed = {"text": {"name", "description", "reference", "data", "recipe", "licence"}}
+            allowed |= {"object": {"card"}, "list": {"seeds"}, "10**30": {"activation_limit"}}
+            allowed["4000 digits"] = {"activation_limit"}
+            allowed["null"] = {"activation_limit", "init_values", "resize", "accuracy"}
+            if name not in allowed.get(value, ()):
+                wrong.append(f"{name}: accepted")
+    assert wrong == []
+
+
+CLAIMS = {
+    "depth": {"depth": 1024},
+    "heads": {"embed_dim": 65536, "num_heads": 65536},
+    "patches": {"img_size": [512, 512]},
+    "pixels": {"img_size": [16384, 16384], "patch_size": [128, 128]},
+    "channels": {"in_chans": 1024, "img_size": [16384, 16384], "patch_size": [4096, 4096]},
+    "hidden": {"mlp_ratio": 1024.0},
+    "classes": {"num_classes": 2**20},
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("positions", ["learn", "none"])
+def test_claims_of_a_header_are_checked_before_anything_is_built(claim, positions, path):
+    scheme = binvit.scheme("gsb", attention_bias="relative")
+    binvit.save(binvit.pack(trained(scheme, steps=1, depth=1, pos_embed=positions)), path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rewrite(path, lambda header, tensors: header["blueprint"]["vit"].update(CLAIMS[claim]))
+    with pytest.raises(ValueError, match=r"^The packed model .* does not fit its header|has bits past"):
+        binvit.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_large_images_of_a_small_file_take_no_memory_before_they_come(exact, tmp_path):
+    model = trained(binvit.scheme("gsb", attention_bias="relative"), steps=0, depth=1, embed_dim=8, num_heads=1,
+                    img_size=(2**14, 2**7), patch_size=(2**7, 2), pos_embed="none")  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "initialized"):
+            module.initialized.fill_(True)
+    path = binvit.save(binvit.pack(model, exact=exact), tmp_path / "wide")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    binvit.load(path)
+    assert path.stat().st_size < 1e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_files_of_version_2_are_read():
+    folder = Path(__file__).parent / "golden"
+    packed = binvit.load(folder / "packed_version2.safetensors")
+    with np.load(folder / "packed_version2.npz") as golden:
+        np.testing.assert_allclose(packed(images(4)), golden["logits"], rtol=1e-5, atol=1e-6)
+    assert packed.classes == NAMES
+    assert (packed.blueprint.mean, packed.blueprint.resize, str(packed.blueprint.card)) == ((0.5, 0.4, 0.3), None, "")
+
+
 @pytest.mark.parametrize("blueprint", [None, [], "a", {}, {"scheme": "gsb"}, {"scheme": {"name": "gsb"}, "vit": 3}])
 def test_headers_that_hold_no_blueprint(blueprint, path):
     rewrite(path, lambda header, tensors: header.update(blueprint=blueprint))
@@ -235,7 +365,7 @@ def test_biases_and_positions_are_halved_only_where_no_prediction_changes(tmp_pa
     name = "blocks.0.attn.bias.values"
     assert binvit.pack(model).tensors[name].dtype == torch.float32
     packed = binvit.pack(model, images=X)
-    same = torch.equal(packed.predict(X), binvit.pack(model).predict(X))
+    same = torch.equal(packed(X).argmax(1), binvit.pack(model)(X).argmax(1))
     assert same
     assert packed.tensors[name].dtype == packed.tensors["pos_embed"].dtype == torch.float16
     assert torch.equal(binvit.load(binvit.save(packed, tmp_path / "half"))(X), packed(X))
@@ -294,8 +424,6 @@ def test_numpy_torch_read_only_and_wrong_images(model):
     np.testing.assert_array_equal(logits, expected)
     np.testing.assert_array_equal(packed(np.asfortranarray(array)), expected)
     assert torch.equal(packed(X.clone().requires_grad_()), expected)
-    assert torch.equal(packed.predict(X), expected.argmax(1))
-    np.testing.assert_array_equal(packed.predict(array), expected.argmax(1))
     assert packed(X[:0]).shape == (0, CLASSES)
     wrong = {"list": [[1.0]], "int64": X.long(), "float64": X.double(), "3-d": X[0], "size": X[:, :, :8]}
     for images_ in wrong.values():
@@ -330,8 +458,8 @@ ARGUMENTS = {
     "mean alone": ({"mean": (0.5, 0.5, 0.5)}, r"mean has 3 numbers and the std 0"),
     "std alone": ({"std": (0.5, 0.5, 0.5)}, r"mean has 0 numbers and the std 3"),
     "too few": ({"mean": [0.5], "std": [0.5]}, r"expected one of each for every of the model's 3 channels"),
-    "not finite": ({"mean": [0.5, np.nan, 0.5], "std": [1, 1, 1]}, r"The mean must be a list of finite numbers"),
-    "not positive": ({"mean": [0, 0, 0], "std": np.array([1, 0, 1])}, r"The std must be positive"),
+    "not finite": ({"mean": [0.5, np.nan, 0.5], "std": [1, 1, 1]}, r"mean\[1\] must be a finite number, got nan"),
+    "not positive": ({"mean": [0, 0, 0], "std": np.array([1, 0, 1])}, r"std\[1\] must be above 0, got 0"),
     "a number": ({"mean": 0.5, "std": 0.5}, r"mean of pack\(\) must be a list, got 0.5"),
     "words": ({"mean": ["a", "b", "c"], "std": [1, 1, 1]}, r"mean of pack\(\) must be a list"),
     "a string": ({"classes": "abcde"}, r"classes of pack\(\) must be a list, got 'abcde'"),

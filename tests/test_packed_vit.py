@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from packed_models import CLASSES, images, logits_of, trained, vit
+from PIL import Image
 
 import binvit
+from binvit.packed import Card
 from binvit.packed.files import to_bytes
 
 X = images(5)
@@ -160,3 +162,142 @@ def test_no_images_give_an_empty_answer_of_the_right_shape(head, exact):
     for empty in (packed(X[:0]), packed(X[:0].numpy())):
         assert empty.shape == (0, *shape)
     assert packed(X[:0].numpy()).dtype == np.float32
+
+
+NAMES = ("ant", "bee", "cat", "dog", "emu")
+NORMALIZATION = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def described():
+    card = {"data": "five insects", "accuracy": 0.75, "seeds": (1, 2), "licence": "MIT", "recipe": "smoke"}
+    return binvit.pack(trained("gsb"), classes=NAMES, card=card, **NORMALIZATION)
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 30), (30, 41), (7, 9), (16, 100)])
+def test_preprocessing_is_that_of_training(size, described, tmp_path):
+    from binvit.lab.data.transforms import eval_transform
+
+    pixels = picture(*size)
+    image = Image.fromarray(pixels)
+    expected = eval_transform(16, **NORMALIZATION)(image)[None]
+    image.save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    for source in (image, pixels, path, str(path), path.read_bytes(), [path], (image,)):
+        assert torch.equal(described.preprocess(source), expected)
+    grey = Image.fromarray(pixels[..., 0])
+    for source in (grey, pixels[..., 0]):
+        assert torch.equal(described.preprocess(source), described.preprocess(grey.convert("RGB")))
+    assert torch.equal(described.preprocess([image, grey]), torch.cat([expected, described.preprocess(grey)]))
+    assert described.preprocess([]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_preprocessing_cuts_as_timm_does(interpolation):
+    from timm.data import create_transform
+
+    packed = binvit.pack(trained("gsb"), resize=20, interpolation=interpolation, **NORMALIZATION)
+    options = {"crop_pct": 16 / 20, "interpolation": interpolation, **NORMALIZATION}
+    for size in [(40, 30), (33, 77), (20, 20), (16, 16)]:
+        image = Image.fromarray(picture(*size))
+        torch.testing.assert_close(packed.preprocess(image)[0], create_transform(16, **options)(image))
+
+
+def test_preprocessing_of_other_shapes():
+    wide = binvit.calibrate(binvit.binarize(vit(img_size=(8, 24)), "gsb"), torch.randn(2, 3, 8, 24)).eval()
+    packed = binvit.pack(wide, resize=10, **NORMALIZATION)
+    flat = np.full((50, 60, 3), 128, np.uint8)
+    expected = (128 / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
+    torch.testing.assert_close(packed.preprocess(flat), expected.view(1, 3, 1, 1).expand(1, 3, 8, 24))
+    grey_model = binvit.calibrate(binvit.binarize(vit(in_chans=1), "gsb"), X[:, :1]).eval()
+    grey = binvit.pack(grey_model, mean=[0.5], std=[0.5])
+    assert grey.preprocess(flat).shape == (1, 1, 16, 16)
+
+
+def test_what_a_pretrained_configuration_says_about_images_is_kept():
+    import timm
+
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=5)
+    packed = binvit.pack(binvit.calibrate(binvit.binarize(model, "gsb"), torch.randn(2, 3, 32, 32)).eval())
+    assert (packed.blueprint.resize, packed.blueprint.interpolation) == (35, "bicubic")  # crop_pct 0.9
+
+
+BAD_IMAGES = {
+    "missing": (lambda folder: folder / "none.png", FileNotFoundError, "does not exist"),
+    "no image": (lambda folder: b"poem", ValueError, "cannot be decoded"),
+    "floats": (lambda folder: np.zeros((8, 8, 3)), ValueError, "got float64 of shape"),
+    "four axes": (lambda folder: np.zeros((1, 8, 8, 3), np.uint8), ValueError, r"got uint8 of shape \(1, 8, 8, 3\)"),
+    "nothing": (lambda folder: np.zeros((0, 8, 3), np.uint8), ValueError, r"got uint8 of shape \(0, 8, 3\)"),
+    "a number": (lambda folder: 3, ValueError, "got int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_what_is_no_image_is_refused(case, described, tmp_path):
+    source, kind, sentence = BAD_IMAGES[case]
+    for call in (described.preprocess, described.predict):
+        with pytest.raises(kind, match=sentence) as caught:
+            call(source(tmp_path))
+        assert str(caught.value).endswith(".")
+
+
+def test_predictions_are_names_and_probabilities(described):
+    pictures = [picture(20, 30, seed) for seed in range(3)]
+    x = described.preprocess(pictures)
+    probabilities = described(x).softmax(-1)
+    for found in (described.predict(pictures), described.predict(x), described.predict(x.numpy(), top=9, threads=1)):
+        assert len(found) == 3
+        for pairs, row in zip(found, probabilities, strict=True):
+            assert sorted(name for name, _ in pairs) == sorted(NAMES)
+            assert [p for _, p in pairs] == sorted((p for _, p in pairs), reverse=True)
+            assert dict(pairs) == pytest.approx(dict(zip(NAMES, row.tolist(), strict=True)))
+    assert [len(pairs) for pairs in described.predict(pictures[0], top=2)] == [2]
+    unnamed = binvit.pack(trained("gsb"))
+    assert unnamed.predict(x, top=1)[0][0][0] == f"class {int(unnamed(x)[0].argmax())}"
+    assert described.predict(x[:0]) == []
+
+
+def test_predictions_need_classes_and_a_normalization(described):
+    with pytest.raises(ValueError, match="top, must be a whole number of at least 1, got 0"):
+        described.predict(X, top=0)
+    features = binvit.calibrate(binvit.binarize(vit(num_classes=0), "gsb"), X).eval()
+    with pytest.raises(ValueError, match="no head that tells classes"):
+        binvit.pack(features).predict(X)
+    with pytest.raises(ValueError, match="known normalization"):
+        binvit.pack(trained("gsb")).predict(picture(16, 16))
+
+
+def test_the_model_card_is_in_header_and_repr(described, tmp_path):
+    loaded = binvit.load(binvit.save(described, tmp_path / "model"))
+    assert loaded.blueprint == described.blueprint
+    assert loaded.blueprint.card == Card("five insects", "smoke", 0.75, (1, 2), "MIT")
+    for packed in (described, loaded):
+        for words in ("five insects", "smoke", "75.00%", "1, 2", "MIT", "kB"):
+            assert words in repr(packed)
+
+
+CARDS = {
+    "accuracy in percent": ({"accuracy": 75.0}, "accuracy must be at most 1"),
+    "not finite": ({"accuracy": float("nan")}, "accuracy must be"),
+    "a text as seeds": ({"seeds": "12"}, "seeds must be a list"),
+    "a number as licence": ({"licence": 3}, "licence must be a text"),
+    "unknown": ({"colour": "red"}, "Unknown card field 'colour'"),
+    "no mapping": ([1], "must be a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_cards_that_say_nothing_sensible_are_refused(case):
+    card, sentence = CARDS[case]
+    with pytest.raises(ValueError, match=sentence):
+        binvit.pack(trained("gsb", depth=1), card=card)
+
+
+@pytest.mark.parametrize("options", [{"resize": 8}, {"resize": 0}, {"resize": 20.5}, {"interpolation": "nearest"}])
+def test_sizes_that_do_not_fit_are_refused(options):
+    with pytest.raises(ValueError, match=r"resize|interpolation"):
+        binvit.pack(trained("gsb", depth=1), **options)

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
+from binvit.images import is_readable, open_image, require_regular, resize_square
 from binvit.lab.data.folders import visible_files
-from binvit.lab.data.images import is_readable, open_image, require_regular, resize_square
 from binvit.lab.training.checkpoint import load_checkpoint
 from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.model import CheckpointInfo
+from binvit.lab.trials.store import read_result
+from binvit.lab.trials.trial import Trial
 from binvit.nn import round_vectors
-from binvit.packed import PackedViT, load, pack, save
+from binvit.packed import Card, PackedViT, load, pack, save
 from binvit.packed.files import is_packed
 
 Skip = Callable[[str], None]
@@ -64,15 +67,10 @@ def open_model(path: Path) -> Classifier:
         network, info = load_checkpoint(path)
         return Classifier(network, info.classes, info.image_size, info.mean, info.std)
     packed = load(path)
-    channels, height, width = packed.blueprint.image_shape
-    mean, std = packed.blueprint.mean, packed.blueprint.std
-    if height != width or channels != 3 or not mean:
-        raise ValueError(
-            f"The packed model {path} takes images of shape {(channels, height, width)} with the means {mean}; "
-            "image files need square RGB images and a known normalization."
-        )
-    classes = packed.classes or [f"class {number}" for number in range(packed.blueprint.vit["num_classes"])]
-    return Classifier(packed, classes, height, mean, std)
+    packed.preprocess([])  # refuses at once if images cannot be prepared
+    plan = packed.blueprint
+    classes = packed.classes or [f"class {number}" for number in range(plan.vit.num_classes)]
+    return Classifier(packed, classes, min(plan.vit.img_size), plan.mean, plan.std)
 
 
 def open_packed(path: Path) -> PackedViT:
@@ -87,10 +85,22 @@ def open_packed(path: Path) -> PackedViT:
     if is_packed(path):
         return load(path)
     network, info = load_checkpoint(path)
-    return pack(network, classes=info.classes, mean=info.mean, std=info.std)
+    return pack(network, classes=info.classes, mean=info.mean, std=info.std, card=_card(path, info))
 
 
-def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool = False) -> PackedViT:
+def _card(path: Path, info: CheckpointInfo, licence: str = "") -> Card:
+    """Say what is known of a model that `binvit train` has kept; its result lies beside it."""
+    if info.trial is None:
+        return Card(recipe=info.recipe.name, licence=licence)
+    trial = Trial.from_dict(info.trial)
+    try:
+        accuracy = read_result(trial, path.parent).test_accuracy
+    except (FileNotFoundError, ValueError):
+        accuracy = None
+    return Card(data=trial.dataset, recipe=trial.describe(), accuracy=accuracy, seeds=(trial.seed,), licence=licence)
+
+
+def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool = False, licence: str = "") -> PackedViT:
     """Pack a model that `binvit train` has kept, with its class names and the normalization of its images.
 
     Args:
@@ -98,6 +108,7 @@ def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool =
         out: the packed file.
         exact: as in `binvit.pack`.
         float16: pack what `binvit.round_vectors` makes of the model.
+        licence: of the weights, for the model card.
 
     Returns:
         The packed model.
@@ -105,7 +116,8 @@ def pack_checkpoint(model: Path, out: Path, exact: bool = False, float16: bool =
     network, info = load_checkpoint(model)
     if float16:
         network = round_vectors(network)
-    packed = pack(network, exact=exact, classes=info.classes, mean=info.mean, std=info.std)
+    card = _card(model, info, licence)
+    packed = pack(network, exact=exact, classes=info.classes, mean=info.mean, std=info.std, card=card)
     save(packed, out)
     return packed
 

@@ -2,7 +2,8 @@
 
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.files import load, save
+from binvit.packed.header import Card, Vit
 from binvit.packed.pack import pack
 from binvit.packed.vit import PARTS, PackedViT
 
-__all__ = ["PARTS", "Blueprint", "PackedViT", "load", "pack", "save"]
+__all__ = ["PARTS", "Blueprint", "Card", "PackedViT", "Vit", "load", "pack", "save"]

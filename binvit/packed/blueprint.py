@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import timm.layers
+from pydantic import Field, InstanceOf, Strict
 from timm.layers import DropPath, Mlp, PatchDropout
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from binvit.nn.convert import binarize, fill_buffers
+from binvit.config import Config, Number, Text, show
+from binvit.nn.convert import binarize
 from binvit.nn.layer_parts import LimitedActivation
 from binvit.nn.layers import BinaryMlp, HeadNorm
 from binvit.nn.schemes import Scheme
+from binvit.packed.header import Card, Vit
 
 _NORMS = {name: getattr(timm.layers, name) for name in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32")}
 _NORMS["torch.LayerNorm"] = nn.LayerNorm
@@ -28,104 +28,60 @@ _ACTIVATIONS = {name: getattr(timm.layers, name) for name in ("GELU", "GELUTanh"
 _ACTIVATIONS |= {f"torch.{name}": getattr(nn, name) for name in ("GELU", "ReLU", "SiLU")}
 # Layers that do nothing in evaluation mode; the rebuilt model has none of them.
 _IDLE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
-_LARGEST_SIDE = _MOST_PATCHES = 2**14
 
 
-def _is_number(value: Any, smallest: float = -sys.float_info.max) -> bool:
-    return type(value) in (int, float) and smallest <= value <= sys.float_info.max
+class Blueprint(Config):
+    """What a packed file's header says about the model."""
 
-
-def _integer(smallest: int, largest: int) -> tuple[Callable[[Any], bool], str]:
-    return (
-        lambda value: type(value) is int and smallest <= value <= largest,
-        f"an integer from {smallest} to {largest}",
-    )
-
-
-def _choice(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
-    names = tuple(names)
-    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}"
-
-
-_SIDE = _integer(1, _LARGEST_SIDE)
-_PAIR = lambda value: isinstance(value, list) and len(value) == 2 and all(map(_SIDE[0], value)), f"two of {_SIDE[1]}"
-_SWITCH = lambda value: isinstance(value, bool), "true or false"
-# What a field of `Blueprint.vit` may hold; the limits keep a damaged file from filling the memory.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "distilled": _SWITCH,
-    "img_size": _PAIR,
-    "patch_size": _PAIR,
-    "in_chans": _integer(1, 2**10),
-    "num_classes": _integer(0, 2**20),
-    "global_pool": _choice(("", "avg", "avgmax", "max", "token", "map", "prr")),
-    "embed_dim": _integer(1, 2**16),
-    "depth": _integer(1, 2**10),
-    "num_heads": _integer(1, 2**16),
-    "mlp_ratio": (lambda value: _is_number(value) and 0 < value <= 2**10, "a number above 0, up to 1024"),
-    "qkv_bias": _SWITCH,
-    "qk_norm": _SWITCH,
-    "scale_attn_norm": _SWITCH,
-    "scale_mlp_norm": _SWITCH,
-    "proj_bias": _SWITCH,
-    "init_values": (lambda value: value is None or _is_number(value), "a finite number or null"),
-    "class_token": _SWITCH,
-    "pos_embed": _choice(("none", "learn")),
-    "no_embed_class": _SWITCH,
-    "reg_tokens": _integer(0, 2**10),
-    "pre_norm": _SWITCH,
-    "final_norm": _SWITCH,
-    "fc_norm": _SWITCH,
-    "pool_include_prefix": _SWITCH,
-    "norm": _choice(_NORMS),
-    "epsilon": (lambda value: _is_number(value, 0), "a finite number from 0"),
-    "activation": _choice(_ACTIVATIONS),
-    "fused": _SWITCH,
-}
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What a packed file's header says about the model.
-
-    Attributes:
-        scheme: How the model is binarized.
-        vit: Arguments of timm's `VisionTransformer`, as JSON types, with the names of the norm and the activation, the
-            norm's epsilon, and whether the model has a distillation token.
-        classes: One name per class; empty where they are not known.
-        mean: Channel means that the images were normalized with; empty where they are not known.
-        std: Channel standard deviations, likewise.
-
-    Raises:
-        ValueError: If a field has another type, lies out of its range, or does not fit the others.
-    """
-
-    scheme: Scheme
-    vit: Mapping[str, Any]
-    classes: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    scheme: InstanceOf[Scheme]
+    """How the model is binarized."""
+    vit: InstanceOf[Vit]
+    """The transformer's shape."""
+    classes: tuple[Text, ...] = ()
+    """One name per class; empty where they are not known."""
+    mean: tuple[Number, ...] = ()
+    """Channel means that the images were normalized with; empty where they are not known."""
+    std: tuple[Annotated[Number, Field(gt=0)], ...] = ()
+    """Channel standard deviations, likewise."""
+    resize: Annotated[int, Strict(), Field(ge=1, le=2**15)] | None = None
+    """Pixels of an image's short side before its centre is cut out; None for the short side of what the model reads."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """How images are resized."""
+    card: InstanceOf[Card] = Card()
+    """What people want to know."""
 
     def __post_init__(self) -> None:
-        _check_vit(self.vit)
-        _check_classes(self.classes, self.vit["num_classes"])
-        _check_normalization(self.mean, self.std, self.vit["in_chans"])
+        _check_classes(self.classes, self.vit.num_classes)
+        _check_normalization(self.mean, self.std, self.vit.in_chans)
+        if self.resize is not None and self.resize < min(self.vit.img_size):
+            raise ValueError(
+                f"Images cannot be resized to {self.resize} pixels, which is less than the model reads "
+                f"({' x '.join(map(str, self.vit.img_size))})."
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        return (self.vit["in_chans"], *self.vit["img_size"])
+        return (self.vit.in_chans, *self.vit.img_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON types."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {name: getattr(self, name) for name in self.field_names()}
         lists = {name: list(value) for name, value in fields.items() if isinstance(value, tuple)}
-        return fields | lists | {"scheme": self.scheme.to_dict(), "vit": dict(self.vit)}
+        return fields | lists | {name: fields[name].to_dict() for name in ("scheme", "vit", "card")}
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Blueprint:
-        """Make a blueprint from what `to_dict` returned."""
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**{**fields, **lists, "scheme": Scheme.from_dict(fields["scheme"])})
+    def from_dict(cls, values: Any) -> Self:
+        """Make a blueprint of what `to_dict` returned, or a former version's."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A blueprint must be a mapping of field names to values, got {show(values)}.")
+        records: dict[str, Any] = {"scheme": Scheme, "vit": Vit, "card": Card}
+        made = {}
+        for name in records.keys() & values.keys():
+            if not isinstance(values[name], Mapping):
+                raise ValueError(f"The blueprint's {name} must be a mapping, got {show(values[name])}.")
+            made[name] = records[name].from_dict(values[name])
+        return super().from_dict({**values, **made})
 
     def build(self) -> VisionTransformer:
         """Return the binarized model in evaluation mode, its trained tensors on the "meta" device, without values.
@@ -140,7 +96,7 @@ class Blueprint:
             raise ValueError(f"The blueprint describes no vision transformer that can be built ({reason}).") from None
 
     def _build(self) -> VisionTransformer:
-        arguments = dict(self.vit)
+        arguments = self.vit.to_dict()
         kind = VisionTransformerDistilled if arguments.pop("distilled") else VisionTransformer
         norm, epsilon, fused = _NORMS[arguments.pop("norm")], arguments.pop("epsilon"), arguments.pop("fused")
         activation = _ACTIVATIONS[arguments.pop("activation")]
@@ -154,48 +110,24 @@ class Blueprint:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
-        model = binarize(model, self.scheme).eval()
-        fill_buffers(model)  # no file holds them
-        return model
-
-
-def _check_vit(vit: Mapping[str, Any]) -> None:
-    if not isinstance(vit, Mapping) or vit.keys() != _FIELDS.keys():
-        names = set(vit) ^ _FIELDS.keys() if isinstance(vit, Mapping) else {type(vit).__name__}
-        raise ValueError(f"The blueprint's field vit has other entries than expected: {', '.join(sorted(names))}.")
-    for name, (fits, expected) in _FIELDS.items():
-        if not fits(vit[name]):
-            raise ValueError(f"The blueprint's field {name} must be {expected}, got {vit[name]!r}.")
-    patches = math.prod(size // side for size, side in zip(vit["img_size"], vit["patch_size"], strict=True))
-    if not 1 <= patches <= _MOST_PATCHES:
-        raise ValueError(
-            f"Images of size {vit['img_size']} have {patches} patches of size {vit['patch_size']}, expected 1 to "
-            f"{_MOST_PATCHES}."
-        )
+        return binarize(model, self.scheme).eval()
 
 
 def _check_classes(classes: tuple[str, ...], count: int) -> None:
-    if not isinstance(classes, tuple) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"The class names must be a list of strings, got {classes!r}.")
     if classes and len(classes) != count:
         raise ValueError(f"The model has {count} classes, but {len(classes)} class names came.")
 
 
 def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
-    for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, tuple) or not all(map(_is_number, values)):
-            raise ValueError(f"The {name} must be a list of finite numbers, got {values!r}.")
     if (mean or std) and not len(mean) == len(std) == channels:
         raise ValueError(
             f"The mean has {len(mean)} numbers and the std {len(std)}, expected one of each for every of the model's "
             f"{channels} channels, or none."
         )
-    if any(value <= 0 for value in std):
-        raise ValueError(f"The std must be positive, got {std}.")
 
 
 def describe(model: VisionTransformer) -> dict[str, Any]:
-    """Return the arguments that rebuild a binarized model, for `Blueprint.vit`.
+    """Return the arguments that rebuild a binarized model, for `Vit`.
 
     Args:
         model: What `binvit.binarize` returned.

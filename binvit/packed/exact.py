@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from binvit import bits
 from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
-from binvit.nn.layer_parts import Binarizer
+from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.linear import BinaryLinear, BinaryPatchConv, each
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
@@ -178,6 +178,35 @@ def plane_product(x: Plane, w: Plane) -> Tensor:
     return product
 
 
+class RelativeBias(nn.Module):
+    """A relative `AttentionBias` without an index per pair of tokens: a small file may claim many tokens.
+
+    Args:
+        bias: What it stands in for.
+        grid: Patches along height and width.
+        prefix: Number of tokens before the patches.
+    """
+
+    kind = "relative"
+
+    def __init__(self, bias: AttentionBias, grid: tuple[int, int], prefix: int) -> None:
+        super().__init__()
+        self.values, self.tokens, self.grid, self.prefix = bias.values, bias.tokens, grid, prefix
+
+    def forward(self) -> Tensor:
+        """Return the bias, (heads, N, N)."""
+        (h, w), prefix, n, values = self.grid, self.prefix, self.tokens, self.values
+        heads, length = values.shape
+        # Entry (i, j, k, l) is the table's (i + k, j + l); a patch at (h - 1 - k, w - 1 - l) is the key.
+        pairs = values.as_strided((heads, h, w, h, w), (length, 2 * w - 1, 1, 2 * w - 1, 1)).flip(3, 4)
+        _, rows, keys = values.split([(2 * h - 1) * (2 * w - 1), prefix * n, prefix], 1)
+        bias = values.new_empty(heads, n, n)
+        bias[:, prefix:, prefix:] = pairs.reshape(heads, h * w, h * w)
+        bias[:, :prefix] = rows.reshape(heads, prefix, n)
+        bias[:, prefix:, :prefix] = keys[:, None]
+        return bias
+
+
 def bit_product(x: Tensor, w: Tensor) -> Tensor:
     """Multiply levels x (B, H, M, K) in {-1, +1} or {0, 1} with levels w (B, H, N, K) in {-1, 0, +1}, from bits.
 
@@ -218,6 +247,7 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTr
         ValueError: If the blueprint cannot be built, or if a tensor is missing, unexpected, of another shape or type
             than the blueprint says, not finite, or has bits set past the end of a row.
     """
+    blueprint.vit.check_sizes(tensors)
     model, rest = blueprint.build(), dict(tensors)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
@@ -226,6 +256,9 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTr
             setattr(model.get_submodule(parent), child, kind(module, *_take_weight(name, module, rest)))
         elif isinstance(module, BinaryAttention):
             module.__class__ = PackedAttention
+            module.factor = torch.tensor(module.head_dim**-0.5, dtype=torch.float32)
+            if module.bias is not None and module.bias.kind == "relative":
+                module.bias = RelativeBias(module.bias, model.patch_embed.grid_size, model.num_prefix_tokens)
     expected = model.state_dict()
     flags = {name: torch.tensor(1.0) for name in expected if name.endswith(".initialized")}
     for name in expected | rest:

@@ -15,13 +15,22 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from binvit.config import Config, Switch, read_json, show
 from binvit.files import atomic_write
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.vit import PackedViT
 
 KEY = "binvit packed"
 """The one entry of the file's metadata; safetensors would write several in an order that changes from run to run."""
-VERSION = 2
+VERSION = 3
+_READABLE = (2, 3)  # version 2 has no model card and does not say how images are resized
+
+
+class Header(Config):
+    """What a packed file's metadata holds besides version and checksum."""
+
+    exact: Switch
+    blueprint: Mapping[str, Any]
 
 
 def save(model: PackedViT, path: str | Path) -> Path:
@@ -111,32 +120,29 @@ def from_bytes(data: bytes, exact: bool | None = None, name: str = "given as byt
     """
     try:
         tensors = deserialize(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][KEY]
-    except (KeyError, SafetensorError) as error:
+        header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")], "Its header")["__metadata__"][KEY]
+    except (KeyError, SafetensorError, ValueError) as error:
         raise ValueError(f"The file {name} is truncated or no packed model of binvit ({error}).") from None
     content = _read_header(name, header, tensors)
     try:
-        if not isinstance(content["exact"], bool):
-            raise ValueError(f"The header's field exact must be true or false, got {content['exact']!r}.")
-        blueprint = Blueprint.from_dict(content["blueprint"])
-        return PackedViT(blueprint, tensors, exact=content["exact"] if exact is None else exact)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The packed model {name} is damaged ({type(error).__name__}: {error}).") from None
+        made = Header.from_dict(content)
+        blueprint = Blueprint.from_dict(made.blueprint)
+        return PackedViT(blueprint, tensors, exact=made.exact if exact is None else exact)
+    except ValueError as error:
+        raise ValueError(f"The packed model {name} is damaged: {error}") from None
 
 
-def _read_header(path: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _read_header(name: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the header's entries but version and checksum, which must fit."""
-    try:
-        content = json.loads(text)
-        version, found = content.pop("version"), content.pop("checksum", None)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The packed model {path} is damaged ({type(error).__name__}: {error}).") from None
-    if version != VERSION:
+    content = read_json(text, f"The packed model {name} has a header that")
+    version = content.pop("version", None) if isinstance(content, dict) else None
+    if type(version) is not int or version not in _READABLE:
         raise ValueError(
-            f"The packed model {path} has format version {version!r}, this release of binvit reads version {VERSION}."
+            f"The packed model {name} has format version {show(version)}, this release of binvit reads the versions "
+            f"{' and '.join(map(str, _READABLE))}."
         )
-    if found != checksum(content, tensors):
-        raise ValueError(f"The file {path} is damaged: its checksum does not fit.")
+    if content.pop("checksum", None) != checksum(content, tensors):
+        raise ValueError(f"The file {name} is damaged: its checksum does not fit.")
     return content
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from binvit.nn.linear import BinaryLinear
 from binvit.nn.precision import on_cpu
 from binvit.packed.blueprint import Blueprint, check_same, describe
 from binvit.packed.exact import fold_weight, weight_dtype
+from binvit.packed.header import Card, Vit
 from binvit.packed.vit import PackedViT, as_tensor
 
 
@@ -28,6 +30,9 @@ def pack(
     classes: Sequence[str] = (),
     mean: Sequence[float] | np.ndarray = (),
     std: Sequence[float] | np.ndarray = (),
+    resize: int | None = None,
+    interpolation: str = "bicubic",
+    card: Card | Mapping[str, Any] | None = None,
     images: Tensor | np.ndarray | None = None,
 ) -> PackedViT:
     """Fold a trained binarized model into bits; the model itself is left untouched.
@@ -44,6 +49,10 @@ def pack(
         mean: Channel means that the images were normalized with; by default mean and standard deviations of timm's
             pretrained configuration, if it has them for the model's channels.
         std: Channel standard deviations; required with the means.
+        resize: Pixels of an image's short side before its centre is cut out; by default that of timm's pretrained
+            configuration if the means come from there, else the short side of what the model reads.
+        interpolation: How images are resized, "bilinear" or "bicubic".
+        card: What people want to know of the model, a `Card` or its fields: data, recipe, accuracy, seeds, licence.
         images: float32 (B, C, H, W), normalized; all must keep their prediction when one kind of vector after the other
             is rounded to float16. Without them, and for `exact`, only what are float16 numbers already become float16.
 
@@ -53,7 +62,7 @@ def pack(
     Raises:
         ValueError: If the model is not binarized, has never seen a batch (so that its scales have no values), has a
             part without a packed form or weights that are not finite float32 numbers, or if class names, means and
-            standard deviations do not fit it.
+            standard deviations, sizes or the card do not fit it.
     """
     scheme = getattr(model, "scheme", None)
     if not isinstance(model, VisionTransformer) or scheme is None:
@@ -68,15 +77,18 @@ def pack(
     classes, mean, std = _tuple(classes, str, "classes"), _tuple(mean, float, "mean"), _tuple(std, float, "std")
     if not mean and not std:
         mean, std = _pretrained_normalization(model, vit["in_chans"])
-    blueprint = Blueprint(scheme, vit, classes, mean, std)
+        if mean and resize is None:
+            resize, interpolation = _pretrained_resize(model, min(vit["img_size"]), interpolation)
+    card = card if isinstance(card, Card) else Card.from_dict(card or {})
+    blueprint = Blueprint(scheme, Vit(**vit), classes, mean, std, resize, interpolation, card)
     check_same(model, blueprint.build())
     tensors = _fold_tensors(model)
     halves = _halves(tensors)
     if images is not None and not exact:
         images = as_tensor(images)
-        expected = PackedViT(blueprint, tensors).predict(images)
+        expected = PackedViT(blueprint, tensors)(images).argmax(-1)
         for some in halves:
-            if torch.equal(PackedViT(blueprint, tensors | some).predict(images), expected):
+            if torch.equal(PackedViT(blueprint, tensors | some)(images).argmax(-1), expected):
                 tensors |= some
     for some in halves:
         tensors |= {name: half for name, half in some.items() if torch.equal(half.float(), tensors[name].float())}
@@ -137,3 +149,12 @@ def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (_tuple(config.get(name) or (), float, name) for name in ("mean", "std"))
     return (mean, std) if len(mean) == len(std) == channels else ((), ())
+
+
+def _pretrained_resize(model: VisionTransformer, side: int, interpolation: str) -> tuple[int | None, str]:
+    """Resizing of timm's pretrained configuration, which cuts out the centre of what it resizes."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    share, mode = config.get("crop_pct") or 1.0, config.get("interpolation")
+    if config.get("crop_mode", "center") != "center" or mode not in ("bilinear", "bicubic"):
+        return None, interpolation
+    return math.floor(side / share), mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from binvit import bits
+from binvit.images import Source, normalize, to_pixels
 from binvit.nn.model import poison
 from binvit.nn.precision import forked, on_cpu
 from binvit.packed.blueprint import Blueprint
@@ -123,26 +124,65 @@ class PackedViT:
             return self._fast(images, threads)
         return poison(self._fast(images.nan_to_num(0, 0, 0), threads), images)
 
-    @overload
-    def predict(self, images: Tensor, threads: int | None = None) -> Tensor: ...
-    @overload
-    def predict(self, images: np.ndarray, threads: int | None = None) -> np.ndarray: ...
-    def predict(self, images: Tensor | np.ndarray, threads: int | None = None) -> Tensor | np.ndarray:
-        """Compute the likeliest class of normalized images; the arguments are those of a call.
+    def preprocess(self, images: Source | Sequence[Source]) -> Tensor:
+        """Turn images into what the model reads, as training did: decoded, resized, cut and normalized.
+
+        Args:
+            images: One image or several: PIL images, paths, encoded bytes, or uint8 arrays (H, W) or (H, W, 3).
 
         Returns:
-            int64 (B,), indices into `classes`.
+            float32 (B, C, height, width).
 
         Raises:
-            ValueError: If the images have another shape or type, or hold pixels that are not finite.
+            FileNotFoundError: If an image is missing.
+            ValueError: If something is no image, or the model does not say how its images are normalized.
         """
-        logits = self(images, threads)
-        unknown = as_tensor(logits).isnan().any(-1)
-        if unknown.any():
+        plan, (channels, *size) = self.blueprint, self.blueprint.image_shape
+        if not plan.mean or channels not in (1, 3):
+            raise ValueError(
+                f"The model takes images of {channels} channels with the means {plan.mean}; images need 3 channels or "
+                "1, and a known normalization, which pack() takes as mean and std."
+            )
+        sources = list(images) if isinstance(images, list | tuple) else [images]
+        pixels = np.empty((len(sources), *size, channels), np.uint8)
+        for i, source in enumerate(sources):
+            pixels[i] = to_pixels(source, channels, plan.vit.img_size, plan.resize, plan.interpolation)
+        return normalize(pixels, plan.mean, plan.std)
+
+    def predict(
+        self, images: Tensor | Source | Sequence[Source], top: int = 5, threads: int | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """Find the likeliest classes of images.
+
+        Args:
+            images: What a call takes, float32 (B, C, H, W), or what `preprocess` takes.
+            top: How many classes to return for an image.
+            threads: As for a call.
+
+        Returns:
+            For every image its `top` classes, likeliest first, as pairs of name and probability.
+
+        Raises:
+            FileNotFoundError: If an image is missing.
+            ValueError: If the images do not fit or hold pixels that are not finite, or the model has no classes.
+        """
+        count = self.blueprint.vit.num_classes
+        if not isinstance(top, int | np.integer) or isinstance(top, bool) or top < 1:
+            raise ValueError(f"The number of classes, top, must be a whole number of at least 1, got {top!r}.")
+        ready = isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype == np.float32)
+        logits = torch.as_tensor(self(images if ready else self.preprocess(images), threads))
+        if not count or logits.ndim != 2:
+            raise ValueError("The model has no head that tells classes; a call gives its features.")
+        if (unknown := logits.isnan().any(-1)).any():
             raise ValueError(
                 f"Images need finite pixels, but those of image {int(unknown.nonzero()[0])} in the batch are not."
             )
-        return logits.argmax(-1)
+        names = self.classes or tuple(f"class {number}" for number in range(count))
+        probabilities, numbers = logits.softmax(-1).topk(min(int(top), count))
+        return [
+            [(names[number], probability) for number, probability in zip(*pair, strict=True)]
+            for pair in zip(numbers.tolist(), probabilities.tolist(), strict=True)
+        ]
 
     def _path(self) -> str:
         if self.exact:
@@ -154,10 +194,11 @@ class PackedViT:
         channels, height, width = self.blueprint.image_shape
         lines = [
             f"scheme={self.blueprint.scheme.name!r}, path={self._path()}",
-            f"images=({channels}, {height}, {width}), patch={'x'.join(map(str, vit['patch_size']))}, "
-            f"width={vit['embed_dim']}, depth={vit['depth']}, heads={vit['num_heads']}, "
-            f"classes={vit['num_classes']}{', distilled' if vit['distilled'] else ''}",
+            f"images=({channels}, {height}, {width}), patch={'x'.join(map(str, vit.patch_size))}, "
+            f"width={vit.embed_dim}, depth={vit.depth}, heads={vit.num_heads}, "
+            f"classes={vit.num_classes}{', distilled' if vit.distilled else ''}",
             f"{_in_words(size)}: " + ", ".join(f"{part} {_in_words(n)}" for part, n in self.nbytes.items()),
+            *filter(None, [str(self.blueprint.card)]),
         ]
         return "PackedViT(\n" + "".join(f"    {line}\n" for line in lines) + ")"
 

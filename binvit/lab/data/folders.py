@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from binvit.lab.data.images import SUFFIXES, ImageSet, is_readable, require_regular, stored_size
+from binvit.images import SUFFIXES, is_readable, require_regular, stored_size
+from binvit.lab.data.images import ImageSet
 from binvit.lab.data.splits import SPLITS, Source, normal_name, split_names
 
 # Folders that file managers, archives and disk stations put beside images; they may hold thumbnails of them.

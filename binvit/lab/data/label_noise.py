@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from binvit.lab.data.images import ImageSet, resize_square
+from binvit.images import resize_square
+from binvit.lab.data.images import ImageSet
 
 Matrix = tuple[tuple[float, ...], ...]
 

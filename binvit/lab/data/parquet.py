@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from binvit.config import read_json, show
-from binvit.lab.data.images import ImageSet, require_regular
+from binvit.images import require_regular
+from binvit.lab.data.images import ImageSet
 from binvit.lab.data.splits import (
     UNDIVIDED,
     Source,

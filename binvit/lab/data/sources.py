@@ -15,8 +15,9 @@ import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from binvit.config import show
+from binvit.images import require_regular
 from binvit.lab.data.folders import read_folder
-from binvit.lab.data.images import ImageSet, require_regular
+from binvit.lab.data.images import ImageSet
 from binvit.lab.data.parquet import read_parquet
 from binvit.lab.data.splits import Source, Statistics, checked_labels, finished, read_json_file
 

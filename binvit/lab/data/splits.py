@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from binvit.config import read_json, show
-from binvit.lab.data.images import ImageSet, require_regular
+from binvit.images import require_regular
+from binvit.lab.data.images import ImageSet
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 
-from binvit.lab.data.images import resize_square
+from binvit.images import normalize, resize_square
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -29,9 +29,7 @@ class Normalize:
     """
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]):
-        self.image_size = image_size
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+        self.image_size, self.mean, self.std = image_size, mean, std
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform one image: any RGB image -> float32 (3, image_size, image_size)."""
@@ -39,8 +37,7 @@ class Normalize:
 
     def batch(self, pixels: np.ndarray) -> torch.Tensor:
         """Transform pixels that already have the right size: uint8 (B, S, S, 3) -> float32 (B, 3, S, S)."""
-        values = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
-        return values.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return normalize(pixels, self.mean, self.std)
 
 
 def eval_transform(image_size: int, mean: Sequence[float], std: Sequence[float]) -> Normalize:

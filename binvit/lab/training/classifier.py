@@ -13,6 +13,7 @@ from torch import Tensor
 
 from binvit.lab.data.images import resize_square
 from binvit.lab.data.transforms import eval_transform
+from binvit.packed import PackedViT
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Classifier:
         std: three channel standard deviations.
     """
 
-    model: VisionTransformer
+    model: VisionTransformer | PackedViT
     classes: Sequence[str]
     image_size: int
     mean: Sequence[float]
@@ -35,6 +36,8 @@ class Classifier:
 
     def tensor(self, pictures: Sequence[Image]) -> Tensor:
         """Turn RGB pictures into the model's input, float32 (B, 3, S, S)."""
+        if isinstance(self.model, PackedViT):
+            return self.model.preprocess(pictures)
         transform = eval_transform(self.image_size, self.mean, self.std)
         return transform.batch(np.stack([np.asarray(resize_square(picture, self.image_size)) for picture in pictures]))
 

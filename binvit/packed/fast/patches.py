@@ -6,6 +6,7 @@ Folding finds the block length that reproduces torch's result on this machine; w
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ TILE = 6
 PANEL = 64
 BLOCKS = (384, 256, 192, 320, 336, 512)
 _LANES = 16
+_LARGEST_TRIAL = 2**24  # numbers of the image that is tried; a small file may be for images of gigabytes
 
 
 class Patches(NamedTuple):
@@ -88,6 +90,8 @@ def _with_block(folded: Patches, model: VisionTransformer) -> Patches:
     """Find the block length that gives torch's numbers for a random image."""
     conv, length = model.patch_embed.proj, folded.weights.shape[1]
     shape = (1, conv.in_chans, *model.patch_embed.img_size)
+    if math.prod(shape) > _LARGEST_TRIAL:
+        return _nothing()
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     expected = model._pos_embed(model.patch_embed(image))[0].numpy()
     x = np.zeros_like(expected)
