@@ -284,7 +284,7 @@ def test_every_field_refuses_hostile_values_in_a_sentence(value, path):
                 wrong.append(f"{name}: {str(error)[:300]}")
         else:
             allowed = {"text": {"name", "description", "reference", "data", "recipe", "licence"}}
-            allowed |= {"object": {"card"}, "list": {"seeds"}, "10**30": {"activation_limit"}}
+            allowed |= {"object": {"card"}, "list": {"seeds", "latent_init"}, "10**30": {"activation_limit"}}
             allowed["4000 digits"] = {"activation_limit"}
             allowed["null"] = {"activation_limit", "init_values", "resize", "accuracy"}
             if name not in allowed.get(value, ()):

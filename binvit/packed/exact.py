@@ -17,7 +17,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from binvit import bits
-from binvit.jit import JIT, kernel
 from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryAttention
@@ -25,6 +24,7 @@ from binvit.nn.linear import BinaryLinear, BinaryPatchConv, each
 from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
 from binvit.nn.rules import Plane, Rule
 from binvit.packed.blueprint import Blueprint
+from binvit.packed.products import bit_product, few_rows_product, plane_product
 
 FLOATS = (torch.float32, torch.float16)
 """How numbers that are no weights are stored; float16 only where `pack` may round, at `binvit.nn.convert.VECTORS`."""
@@ -137,12 +137,14 @@ class PackedPatchConv(PackedLinear):
 class PackedAttention(BinaryAttention):
     """`BinaryAttention` whose two products, query x key and map x value, are formed from bits."""
 
+    multiply = staticmethod(bit_product)
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return binarized query x key / sqrt(d), (B, H, N, N)."""
         if not (is_binary(self.query_binarizer.rule) and is_binary(self.key_binarizer.rule)):
             return super().scores(q, k)
         (q_plane,), (k_plane,) = self.query_binarizer.planes(q), self.key_binarizer.planes(k)
-        product = plane_product(q_plane, k_plane)
+        product = plane_product(q_plane, k_plane, self.multiply)
         return apply_scales(product, q_plane.scale, k_plane.scale) * self.factor
 
     def attend(self, a: Tensor, v: Tensor) -> Tensor:
@@ -154,28 +156,12 @@ class PackedAttention(BinaryAttention):
         total: Any = None
         for a_plane in maps:
             for v_plane in values:
-                product = plane_product(a_plane, v_plane._replace(levels=v_plane.levels.mT))
+                product = plane_product(a_plane, v_plane._replace(levels=v_plane.levels.mT), self.multiply)
                 scales = [s for s in (a_plane.scale, v_plane.scale) if s is not None]
                 if scales:
                     product.mul_(scales[0] * scales[1] if len(scales) == 2 else scales[0])
                 total = product if total is None else total.add_(product)
         return total
-
-
-def plane_product(x: Plane, w: Plane) -> Tensor:
-    """Multiply the integers of two planes, (B, H, M, K) and (B, H, N, K) with offsets per head, from bits.
-
-    Returns:
-        float32 (B, H, M, N), exact integers.
-    """
-    product = bit_product(x.levels, w.levels)
-    if x.offset is not None:
-        product -= x.offset * w.levels.sum(-1)[..., None, :]
-    if w.offset is not None:
-        product -= w.offset * x.levels.sum(-1, keepdim=True)
-    if x.offset is not None and w.offset is not None:
-        product += x.levels.shape[-1] * x.offset * w.offset
-    return product
 
 
 class RelativeBias(nn.Module):
@@ -205,34 +191,6 @@ class RelativeBias(nn.Module):
         bias[:, :prefix] = rows.reshape(heads, prefix, n)
         bias[:, prefix:, :prefix] = keys[:, None]
         return bias
-
-
-def bit_product(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply levels x (B, H, M, K) in {-1, +1} or {0, 1} with levels w (B, H, N, K) in {-1, 0, +1}, from bits.
-
-    Args:
-        x: Levels stored as floats, either signs or, with any zero in them, {0, 1}.
-        w: Levels stored as floats.
-
-    Returns:
-        float32 (B, H, M, N), exact integers.
-    """
-    (b, h, m, length), n = x.shape, w.shape[-2]
-    out = np.empty((b * h, m, n), np.int32)
-    signed = not bool((x == 0).any())
-    rows = bits.pack_levels(x.reshape(b * h, m, length).numpy(), 0)
-    columns = w.reshape(b * h, n, length).numpy()
-    signs, masks = bits.pack_levels(columns, 0), None
-    if not columns.all():
-        masks = bits.pack_levels(np.abs(columns), 0)
-    for i in range(b * h):
-        if masks is None:
-            bits.binary_matmul(rows[i], signs[i], length, unsigned=not signed, out=out[i])
-        else:
-            bits.binary_matmul(rows[i], signs[i], length, unsigned=True, mask=masks[i], out=out[i])
-            if signed:  # (2 b - 1) c = 2 b c - c
-                out[i] = 2 * out[i] - columns[i].sum(-1).astype(np.int32)
-    return torch.from_numpy(out).float().reshape(b, h, m, n)
 
 
 def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTransformer:
@@ -326,35 +284,3 @@ def _check_tensor(
 
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-MOST_ROWS = 4
-"""With more, converting the weights to float32 once and calling BLAS is faster."""
-
-
-def few_rows_product(x: Tensor, w: Tensor) -> Tensor | None:
-    """Multiply integer levels without a float32 copy of the weights.
-
-    Args:
-        x: float32 (..., K), whole numbers.
-        w: int8 (N, K); the sums are below 2**24, so that any order of adding them is exact.
-
-    Returns:
-        float32 (..., N), or None where this form does not pay: many rows, or no compiler.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if not JIT or len(rows) > MOST_ROWS or w.dtype != torch.int8:
-        return None
-    out = torch.empty(len(rows), len(w), dtype=torch.float32)
-    _multiply(rows.contiguous().numpy(), w.numpy(), out.numpy())
-    return out.view(*x.shape[:-1], len(w))
-
-
-@kernel(reorder=True)
-def _multiply(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
-    for n in range(w.shape[0]):
-        for m in range(x.shape[0]):
-            total = np.float32(0)
-            for k in range(x.shape[1]):
-                total += x[m, k] * np.float32(w[n, k])
-            out[m, n] = total
