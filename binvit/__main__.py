@@ -296,6 +296,24 @@ def predict(model: Path, images: Path, top: int, form: str | None) -> None:
 
 @cli.command()
 @click.argument("model", type=PATH)
+@click.argument("out", type=PATH, metavar="MODEL.onnx")
+def export(model: Path, out: Path) -> None:
+    """Write a model as ONNX, for other runtimes.
+
+    MODEL is a file that binvit train or binvit pack has written. Its bits are floats in ONNX, which has no products of
+    bits: the answers are the same, size and speed those of a float model.
+    """
+    from binvit.lab.predict import open_packed
+    from binvit.packed import export_onnx
+
+    if out.resolve() == model.resolve():
+        raise ValueError(f"The exported file would replace the model {model}; choose another name.")
+    export_onnx(open_packed(model), out)
+    click.echo(f"The exported model is {out}, {out.stat().st_size / 1e6:.2f} MB.")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
 def audit(model: Path) -> None:
     """Print where a model's bytes and operations are, part by part.
 

@@ -12,7 +12,7 @@ import binvit
 from binvit.jit import JIT
 from binvit.nn import COMPONENTS
 from binvit.nn.schemes import PLACES
-from binvit.packed.exact import MOST_ROWS, few_rows_product
+from binvit.packed.products import MOST_ROWS, few_rows_product
 
 X = images(5)
 

@@ -164,20 +164,16 @@ class PackedAttention(BinaryAttention):
         return total
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(AttentionBias):
     """A relative `AttentionBias` without an index per pair of tokens: a small file may claim many tokens.
 
-    Args:
-        bias: What it stands in for.
+    Attributes:
         grid: Patches along height and width.
         prefix: Number of tokens before the patches.
     """
 
-    kind = "relative"
-
-    def __init__(self, bias: AttentionBias, grid: tuple[int, int], prefix: int) -> None:
-        super().__init__()
-        self.values, self.tokens, self.grid, self.prefix = bias.values, bias.tokens, grid, prefix
+    grid: tuple[int, int]
+    prefix: int
 
     def forward(self) -> Tensor:
         """Return the bias, (heads, N, N)."""
@@ -215,8 +211,10 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTr
         elif isinstance(module, BinaryAttention):
             module.__class__ = PackedAttention
             module.factor = torch.tensor(module.head_dim**-0.5, dtype=torch.float32)
-            if module.bias is not None and module.bias.kind == "relative":
-                module.bias = RelativeBias(module.bias, model.patch_embed.grid_size, model.num_prefix_tokens)
+        elif isinstance(module, AttentionBias) and module.kind == "relative":
+            module.__class__ = RelativeBias
+            del module.index
+            module.grid, module.prefix = model.patch_embed.grid_size, model.num_prefix_tokens
     expected = model.state_dict()
     flags = {name: torch.tensor(1.0) for name in expected if name.endswith(".initialized")}
     for name in expected | rest:

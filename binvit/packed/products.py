@@ -85,7 +85,7 @@ def few_rows_product(x: Tensor, w: Tensor) -> Tensor | None:
 
 
 @kernel(reorder=True)
-def _multiply(x, w, out):
+def _multiply(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
     for n in range(w.shape[0]):
         for m in range(x.shape[0]):
             total = np.float32(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class PackedViT:
 
     def _run(self, images: Tensor, threads: int) -> Tensor:
         if not len(images):
-            vit = self._model
+            vit: Any = self._model
             tokens = torch.zeros(1, vit.patch_embed.num_patches + vit.num_prefix_tokens, vit.embed_dim)
             return vit.forward_head(tokens.float())[:0]
         if self._fast is None or not self._fast.takes(len(images)):

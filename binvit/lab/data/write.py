@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from binvit.files import atomic_write
+from binvit.images import resize_square
 from binvit.lab.data.datasets import balanced
-from binvit.lab.data.images import ImageSet, resize_square
+from binvit.lab.data.images import ImageSet
 from binvit.lab.data.sources import Source, locate, read_source
 
 _COMMAND = b"binvit data"

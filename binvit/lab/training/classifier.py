@@ -11,7 +11,7 @@ from PIL.Image import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from binvit.lab.data.images import resize_square
+from binvit.images import resize_square
 from binvit.lab.data.transforms import eval_transform
 from binvit.packed import PackedViT
 

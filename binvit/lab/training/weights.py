@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from binvit.lab.data.images import require_regular
+from binvit.images import require_regular
 from binvit.lab.data.sources import expanded
 
 _HEADS = ("head", "head_dist")

@@ -33,7 +33,7 @@ from binvit.nn.rules import (
     Sign,
     ThreeMaps,
 )
-from binvit.packed.exact import PackedAttention, PackedLinear, RelativeBias
+from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.fast.layout import HEAD, ROW, SAMPLE
 from binvit.packed.fast.softmax import score_table
 
@@ -237,7 +237,7 @@ def _fold_map_and_value(attention: PackedAttention) -> dict[str, Any]:
     }
 
 
-def _fold_bias(bias: AttentionBias | RelativeBias | None, grid: tuple[int, int], prefix: int) -> Bias:
+def _fold_bias(bias: AttentionBias | None, grid: tuple[int, int], prefix: int) -> Bias:
     if bias is None:
         return no_bias()
     values = bias.values.detach().numpy()
