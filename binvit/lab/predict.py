@@ -152,7 +152,7 @@ def predict_files(
             while waiting or start < len(images):
                 while start < len(images) and len(waiting) < ahead:
                     batch = images[start : start + size]
-                    waiting.append([(path, decoders.submit(_decode, path, classifier.image_size)) for path in batch])
+                    waiting.append([(path, decoders.submit(_decode, path, classifier)) for path in batch])
                     start += size
                 read = []
                 for path, picture in waiting.popleft():
@@ -207,5 +207,11 @@ def written(predictions: Iterable[tuple[Path, list[tuple[str, float]]]], form: s
         yield "]"
 
 
-def _decode(path: Path, image_size: int) -> Image:
-    return resize_square(open_image(path), image_size)
+def _decode(path: Path, classifier: Classifier) -> Image:
+    """Decode an image, and shrink it at once where the model's own way is the common one, so that little waits."""
+    picture, model = open_image(path), classifier.model
+    if isinstance(model, PackedViT):
+        plan = model.blueprint
+        if plan.resize is not None or plan.interpolation != "bicubic" or len(set(plan.vit.img_size)) > 1:
+            return picture
+    return resize_square(picture, classifier.image_size)
