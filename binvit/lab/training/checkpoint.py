@@ -1,19 +1,26 @@
-"""Checkpoints of trained models: one safetensors file with everything needed to rebuild the model in its header."""
+"""Checkpoints of trained models: one safetensors file with everything needed to rebuild the model in its header.
+
+The header is one entry, since safetensors would write several in an order that changes from run to run, and begins
+with a checksum of itself and all tensors: equal models are equal files, and no flipped bit passes for a weight.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from binvit.files import atomic_write
 from binvit.lab.training.model import CheckpointInfo, new_model
 from binvit.lab.training.recipe import Recipe
 from binvit.nn.schemes import Scheme
+from binvit.packed.files import checksum
 
-_FORMAT = "binvit checkpoint"
-_VERSION = 1
+_KEY = "binvit checkpoint"
+_VERSION = 2
 
 
 def save_checkpoint(path: str | Path, model: torch.nn.Module, info: CheckpointInfo) -> Path:
@@ -28,6 +35,7 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, info: CheckpointIn
         The path written.
     """
     header = {
+        "version": _VERSION,
         "trial": info.trial,
         "recipe": info.recipe.to_dict(),
         "scheme": info.scheme.to_dict(),
@@ -36,9 +44,13 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, info: CheckpointIn
         "std": list(info.std),
         "image_size": info.image_size,
     }
-    metadata = {"format": _FORMAT, "version": str(_VERSION)} | {key: json.dumps(item) for key, item in header.items()}
+    text = json.dumps(header)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return atomic_write(path, save(tensors, metadata))
+    return atomic_write(path, save(tensors, {_KEY: f"{_checksum(text, tensors)} {text}"}))
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return checksum({"header": text}, tensors)
 
 
 def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
@@ -52,9 +64,9 @@ def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, no checkpoint of binvit, or its tensors do not fit its header.
+        ValueError: the file is truncated or damaged, no checkpoint of binvit, or its tensors do not fit its header.
     """
-    info, tensors = _read(Path(path))
+    info, tensors = read_checkpoint(path)
     model = new_model(info)
     expected = model.state_dict()
     for name in expected | tensors:
@@ -69,40 +81,47 @@ def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
     return model.eval(), info
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Say whether a file is a checkpoint of `save_checkpoint`, without reading its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == _FORMAT
-    except (OSError, SafetensorError):
-        return False
+def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
+    """Read what `load_checkpoint` makes a model of: its description and its tensors, checked against their checksum.
 
-
-def _read(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
-    if not path.is_file():
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or damaged, or no checkpoint of binvit.
+    """
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
+    content = path.read_bytes()  # safetensors' own reader takes too many open files for a missing one
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+        tensors = load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The file {path} is truncated or no safetensors file ({error}).") from None
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"The file {path} is a safetensors file but no checkpoint of binvit.")
-    if metadata.get("version") != str(_VERSION):
+    if metadata.get("format") == _KEY:
         found = metadata.get("version")
         raise ValueError(f"The checkpoint {path} has format version {found}, this release of binvit reads {_VERSION}.")
+    if _KEY not in metadata:
+        raise ValueError(f"The file {path} is a safetensors file but no checkpoint of binvit.")
+    found, _, text = metadata[_KEY].partition(" ")
+    if found != _checksum(text, tensors):
+        raise ValueError(f"The checkpoint {path} is damaged: its checksum does not fit.")
+    return _info(path, text), tensors
+
+
+def _info(path: Path, text: str) -> CheckpointInfo:
     try:
-        header = {key: json.loads(item) for key, item in metadata.items() if key not in ("format", "version")}
-        info = CheckpointInfo(
+        header: dict[str, Any] = json.loads(text)
+        if header["version"] != _VERSION:
+            found = header["version"]
+            raise ValueError(f"it has format version {found}, this release of binvit reads {_VERSION}")
+        return CheckpointInfo(
             recipe=Recipe.from_dict(header["recipe"]),
             scheme=Scheme.from_dict(header["scheme"]),
             classes=tuple(header["classes"]),
             mean=tuple(header["mean"]),
             std=tuple(header["std"]),
             image_size=int(header["image_size"]),
-            trial=header.get("trial"),
+            trial=header["trial"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The checkpoint {path} has a damaged header ({type(error).__name__}: {error}).") from None
-    return info, tensors

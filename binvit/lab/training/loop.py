@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from binvit.lab.training.evaluation import Classifier, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.training.resume import Position, read_state, versions, write_state
+from binvit.lab.training.resume import Position, read_state, write_state
 from binvit.nn.convert import init_latent_weights
 from binvit.nn.schemes import Scheme
 
@@ -105,7 +106,7 @@ class Training:
             TrainingDiverged: the loss is no longer finite.
         """
         total = sum(epochs for epochs, _ in self.stages)
-        state = read_state(self.resume, self._config(), self.device)
+        state = read_state(self.resume, self._config(), self.device, self.device)
         self._start(state["position"]["stage"] if state else 0)
         if state:
             self.position = Position(**state["position"])
@@ -246,11 +247,16 @@ class Training:
     def _config(self) -> str:
         """Return what a state must have been trained with to be continued."""
         schemes = [scheme.to_dict() for _, scheme in self.stages]
-        return json.dumps([self.identity, self.recipe.to_dict(), schemes, versions()])
+        return json.dumps([self.identity, self.recipe.to_dict(), schemes])
 
     def _write_state(self) -> None:
         if self.resume is None:
             return
         self.position.seconds = self.seconds
-        write_state(self.resume, self.position, self.model, self.optimizer, self._config())
+        try:
+            write_state(self.resume, self.position, self.model, self.optimizer, self._config(), self.device)
+        except OSError as error:  # a full disk: the training matters more than its state
+            warnings.warn(
+                f"The state {self.resume} could not be written ({error}); the training goes on.", stacklevel=2
+            )
         self.saved = time.monotonic()

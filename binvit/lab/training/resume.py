@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import platform
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,24 @@ def cpu_kind() -> str:
     return platform.processor() or platform.machine()
 
 
+def environment(device: str) -> dict[str, str]:
+    """Return what may change a result's last digits: versions, device and threads.
+
+    Args:
+        device: what trains, as `TrialResult` has it.
+    """
+    return versions() | {"device": device, "threads": str(torch.get_num_threads())}
+
+
+def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what differs between two environments, such as "torch 2.9.0 (now 2.14.1)"; "" if nothing does."""
+    return ", ".join(
+        f"{name} {earlier[name]} (now {now[name]})"
+        for name in now
+        if earlier.get(name) != now[name] and name in earlier
+    )
+
+
 @dataclass
 class Position:
     """How far a run has come; with model and optimizer this is all that its state needs.
@@ -43,16 +64,18 @@ class Position:
         epoch: whole epochs of this stage that are done.
         seconds: time spent so far.
         history: the records of all epochs done.
+        versions: of what trained so far; "2.9.0, then 2.14.1" where they changed in between.
     """
 
     stage: int = 0
     epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=versions)
 
 
 def write_state(
-    path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, config: str
+    path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, config: str, device: str
 ) -> None:
     """Write the state of an unfinished run in one step.
 
@@ -62,25 +85,49 @@ def write_state(
         model: the model as it is.
         optimizer: its optimizer.
         config: what the run must be trained with to be continued.
+        device: what trains, as `environment` takes it.
     """
     buffer = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": environment(device)}
     torch.save(state | {"position": dataclasses.asdict(position), "config": config}, buffer)
-    atomic_write(path, buffer.getvalue())
+    content = buffer.getvalue()
+    atomic_write(path, hashlib.sha256(content).digest() + content)
 
 
-def read_state(path: Path | None, config: str, device: str) -> dict[str, Any] | None:
-    """Return the state of a killed run, None if there is none that fits.
+def read_state(path: Path | None, config: str, device: str, place: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """Return the state of a killed run, None if there is none that fits; a warning says why one does not.
+
+    A state of other versions is continued, since hours of training may hang on it: `Position.versions` keeps both.
 
     Args:
         path: the file; None if no state is kept.
         config: as given to `write_state`.
-        device: where the tensors shall be.
+        device: the same.
+        place: where the tensors shall be.
+
+    Raises:
+        OSError: the file cannot be read, which does not mean that it is damaged.
     """
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return _start_over(path, "is damaged")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # whatever a damaged file raises: a state only saves time
-        return None
-    return state if state.get("config") == config else None
+        state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location=place, weights_only=True)
+    except Exception as error:  # whatever torch raises for a file of another release of its own
+        return _start_over(path, f"cannot be read by torch {torch.__version__} ({type(error).__name__})")
+    if state.get("config") != config:
+        return _start_over(path, "is of another recipe, scheme or data set")
+    if changed := changes(state["environment"], environment(device)):
+        warnings.warn(f"The training continues from {path}, which was written with {changed}.", stacklevel=2)
+    position = state["position"]
+    for name, version in versions().items():
+        before = position["versions"].get(name, "unknown")
+        if before.split(", then ")[-1] != version:
+            position["versions"][name] = f"{before}, then {version}"
+    return state
+
+
+def _start_over(path: Path, reason: str) -> None:
+    warnings.warn(f"The state {path} {reason}; the training starts over.", stacklevel=3)

@@ -14,12 +14,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, SkipValidation
-from safetensors import safe_open
 from typing_extensions import TypedDict
 
 from binvit.config import Config, Number, Text, Whole, read_json
 from binvit.files import atomic_write, set_aside
-from binvit.lab.training.checkpoint import is_checkpoint, load_checkpoint
+from binvit.lab.training.checkpoint import load_checkpoint, read_checkpoint
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.training.recipe import Recipe, Share
 from binvit.lab.trials.identity import IDLE, counted
@@ -62,18 +61,24 @@ def model_path(trial: Trial, results_dir: str | Path = "results") -> Path:
 
 
 def finished_result(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:
-    """Return a finished trial's result; a file that cannot be used is set aside, and None returned."""
+    """Return a finished trial's result; a file that cannot be parsed or is outdated is set aside, and None returned.
+
+    Raises:
+        OSError: the file cannot be read; that says nothing of its content, which stays where it is.
+    """
     _tell_of_old_results(Path(results_dir))
     try:
         result = read_result(trial, results_dir)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        label = "outdated" if isinstance(error, OutdatedResult) else "corrupt"
+        outdated = isinstance(error, OutdatedResult)
         try:
-            kept = set_aside(result_path(trial, results_dir), label)
+            kept = set_aside(result_path(trial, results_dir), "outdated" if outdated else "corrupt")
         except FileNotFoundError:  # another process was faster
             return None
+        if outdated and model_path(trial, results_dir).exists():  # a model says nothing of a damaged result
+            set_aside(model_path(trial, results_dir), "outdated")
         warnings.warn(f"{error} It is kept as {kept.name}, and the trial is run again.", stacklevel=3)
         return None
     return result if not keep_model or _keeps_model(trial, results_dir) else None
@@ -92,15 +97,12 @@ def _tell_of_old_results(folder: Path) -> None:
 
 
 def _keeps_model(trial: Trial, results_dir: str | Path) -> bool:
-    """Say whether the trial's checkpoint is there and its own, without reading its tensors."""
-    path = model_path(trial, results_dir)
-    if not is_checkpoint(path):
-        return False
+    """Say whether the trial's checkpoint is there, sound and its own."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _is_record(json.loads(file.metadata().get("trial", "null")), trial)
-    except ValueError:
+        info, _ = read_checkpoint(model_path(trial, results_dir))
+    except (FileNotFoundError, ValueError):
         return False
+    return _is_record(info.trial, trial)
 
 
 def _is_record(record: Any, trial: Trial) -> bool:

@@ -17,7 +17,7 @@ from binvit.lab.randomness import own_random_state
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.training.resume import cpu_kind, versions
+from binvit.lab.training.resume import cpu_kind
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -75,7 +75,9 @@ def run_trial(
     running.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(running / f"{trial.id}.lock", blocking=wait):
+            state = running / f"{trial.id}.state"
             if finished_result(trial, results_dir, keep_model) is not None:
+                state.unlink(missing_ok=True)  # left by a process that was killed after it had written the result
                 return True
             teacher = None
             recipe = trial.get_recipe()
@@ -83,10 +85,13 @@ def run_trial(
                 taught = teacher_trial(trial)
                 run_trial(taught, results_dir, keep_model=True, report=report)
                 teacher = load_model(taught, results_dir)
-            result = train_trial(trial, teacher=teacher, progress=report, resume=running / f"{trial.id}.state")
-            if keep_model:
-                save_checkpoint(model_path(trial, results_dir), result.model, result.info)
-            write_result(result, results_dir)  # last, since it says that the trial is finished
+
+            def keep(result: TrialResult) -> None:
+                if keep_model:
+                    save_checkpoint(model_path(trial, results_dir), result.model, result.info)
+                write_result(result, results_dir)  # last, since it says that the trial is finished
+
+            train_trial(trial, teacher=teacher, progress=report, resume=state, keep=keep)
             return True
     except Timeout:
         return False
@@ -110,6 +115,7 @@ def train_trial(
     progress: Progress | None = None,
     device: str | None = None,
     resume: str | Path | None = None,
+    keep: Callable[[TrialResult], object] | None = None,
 ) -> TrialResult:
     """Train and measure one trial; the same seed and number of threads give the same bits on a CPU.
 
@@ -120,6 +126,7 @@ def train_trial(
         device: "cpu" or "cuda"; None takes the GPU if there is one.
         resume: file of the state from which a killed trial continues; written every few minutes, removed at the end. A
             training that diverges leaves its last good model beside it, with the suffix `.diverged.safetensors`.
+        keep: called with the result before the state is removed, so that a kill while files are written loses nothing.
 
     Returns:
         The result, with the trained model in evaluation mode.
@@ -160,6 +167,8 @@ def train_trial(
         )
         training.train(progress)
     result = _measure(trial, training)
+    if keep is not None:
+        keep(result)
     training.finish()
     return result
 
@@ -180,7 +189,7 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         history=history,
         recipe=training.recipe,
         scheme=trial.get_scheme(),
-        versions=versions(),
+        versions=training.position.versions,
         threads=torch.get_num_threads(),
         device=training.device,
         fingerprint=trial.fingerprint,

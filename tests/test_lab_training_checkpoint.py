@@ -1,0 +1,89 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import binvit
+from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
+from binvit.lab.training.model import CheckpointInfo, build_model, new_model
+from binvit.lab.training.recipes import recipe
+
+TINY = {"width": 16, "depth": 1, "heads": 2}
+
+
+def info(classes=3):
+    names = tuple("abc"[:classes])
+    return CheckpointInfo(recipe("smoke", **TINY), binvit.scheme("elastic"), names, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 8)
+
+
+def test_checkpoints_survive_the_round_trip(tmp_path):
+    model = new_model(info()).eval()
+    path = save_checkpoint(tmp_path / "folder" / "model.safetensors", model, info())
+    again, read = load_checkpoint(path)
+    assert read == info()
+    states = model.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not again.training
+    assert [item.name for item in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_bad_checkpoints_get_one_sentence(tmp_path):
+    path = save_checkpoint(tmp_path / "model.safetensors", new_model(info()), info())
+    whole = path.read_bytes()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "missing.safetensors")
+    for damaged in (b"", b"text", whole[:5], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="truncated or no safetensors file"):
+            load_checkpoint(path)
+    save_checkpoint(path, new_model(info(classes=2)), info())
+    with pytest.raises(ValueError, match=r"does not fit its own header: .* has shape \(2,.*expected \(3,"):
+        load_checkpoint(path)
+    save_checkpoint(path, build_model(info().recipe, 3, 8), info())
+    with pytest.raises(ValueError, match=r"has no tensor '.*binarizer"):
+        load_checkpoint(path)
+
+
+def test_foreign_safetensors_files_are_refused(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of binvit"):
+        load_checkpoint(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "binvit checkpoint", "version": "1"})
+    with pytest.raises(ValueError, match="format version 1, this release of binvit reads 2"):
+        load_checkpoint(path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = save_checkpoint(tmp_path / "model.safetensors", new_model(info()), info())
+    whole = path.read_bytes()
+    places = torch.randint(0, 8 * len(whole), (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    header = int.from_bytes(whole[:8], "little")
+    places += torch.randint(0, 8 * (8 + header), (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"damaged|truncated or no safetensors|no checkpoint of binvit"):
+            load_checkpoint(path)
+
+
+def test_equal_models_are_equal_files_in_every_process(tmp_path):
+    program = (
+        "import sys, json, torch, binvit\n"
+        "from binvit.lab.training.checkpoint import save_checkpoint\n"
+        "from binvit.lab.training.model import CheckpointInfo, new_model\n"
+        "from binvit.lab.training.recipes import recipe\n"
+        "torch.manual_seed(0)\n"
+        "made = recipe('smoke', **json.loads(sys.argv[2])), binvit.scheme('gsb')\n"
+        "info = CheckpointInfo(*made, ('a', 'b'), (0.5,) * 3, (1.0,) * 3, 8)\n"
+        "save_checkpoint(sys.argv[1], new_model(info), info)\n"
+    )
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", program, path, json.dumps(TINY)], check=True)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
