@@ -99,6 +99,7 @@ def reproduce(
 @click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
 @click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
 def train(
     dataset: str,
@@ -113,9 +114,14 @@ def train(
     samples_per_class: int | None,
     label_noise: float,
     root: Path | None,
+    device: str | None,
     out: Path,
 ) -> None:
-    """Train a model and keep it; a finished trial is read instead of trained again."""
+    """Train a model and keep it; a finished trial is read instead of trained again.
+
+    Several processes train one model together: torchrun --nproc_per_node=N -m binvit train ...
+    """
+    from binvit.lab.training.devices import Team
     from binvit.lab.training.recipes import parse_options
     from binvit.lab.trials.pool import run_trials
     from binvit.lab.trials.store import model_path
@@ -139,7 +145,10 @@ def train(
         root=None if root is None else str(root),
     )
     trial.get_scheme()  # refuses an unknown name before anything is written
-    row = run_trials([trial], results_dir=out, keep_models=True, progress=sys.stderr.isatty()).iloc[0]
+    options = {"keep_models": True, "progress": sys.stderr.isatty(), "device": device}
+    row = run_trials([trial], results_dir=out, **options).iloc[0]
+    if not Team(device).leads:
+        return
     click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
     click.echo(f"The model is {model_path(trial, out)}.")
 

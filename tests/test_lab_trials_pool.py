@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -6,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -284,8 +287,124 @@ def test_several_jobs_give_the_same_numbers_and_survive_failures(tmp_path):
     with pytest.raises(TrialsFailed, match=r"1 of 3 trials failed: .*has only") as caught:
         run_trials([crowded, *trials], tmp_path / "there", jobs=2, progress=False)
     assert caught.value.wrong_input
-    there = run_trials(trials, tmp_path / "there", progress=False)
+    there = run_trials(trials, tmp_path / "there", jobs=2, progress=False)
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
+
+
+def started(trials, results_dir, **options):
+    """Start trials in two children of a process of their own; return it and the children, once all have begun."""
+    command = program(*trials, results_dir=results_dir, jobs=2, **options)
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    states = [results_dir / ".running" / f"{trial.id}.state" for trial in trials]
+    until = time.monotonic() + 90
+    while not all(state.exists() for state in states) and parent.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    return parent, [child for child in children if any("lock" in file.path for file in child.open_files())]
+
+
+def test_a_killed_child_takes_only_its_trial_with_it(tmp_path):
+    long = [tiny("gsb", seed, epochs=60, checkpoint_minutes=0.0, eval_every=60) for seed in (0, 1)]
+    parent, (first, second) = started(long, tmp_path)
+    victim = next(trial for trial in long if any(trial.id in file.path for file in first.open_files()))
+    first.kill()
+    message = parent.communicate(timeout=120)[1]
+    assert f"1 of 2 trials failed: {victim.describe()}: its process was killed or crashed (SIGKILL" in message
+    (survivor,) = set(long) - {victim}
+    assert len(read_result(survivor, tmp_path).history) == 60
+    assert not result_path(victim, tmp_path).exists()
+    assert not psutil.wait_procs([second], timeout=20)[1]
+
+
+def test_an_interrupt_ends_all_children(tmp_path):
+    parent, children = started([tiny("gsb", seed, epochs=5000, checkpoint_minutes=0.0) for seed in (0, 1)], tmp_path)
+    everyone = psutil.Process(parent.pid).children(recursive=True)
+    assert set(children) <= set(everyone)
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=30)
+    assert not psutil.wait_procs(everyone, timeout=20)[1]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), MemoryError()]
+)
+def test_failed_work_takes_only_its_trial_with_it(tmp_path, monkeypatch, error, capsys):
+    run = train_trial.train_trial
+
+    def failing(trial, **options):
+        if trial.seed == 1:
+            raise error
+        return run(trial, **options)
+
+    monkeypatch.setattr(train_trial, "train_trial", failing)
+    with pytest.raises(TrialsFailed, match=f"1 of 2 trials failed: .*seed 1.*: {type(error).__name__}") as caught:
+        run_trials([tiny(seed=1, epochs=1), tiny(epochs=1)], tmp_path, progress=False)
+    assert not caught.value.wrong_input
+    assert read_result(tiny(epochs=1), tmp_path).test_accuracy > 0
+
+
+def test_an_error_of_reading_is_no_corruption(tmp_path, monkeypatch):
+    trial, read = tiny(epochs=1), Path.read_bytes
+    table = run_trials([trial], tmp_path, keep_models=True, progress=False)
+    before = {path.name: read(path) for path in tmp_path.glob("digits*")}
+
+    def crowded(path):
+        if path.suffix in (".json", ".safetensors"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", crowded)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_result(trial, tmp_path)
+    with pytest.raises(TrialsFailed, match="Too many open files"):
+        run_trials([trial], tmp_path, keep_models=True, progress=False)
+    monkeypatch.undo()
+    assert {path.name: read(path) for path in tmp_path.glob("digits*")} == before
+    pd.testing.assert_frame_equal(run_trials([trial], tmp_path, keep_models=True, progress=False), table)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[" * 100_000])
+def test_a_model_outlives_its_result(tmp_path, damage):
+    trial = tiny(epochs=1)
+    run_trials([trial], tmp_path, keep_models=True, progress=False)
+    model = model_path(trial, tmp_path).read_bytes()
+    result_path(trial, tmp_path).write_text(damage)
+    with pytest.warns(UserWarning, match="is corrupt"):
+        run_trials([trial], tmp_path, progress=False)
+    assert model_path(trial, tmp_path).read_bytes() == model
+
+
+def test_a_damaged_model_is_trained_again(tmp_path):
+    trial = tiny(epochs=1)
+    run_trials([trial], tmp_path, keep_models=True, progress=False)
+    path = model_path(trial, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    run_trials([trial], tmp_path, keep_models=True, progress=False)
+    assert path.read_bytes() == whole  # two trainings, one file
+
+
+def test_results_of_another_environment_are_told(tmp_path):
+    trial = tiny(epochs=1)
+    table = run_trials([trial], tmp_path, progress=False)
+    path = result_path(trial, tmp_path)
+    values = json.loads(path.read_text())
+    values |= {"versions": values["versions"] | {"torch": "1.0"}, "threads": 77, "device": "cuda"}
+    path.write_text(json.dumps(values))
+    told = r"1 stored result was made with torch 1\.0 \(now .*\), device cuda \(now cpu\), threads 77 \(now \d+\); "
+    with pytest.warns(UserWarning, match=told):
+        again = run_trials([trial], tmp_path, progress=False)
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_devices_that_are_not_there_get_one_sentence(tmp_path):
+    for device, words in (
+        ("gpu", "A device is cpu, cuda, mps or one GPU"),
+        ("cuda:99", "There is no device 'cuda:99'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_trials([tiny()], tmp_path, device=device)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_failure_leaves_the_others_and_is_named(tmp_path):
@@ -381,6 +500,6 @@ def test_fast_epochs_are_not_all_shown(tmp_path):
 
     queue = pool._Queue([], tmp_path, False, Bar())
     for epoch in range(1000):  # each would be messages of a widget; sockets drop what they cannot hold
-        queue._report(tiny("elastic"), epoch + 1, 1000)
-    assert shown[-1] == ("bit, seed 0: epoch 1000/1000", False)
+        queue.report(tiny("elastic"), epoch + 1, 1000)
+    assert shown[-1] == ("elastic, seed 0: epoch 1000/1000", False)
     assert sum(refresh for _, refresh in shown) <= 2

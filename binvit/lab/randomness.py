@@ -22,7 +22,7 @@ def seed_all(*parts: int) -> None:
 def own_random_state(device: str) -> Iterator[None]:
     """Leave the caller's random numbers as they were."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([] if device == "cpu" else [torch.cuda.current_device()]):
+    with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ import binvit
 from binvit.lab.data.datasets import ImageData
 from binvit.lab.data.loader import Batches
 from binvit.lab.data.transforms import eval_transform
+from binvit.lab.training.devices import Team
 from binvit.lab.training.evaluation import classify
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention
@@ -245,7 +246,7 @@ def one_tensor_at_a_time(
     test = Batches(data.test, eval_transform(data.image_size, data.mean, data.std), batch_size)
 
     def accuracy(model: nn.Module) -> float:
-        return float(np.mean(classify(model, test, device) == data.test.labels))
+        return float(np.mean(classify(model, test, Team(device)) == data.test.labels))
 
     reference = accuracy(model)
     rows = []

@@ -54,7 +54,7 @@ class Batches:
         self._whole = _takes_pixels(dataset, transform)
         if self._whole or (dataset.stored_size is not None and dataset.stored_size == dataset.image_size):
             self._keep_pixels()
-        self._epoch = 0
+        self._epoch, self._steps = 0, range(len(self))
         self._loader = None
         if workers and not self._whole:
             # Its own generator: drawing the workers' base seed must not move the training loop's random numbers.
@@ -80,11 +80,13 @@ class Batches:
         """Iterate over epoch 0, all there is to a data set that is not shuffled."""
         return self.epoch(0)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first: int = 0, every: int = 1) -> Iterator[Batch]:
         """Iterate over the batches of one epoch.
 
         Args:
             epoch: its number, from 0.
+            first: the first batch wanted.
+            every: distance from a batch to the next one wanted, so that several processes can share an epoch.
 
         Returns:
             an iterator of images float32 (B, 3, S, S), labels int64 (B,) and indices into the data set int64 (B,).
@@ -93,12 +95,13 @@ class Batches:
             ValueError: an image cannot be decoded.
             OSError: an image has disappeared or may not be read.
         """
+        steps = range(first, len(self), every)
         if self._loader is None:
             order = self.order(epoch)
-            for step in range(len(self)):
+            for step in steps:
                 yield self.batch(epoch, step, order)
             return
-        self._epoch = epoch
+        self._epoch, self._steps = epoch, steps
         for batch in self._loader:
             if isinstance(batch, Exception):
                 raise batch
@@ -151,7 +154,7 @@ class _EpochSteps:
         self.batches = batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.batches._epoch, step) for step in range(len(self.batches))])
+        return iter([(self.batches._epoch, step) for step in self.batches._steps])
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches._steps)

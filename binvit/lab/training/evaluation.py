@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from binvit.lab.data.loader import Batches
+from binvit.lab.training.devices import Team
 from binvit.packed import pack
 
 Classifier = Callable[[Tensor], Tensor]
@@ -33,13 +34,15 @@ def on_bits(model: nn.Module) -> Classifier:
 
 
 @torch.inference_mode()
-def classify(model: Classifier, images: Batches, device: str = "cpu") -> np.ndarray:
+def classify(model: Classifier, images: Batches, team: Team | None = None) -> np.ndarray:
     """Return the class a model gives to each image; the model ends in the mode it came in.
+
+    Several processes share the batches, and each returns all classes.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes).
         images: the images in order.
-        device: where the model is.
+        team: where the model is; None means this process and the CPU.
 
     Returns:
         Classes, int64 (N,).
@@ -47,6 +50,9 @@ def classify(model: Classifier, images: Batches, device: str = "cpu") -> np.ndar
     module = model if isinstance(model, nn.Module) else nn.Identity()
     training = module.training
     module.eval()
-    classes = torch.cat([model(batch.to(device)).argmax(1).cpu() for batch, _, _ in images])
+    team = team or Team("cpu")
+    batches = images if team.size == 1 else images.epoch(0, team.rank, team.size)
+    own = [model(batch.to(team.device)).argmax(1).cpu() for batch, _, _ in batches]
     module.train(training)
-    return classes.numpy()
+    shares = team.collect(own)
+    return torch.cat([shares[step % team.size][step // team.size] for step in range(len(images))]).numpy()

@@ -4,6 +4,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from binvit.lab.data.loader import Batches
 from binvit.lab.data.transforms import eval_transform, train_transform
 from binvit.lab.randomness import seed_all
 from binvit.lab.training.checkpoint import save_checkpoint
+from binvit.lab.training.devices import Team
 from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
 from binvit.lab.training.evaluation import Classifier, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import Position, read_state, write_state
-from binvit.nn.convert import init_latent_weights
+from binvit.nn.convert import calibrate, init_latent_weights
 from binvit.nn.schemes import Scheme
 
 DIVERGED = "The training loss became"  # how the sentence of a `TrainingDiverged` begins
@@ -47,7 +49,7 @@ class Training:
         data: the images.
         seed: decides initial weights, order and augmentation of the images.
         teacher: the model to distil from, on the device and in evaluation mode; None if the recipe distils nothing.
-        device: where to train.
+        team: where to train, alone or with other processes.
         resume: file of the state from which a killed training continues; None keeps none.
         identity: what is trained; a state of something else is not continued.
         record: the trial that the checkpoints name, as JSON types.
@@ -61,12 +63,14 @@ class Training:
         seed: int,
         *,
         teacher: nn.Module | None = None,
-        device: str = "cpu",
+        team: Team | None = None,
         resume: Path | None = None,
         identity: str = "",
         record: dict[str, Any] | None = None,
     ):
-        self.recipe, self.data, self.seed, self.teacher, self.device = recipe, data, seed, teacher, device
+        self.recipe, self.data, self.seed, self.teacher = recipe, data, seed, teacher
+        self.team = team or Team("cpu")
+        self.device = self.team.device
         self.resume, self.identity, self.record = resume, identity, record
         self.started = self.saved = time.monotonic()
         sizes = data.image_size, data.mean, data.std
@@ -78,6 +82,7 @@ class Training:
             mixing = {"label_smoothing": recipe.label_smoothing, "num_classes": len(data.classes)}
             self.mixup = Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, **mixing)
         ordered = {"seed": seed, "workers": recipe.workers}
+        self.parts = self.team.slices(batch_size, recipe.accumulate)
         self.batches = Batches(data.train, transform, batch_size, shuffle=True, drop_last=True, **ordered)
         whole = eval_transform(*sizes)
         self.train_images = Batches(data.train, whole, recipe.eval_batch_size, workers=recipe.workers)
@@ -106,7 +111,7 @@ class Training:
             TrainingDiverged: the loss is no longer finite.
         """
         total = sum(epochs for epochs, _ in self.stages)
-        state = read_state(self.resume, self._config(), self.device, self.device)
+        state = read_state(self.resume, self._config(), self.team)
         self._start(state["position"]["stage"] if state else 0)
         if state:
             self.position = Position(**state["position"])
@@ -128,11 +133,11 @@ class Training:
 
     def predict_train(self) -> np.ndarray:
         """Return the class that the model gives to each training image without augmentation, int64 (N,)."""
-        return classify(self.classifier or on_bits(self.model), self.train_images, self.device)
+        return classify(self.classifier or on_bits(self.model), self.train_images, self.team)
 
     def finish(self) -> None:
         """Remove the state, once the result is safe."""
-        if self.resume is not None:
+        if self.resume is not None and self.team.leads:
             self.resume.unlink(missing_ok=True)
 
     def describe(self, scheme: Scheme | None = None) -> CheckpointInfo:
@@ -174,6 +179,7 @@ class Training:
         self.optimizer = new_optimizer(self.model, recipe, self.latent)
         self.scheduler = new_schedule(self.optimizer, recipe, epochs * len(self.batches))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.wrapped: nn.Module | None = None
         self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]
         self.good = None
 
@@ -181,10 +187,11 @@ class Training:
         """Train for one epoch and return its record."""
         seed_all(self.seed, self.position.stage, epoch)
         epochs, steps = self.stages[self.position.stage][0], len(self.batches)
-        losses, hits, seen, rate = [], 0, 0, 0.0
-        share = self.recipe.weight_penalty
+        if self.team.rank:  # other dropped paths than the leading process has, but the same batches
+            torch.manual_seed(torch.initial_seed() + self.team.rank)
+        losses, hits, seen, rate = [], 0.0, 0, 0.0
         late = self.position.stage + 1 == len(self.stages) and epoch + 1 > 0.9 * epochs
-        pulled = one_bit_weights(self.model) if share and late else []
+        pulled = one_bit_weights(self.model) if self.recipe.weight_penalty and late else []
         number = len(self.position.history)  # counted over all stages, so that no order comes twice
         for step, (images, targets, _) in enumerate(self.batches.epoch(number)):
             images, targets = images.to(self.device), targets.to(self.device)
@@ -194,32 +201,23 @@ class Training:
             for module in self.scheduled:
                 module.set_progress(update / (epochs * steps))
             rate = self.optimizer.param_groups[0]["lr"]
-            with recorded(self.model, self.recipe) as projections:
-                outputs = self.model(images)
-            loss = training_loss(outputs, images, targets, self.recipe, self.teacher, projections)
-            if pulled:
-                loss = (1 - share) * loss + share * weight_penalty(pulled)
-            value = loss.item()
+            self.optimizer.zero_grad()
+            value, right = self._backward(images, targets, pulled)
             if not np.isfinite(value):
                 raise self._diverged(value, epoch, step, rate)
-            self.optimizer.zero_grad()
-            loss.backward()
             if self.recipe.clip_grad:
                 nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
             self.optimizer.step()
             self.scheduler.step_update(update + 1)
             losses.append(value)
-            with torch.no_grad():
-                logits = sum(outputs) if isinstance(outputs, tuple) else outputs
-                labels = targets if targets.ndim == 1 else targets.argmax(1)
-                hits += int((logits.argmax(1) == labels).sum())
-                seen += len(labels)
+            hits += right
+            seen += len(targets)
         self.good = self._copy()
         last = epoch + 1 == epochs
         test_accuracy = None
         if last or (epoch + 1) % self.recipe.eval_every == 0:
             self.classifier = on_bits(self.model)
-            predictions = classify(self.classifier, self.test_images, self.device)
+            predictions = classify(self.classifier, self.test_images, self.team)
             test_accuracy = float(np.mean(predictions == self.data.evaluated.labels))
         return {
             "stage": self.position.stage,
@@ -230,12 +228,42 @@ class Training:
             "lr": rate,
         }
 
+    def _backward(self, images: Tensor, targets: Tensor, pulled: Sequence[Tensor]) -> tuple[float, float]:
+        """Add the gradients of a batch, part by part; return the loss and the images classified rightly, of all parts.
+
+        Every part counts as many times as it has images, so that the parts' number changes nothing but rounding.
+        """
+        if self.wrapped is None:
+            if self.team.size * len(self.parts) > 1 and not self.position.epoch:
+                calibrate(self.model, images)  # scales of the whole batch, and not of the part that comes first
+            self.wrapped = self.team.wrap(self.model)
+        found, penalty = torch.zeros(2, device=self.device), self.recipe.weight_penalty
+        for part in self.parts:
+            x, y = images[part], targets[part]
+            weight = len(x) * self.team.size / len(images)
+            kind = torch.device(self.device).type
+            half = torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+            with self.team.silent(self.wrapped) if part is not self.parts[-1] else nullcontext():
+                with half, recorded(self.model, self.recipe) as projections:
+                    outputs = self.wrapped(x)
+                    loss = training_loss(outputs, x, y, self.recipe, self.teacher, projections)
+                if pulled:
+                    loss = (1 - penalty) * loss + penalty * weight_penalty(pulled)
+                loss = weight * loss
+                loss.backward()
+            with torch.no_grad():
+                logits = sum(outputs) if isinstance(outputs, tuple) else outputs
+                labels = y if y.ndim == 1 else y.argmax(1)
+                found += torch.stack([loss.float(), (logits.argmax(1) == labels).sum().float()])
+        value, right = self.team.total(found).tolist()
+        return value / self.team.size, right
+
     def _copy(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def _diverged(self, loss: float, epoch: int, step: int, rate: float) -> TrainingDiverged:
         kept = ""
-        if self.resume is not None and self.good is not None:
+        if self.resume is not None and self.good is not None and self.team.leads:
             self.model.load_state_dict(self.good)
             path = self.resume.with_suffix(".diverged.safetensors")
             save_checkpoint(path, self.model, self.describe(self.stages[self.position.stage][1]))
@@ -250,11 +278,11 @@ class Training:
         return json.dumps([self.identity, self.recipe.to_dict(), schemes])
 
     def _write_state(self) -> None:
-        if self.resume is None:
+        if self.resume is None or not self.team.leads:
             return
         self.position.seconds = self.seconds
         try:
-            write_state(self.resume, self.position, self.model, self.optimizer, self._config(), self.device)
+            write_state(self.resume, self.position, self.model, self.optimizer, self._config(), self.team)
         except OSError as error:  # a full disk: the training matters more than its state
             warnings.warn(
                 f"The state {self.resume} could not be written ({error}); the training goes on.", stacklevel=2

@@ -59,7 +59,11 @@ class Recipe(Config):
     epochs: Count = 40
     """Passes over the training images in the last stage."""
     batch_size: Count = 64
-    """Images of an optimizer step."""
+    """Images of an optimizer step, over all processes and accumulated parts."""
+    accumulate: Count = 1
+    """Parts of a batch that follow one another on a device, so that less memory suffices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in training; with "bfloat16", weights, optimizer and 1-bit products stay in float32."""
     eval_batch_size: Count = 256
     """Images of an evaluation step."""
     eval_every: Count = 1

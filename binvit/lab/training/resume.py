@@ -19,6 +19,7 @@ from torch import nn
 
 import binvit
 from binvit.files import atomic_write
+from binvit.lab.training.devices import Team
 
 
 def versions() -> dict[str, str]:
@@ -37,13 +38,9 @@ def cpu_kind() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(device: str) -> dict[str, str]:
-    """Return what may change a result's last digits: versions, device and threads.
-
-    Args:
-        device: what trains, as `TrialResult` has it.
-    """
-    return versions() | {"device": device, "threads": str(torch.get_num_threads())}
+def environment(team: Team) -> dict[str, str]:
+    """Return what may change a result's last digits: versions, device, kind of CPU and threads."""
+    return versions() | {"device": team.description, "cpu": cpu_kind(), "threads": str(torch.get_num_threads())}
 
 
 def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -75,7 +72,7 @@ class Position:
 
 
 def write_state(
-    path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, config: str, device: str
+    path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, config: str, team: Team
 ) -> None:
     """Write the state of an unfinished run in one step.
 
@@ -85,16 +82,16 @@ def write_state(
         model: the model as it is.
         optimizer: its optimizer.
         config: what the run must be trained with to be continued.
-        device: what trains, as `environment` takes it.
+        team: what trains.
     """
     buffer = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": environment(device)}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": environment(team)}
     torch.save(state | {"position": dataclasses.asdict(position), "config": config}, buffer)
     content = buffer.getvalue()
     atomic_write(path, hashlib.sha256(content).digest() + content)
 
 
-def read_state(path: Path | None, config: str, device: str, place: torch.device | str = "cpu") -> dict[str, Any] | None:
+def read_state(path: Path | None, config: str, team: Team) -> dict[str, Any] | None:
     """Return the state of a killed run, None if there is none that fits; a warning says why one does not.
 
     A state of other versions is continued, since hours of training may hang on it: `Position.versions` keeps both.
@@ -102,8 +99,7 @@ def read_state(path: Path | None, config: str, device: str, place: torch.device 
     Args:
         path: the file; None if no state is kept.
         config: as given to `write_state`.
-        device: the same.
-        place: where the tensors shall be.
+        team: what trains.
 
     Raises:
         OSError: the file cannot be read, which does not mean that it is damaged.
@@ -114,12 +110,12 @@ def read_state(path: Path | None, config: str, device: str, place: torch.device 
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         return _start_over(path, "is damaged")
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location=place, weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location=team.device, weights_only=True)
     except Exception as error:  # whatever torch raises for a file of another release of its own
         return _start_over(path, f"cannot be read by torch {torch.__version__} ({type(error).__name__})")
     if state.get("config") != config:
         return _start_over(path, "is of another recipe, scheme or data set")
-    if changed := changes(state["environment"], environment(device)):
+    if changed := changes(state["environment"], environment(team)):
         warnings.warn(f"The training continues from {path}, which was written with {changed}.", stacklevel=2)
     position = state["position"]
     for name, version in versions().items():

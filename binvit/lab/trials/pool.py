@@ -1,22 +1,31 @@
 """Many trials: finished ones are read, the others trained, here or in several processes."""
 
-import json
+import functools
 import os
-import subprocess
-import sys
-import tempfile
-import threading
+import re
+import signal
 import time
-from collections import deque
+import traceback
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pandas as pd
+import torch
+from loky import ProcessPoolExecutor
+from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 
-from binvit.lab.trials.archive import stored_result
-from binvit.lab.trials.store import read_result
-from binvit.lab.trials.train_trial import is_wrong_input, run_trial
+from binvit.lab.training.devices import Team, spread
+from binvit.lab.training.resume import changes, environment
+from binvit.lab.trials.archive import find
+from binvit.lab.trials.store import TrialResult, finished_result, read_result
+from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
 
 
@@ -35,6 +44,7 @@ class TrialsFailed(ValueError):
 
 
 _SECONDS_PER_REPORT = 2.0
+_SECONDS_IDLE = 10.0  # after which a child ends by itself, as when its parent was killed
 
 
 def run_trials(
@@ -44,6 +54,7 @@ def run_trials(
     keep_models: bool = False,
     progress: bool = True,
     archive: str | Path | None = None,
+    device: str | None = None,
 ) -> pd.DataFrame:
     """Run trials and return their table; a trial whose result lies in the folder is read instead of run again.
 
@@ -58,13 +69,15 @@ def run_trials(
         progress: show a progress bar.
         archive: folder of archived trials, such as paper_figures, which is looked into after the results folder, also
             where the data are absent; None looks into none. It keeps no models.
+        device: where to train: "cpu", "cuda", "mps" or one GPU, such as "cuda:1"; None takes a GPU if there is one.
+            Several jobs on "cuda" are spread over all GPUs.
 
     Returns:
         One row per trial in the order given: every field of `Trial` (options as text), test_accuracy, train_accuracy,
         clean_train_accuracy and memorized (NaN without label noise), all from 0 to 1, parameters, seconds and id.
 
     Raises:
-        ValueError: `jobs` is no whole number of at least 1.
+        ValueError: `jobs` is no whole number of at least 1, or the device is not there.
         TrialsFailed: a ValueError that says which trials failed and why, after all others have finished.
     """
     trials = list(trials)
@@ -73,12 +86,22 @@ def run_trials(
             raise ValueError(f"Expected a Trial, got {trial!r}.")
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
         raise ValueError(f"The number of jobs must be a whole number of at least 1, got {jobs!r}.")
-    results = {trial: stored_result(trial, results_dir, keep_models, archive) for trial in trials}
+    team = Team(device)
+    if team.size > 1 and jobs > 1:
+        raise ValueError(
+            f"All {team.size} processes of torchrun train each trial together; jobs must be 1, got {jobs}."
+        )
+    stored = {trial: _stored(trial, results_dir, keep_models) for trial in trials} if team.leads else {}
+    _tell_changes([result for result in stored.values() if result], team, jobs)
+    if archive is not None and not keep_models:
+        stored = {trial: result or find(trial, archive) for trial, result in stored.items()}
+    results: dict[Trial, TrialResult | None] = team.share(stored)
     pending = [trial for trial, result in results.items() if result is None]
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:
-        with tqdm(total=len(pending), unit="trial", disable=not progress) as bar:
-            failures = _Queue(pending, Path(results_dir), keep_models, bar).run(min(jobs, len(pending)))
+        with tqdm(total=len(pending), unit="trial", disable=not (progress and team.leads)) as bar:
+            queue = _Queue(pending, Path(results_dir), keep_models, bar)
+            failures = queue.run_here(device) if jobs == 1 else queue.run_in_children(jobs, device)
         if failures:
             reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason, _ in failures)
             raise TrialsFailed(
@@ -88,6 +111,26 @@ def run_trials(
             )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
     return pd.DataFrame([results[trial].to_row() | {"root": trial.root} for trial in trials])
+
+
+def _stored(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:
+    try:
+        return finished_result(trial, results_dir, keep_model)
+    except OSError:  # it stays pending, and fails alone if this lasts
+        return None
+
+
+def _tell_changes(results: list[TrialResult], team: Team, jobs: int) -> None:
+    """Warn of stored results that were made in another environment than trials that would be run now."""
+    now = environment(team) | ({} if jobs == 1 else {"threads": str(max(1, cores() // jobs))})
+    made = [
+        result.versions | {"device": result.device, "cpu": result.cpu, "threads": str(result.threads)}
+        for result in results
+    ]
+    counts = Counter(text for item in made if (text := changes(item, now)))
+    for text, count in counts.items():
+        were = "stored result was" if count == 1 else "stored results were"
+        warnings.warn(f"{count} {were} made with {text}; training now may give other last digits.", stacklevel=3)
 
 
 def _length(trial: Trial) -> int:
@@ -103,116 +146,134 @@ def cores() -> int:
 
 
 class _Queue:
-    """The trials still to run, shared by one thread per process."""
+    """The trials still to run."""
 
     def __init__(self, trials: list[Trial], results_dir: Path, keep_models: bool, bar: tqdm):
         self.waiting = deque((trial, False) for trial in trials)  # with: wait for a process that already runs it
-        self.results_dir, self.keep_models, self.bar = results_dir, keep_models, bar
+        self.results_dir, self.keep_models, self.bar = results_dir.absolute(), keep_models, bar
         self.failures: list[tuple[Trial, str, bool]] = []  # with: whether the input was wrong
-        self.lock = threading.Lock()
         self.shown = 0.0
-        self.children: set[subprocess.Popen] = set()
-        self.stopped = False
 
-    def run(self, jobs: int) -> list[tuple[Trial, str, bool]]:
-        if jobs == 1:
-            while (item := self._next()) is not None:
-                self._train_here(*item)
-            return self.failures
-        threads = max(1, cores() // jobs)
-        workers = [threading.Thread(target=self._serve, args=(threads,), daemon=True) for _ in range(jobs)]
-        for worker in workers:
-            worker.start()
-        try:
-            while any(worker.is_alive() for worker in workers):
-                time.sleep(0.05)  # an interrupt arrives here
-        finally:
-            self.stopped = True
-            with self.lock:
-                for child in self.children:
-                    child.kill()
-            for worker in workers:
-                worker.join()
+    def run_here(self, device: str | None) -> list[tuple[Trial, str, bool]]:
+        """Train one trial after the other in this process."""
+        while self.waiting:
+            trial, wait = self.waiting.popleft()
+            report = functools.partial(self.report, trial)
+            self.close(trial, *_run(trial, self.results_dir, self.keep_models, wait, device, report))
         return self.failures
 
-    def _next(self) -> tuple[Trial, bool] | None:
-        with self.lock:
-            return self.waiting.popleft() if self.waiting and not self.stopped else None
-
-    def _report(self, trial: Trial, done: int, total: int) -> None:
-        with self.lock:
-            # A widget sends messages for each change, and a reader that is slower than epochs would lose some.
-            due = time.monotonic() - self.shown > _SECONDS_PER_REPORT
-            self.shown = time.monotonic() if due else self.shown
-            self.bar.set_postfix_str(f"{trial.scheme}, seed {trial.seed}: epoch {done}/{total}", refresh=due)
-
-    def _close(self, trial: Trial, finished: bool, failure: str | None = None, wrong_input: bool = False) -> None:
-        with self.lock:
-            if not finished and failure is None:
-                self.waiting.append((trial, True))  # the others first, then wait for whoever runs this one
-                return
-            if failure is not None:
-                self.failures.append((trial, failure, wrong_input))
-            self.bar.update()
-
-    def _train_here(self, trial: Trial, wait: bool) -> None:
+    def run_in_children(self, jobs: int, device: str | None) -> list[tuple[Trial, str, bool]]:
+        """Train side by side; a child that dies takes only its trial with it, and an interrupt ends all children."""
+        threads = max(1, cores() // jobs)
+        children = [_Child(threads, place) for place in spread(device, min(jobs, len(self.waiting)))]
         try:
-            report = lambda done, total, record: self._report(trial, done, total)  # noqa: E731
-            self._close(trial, run_trial(trial, self.results_dir, self.keep_models, report, wait))
-        except (ValueError, OSError) as error:
-            self._close(trial, False, str(error), is_wrong_input(error))
+            while True:
+                for child in children:
+                    if child.future is None and self.waiting:
+                        child.start(*self.waiting.popleft(), self.results_dir, self.keep_models)
+                busy = [child.future for child in children if child.future is not None]
+                if not busy:
+                    return self.failures
+                wait(busy, timeout=_SECONDS_PER_REPORT, return_when=FIRST_COMPLETED)
+                for child in children:
+                    if child.trial is not None and (epoch := child.epoch()):
+                        self.report(child.trial, *epoch)
+                    if child.trial is not None and (answer := child.answer()):
+                        self.close(*answer)
+        finally:
+            for child in children:
+                child.stop()
 
-    def _serve(self, threads: int) -> None:
-        """Hand trials to one child process after the other; a child that dies takes only its trial with it."""
-        child = None
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-            try:
-                while (item := self._next()) is not None:
-                    if child is None or child.poll() is not None:
-                        child = self._spawn(threads, log)
-                    self._ask(child, *item, log)
-            finally:
-                if child is not None:
-                    child.stdin.close()
-                    child.wait()
-                    child.stdout.close()
-                    with self.lock:
-                        self.children.discard(child)
+    def report(self, trial: Trial, done: int, total: int, record: object = None) -> None:
+        # A widget sends messages for each change, and a reader that is slower than epochs would lose some.
+        due = time.monotonic() - self.shown > _SECONDS_PER_REPORT
+        self.shown = time.monotonic() if due else self.shown
+        self.bar.set_postfix_str(f"{trial.scheme}, seed {trial.seed}: epoch {done}/{total}", refresh=due)
 
-    def _spawn(self, threads: int, log) -> subprocess.Popen:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-        environment = os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        child = subprocess.Popen(
-            [sys.executable, "-m", "binvit.lab.trials.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-            start_new_session=True,  # an interrupt from the keyboard reaches only this process, which ends its children
-        )
-        with self.lock:
-            self.children.add(child)
-            if self.stopped:
-                child.kill()
-        return child
+    def close(self, trial: Trial, finished: bool, failure: str | None = None, wrong_input: bool = False) -> None:
+        if not finished and failure is None:
+            self.waiting.append((trial, True))  # the others first, then wait for whoever runs this one
+            return
+        if failure is not None:
+            self.failures.append((trial, failure, wrong_input))
+        self.bar.update()
 
-    def _ask(self, child: subprocess.Popen, trial: Trial, wait: bool, log) -> None:
-        order = {"trial": trial.to_dict(), "results_dir": str(self.results_dir.absolute())}
-        order |= {"keep_model": self.keep_models, "wait": wait}
+
+class _Child:
+    """One process after the other, each in a pool of its own: a dead process breaks its pool and no other."""
+
+    def __init__(self, threads: int, device: str):
+        self.threads, self.device = threads, device
+        self.pool: ProcessPoolExecutor | None = None
+        self.future: Future | None = None
+        self.trial: Trial | None = None
+
+    def start(self, trial: Trial, wait: bool, results_dir: Path, keep_model: bool) -> None:
+        if self.pool is None:
+            self.epochs, theirs = Pipe(duplex=False)
+            names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+            environment = dict.fromkeys(names, str(self.threads))
+            begin = {"initializer": _begin, "initargs": (theirs, self.threads)}
+            self.pool = ProcessPoolExecutor(1, timeout=_SECONDS_IDLE, env=environment, **begin)
+        self.trial = trial
+        self.future = self.pool.submit(_run, trial, results_dir, keep_model, wait, self.device)
+
+    def epoch(self) -> tuple[int, int] | None:
+        """Return the last epoch that the child has reported since this was asked last."""
+        last = None
+        while self.epochs.poll():
+            last = self.epochs.recv()
+        return last
+
+    def answer(self) -> tuple[Trial, bool, str | None, bool] | None:
+        """Return how the trial has ended, None if it has not."""
+        if self.future is None or self.trial is None or not self.future.done():
+            return None
+        trial, future, self.trial, self.future = self.trial, self.future, None, None
         try:
-            child.stdin.write(json.dumps(order) + "\n")
-            child.stdin.flush()
-            for line in child.stdout:
-                answer = json.loads(line)
-                if "epoch" in answer:
-                    self._report(trial, *answer["epoch"])
-                else:
-                    return self._close(trial, **({"finished": False} | answer))
-        except BrokenPipeError:
-            pass
-        if not self.stopped:
-            log.seek(0)
-            last = ([line.strip() for line in log if line.strip()] or ["no message"])[-1]
-            self._close(trial, False, f"its process ended with exit code {child.wait()} ({last})")
-        return None
+            return trial, *future.result()
+        except BrokenProcessPool as error:
+            self.stop()
+            self.pool = None
+            code = re.search(r"\{(.*)\}", str(error))
+            return trial, False, f"its process was killed or crashed ({code[1] if code else error})", False
+
+    def stop(self) -> None:
+        """End the process and all that it has started."""
+        if self.pool is not None:
+            self.pool.shutdown(kill_workers=True)
+
+
+_epochs: Connection | None = None  # of a child: where it reports
+
+
+def _begin(epochs: Connection, threads: int) -> None:
+    """Prepare a child process."""
+    global _epochs
+    _epochs = epochs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard's interrupt is for the parent, which ends its children
+    torch.set_num_threads(threads)
+
+
+def _report(done: int, total: int, record: object = None) -> None:
+    if _epochs is not None:
+        with suppress(OSError):  # the parent was killed: the trial is finished all the same
+            _epochs.send((done, total))
+
+
+def _run(
+    trial: Trial, results_dir: Path, keep_model: bool, wait: bool, device: str | None, report: Report = _report
+) -> tuple[bool, str | None, bool]:
+    """Run a trial and return whether its result exists, why it failed, and whether wrong input was the reason."""
+    several = Team(device).size > 1
+    try:
+        return run_trial(trial, results_dir, keep_model, report, wait, device), None, False
+    except ValueError as error:
+        return False, str(error), is_wrong_input(error)
+    except Exception as error:
+        if several:  # the other processes wait for this one, and only its end ends them
+            raise
+        if not isinstance(error, OSError):
+            traceback.print_exc()  # out of memory, a killed worker of the loader, or a fault of ours
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        return False, f"{name}{error}", is_wrong_input(error)

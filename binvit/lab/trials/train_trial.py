@@ -15,6 +15,7 @@ from torch import nn
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.randomness import own_random_state
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
+from binvit.lab.training.devices import Team
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import cpu_kind
@@ -56,9 +57,16 @@ def _leaves_nothing(run: Callable[..., bool]) -> Callable[..., bool]:
 
 @_leaves_nothing
 def run_trial(
-    trial: Trial, results_dir: str | Path, keep_model: bool = False, report: Report | None = None, wait: bool = True
+    trial: Trial,
+    results_dir: str | Path,
+    keep_model: bool = False,
+    report: Report | None = None,
+    wait: bool = True,
+    device: str | None = None,
 ) -> bool:
     """Run one trial, unless its result exists, and write its files.
+
+    All processes that torchrun has started train it together, and the first one writes.
 
     Args:
         trial: the configuration.
@@ -66,35 +74,51 @@ def run_trial(
         keep_model: also write the checkpoint.
         report: called after every epoch, as in `train_trial`.
         wait: wait for another process that runs this trial.
+        device: where to train, as in `train_trial`.
 
     Returns:
         Whether the result exists now; False if another process runs the trial and `wait` is False.
     """
+    team = Team(device)
     results_dir = Path(results_dir)
     running = results_dir / ".running"  # locks, and states from which killed trials continue
     running.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(running / f"{trial.id}.lock")
+    if not _acquire(lock, team, wait):
+        return False
     try:
-        with FileLock(running / f"{trial.id}.lock", blocking=wait):
-            state = running / f"{trial.id}.state"
-            if finished_result(trial, results_dir, keep_model) is not None:
-                state.unlink(missing_ok=True)  # left by a process that was killed after it had written the result
-                return True
-            teacher = None
-            recipe = trial.get_recipe()
-            if recipe.has_teacher and not recipe.teacher:
-                taught = teacher_trial(trial)
-                run_trial(taught, results_dir, keep_model=True, report=report)
-                teacher = load_model(taught, results_dir)
+        state = running / f"{trial.id}.state"
+        if team.share(team.leads and finished_result(trial, results_dir, keep_model) is not None):
+            state.unlink(missing_ok=True)  # left by a process that was killed after it had written the result
+            return True
+        teacher = None
+        recipe = trial.get_recipe()
+        if recipe.has_teacher and not recipe.teacher:
+            taught = teacher_trial(trial)
+            run_trial(taught, results_dir, keep_model=True, report=report, device=device)
+            teacher = load_model(taught, results_dir)
 
-            def keep(result: TrialResult) -> None:
+        def keep(result: TrialResult) -> None:
+            if team.leads and result.model is not None and result.info is not None:
                 if keep_model:
                     save_checkpoint(model_path(trial, results_dir), result.model, result.info)
                 write_result(result, results_dir)  # last, since it says that the trial is finished
 
-            train_trial(trial, teacher=teacher, progress=report, resume=state, keep=keep)
-            return True
-    except Timeout:
-        return False
+        train_trial(trial, teacher=teacher, progress=report, device=device, resume=state, keep=keep)
+        return team.share(True)  # when the files are there
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, team: Team, wait: bool) -> bool:
+    """Let the leading process take a lock for all; the others hear of it every minute, so that none gives up."""
+    while True:
+        if team.leads:
+            with suppress(Timeout):
+                lock.acquire(timeout=60 if wait else 0)
+        taken = bool(team.share(lock.is_locked))
+        if taken or not wait:
+            return taken
 
 
 def compile_kernels() -> float:
@@ -123,7 +147,7 @@ def train_trial(
         trial: the configuration.
         teacher: a trained float model to distil from; None loads or trains the one the recipe names, if it distils.
         progress: called after every epoch with the epochs done, the epochs in all and the epoch's record.
-        device: "cpu" or "cuda"; None takes the GPU if there is one.
+        device: "cpu", "cuda", "mps" or one GPU, such as "cuda:1"; None takes a GPU if there is one.
         resume: file of the state from which a killed trial continues; written every few minutes, removed at the end. A
             training that diverges leaves its last good model beside it, with the suffix `.diverged.safetensors`.
         keep: called with the result before the state is removed, so that a kill while files are written loses nothing.
@@ -135,7 +159,18 @@ def train_trial(
         TrainingDiverged: the loss is no longer finite.
         ValueError: data, recipe and scheme do not fit together.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    team = Team(device)
+    with own_random_state(team.device):  # around the data, too: what reads them may draw when it is imported
+        training = _training(trial, teacher, team, resume)
+        training.train(progress if team.leads else None)
+        result = _measure(trial, training)
+    if keep is not None:
+        keep(result)
+    training.finish()
+    return result
+
+
+def _training(trial: Trial, teacher: nn.Module | None, team: Team, resume: str | Path | None) -> Training:
     recipe = trial.get_recipe()
     data = load_data(
         trial.dataset,
@@ -147,30 +182,23 @@ def train_trial(
         noise=trial.noise,
         evaluate_on=trial.evaluate_on,
     )
+    if not recipe.has_teacher:
+        teacher = None
+    else:
+        teacher = teacher if teacher is not None else _teacher(trial, recipe, data, team.device)
+        teacher = teacher.to(team.device).eval()
     schemes = [trial.get_scheme(**dict(stage.scheme_options)) for stage in recipe.stages]
-    with own_random_state(device):
-        if not recipe.has_teacher:
-            teacher = None
-        else:
-            teacher = teacher if teacher is not None else _teacher(trial, recipe, data, device)
-            teacher = teacher.to(device).eval()
-        training = Training(
-            recipe,
-            [*schemes, trial.get_scheme()],
-            data,
-            trial.seed,
-            teacher=teacher,
-            device=device,
-            resume=Path(resume) if resume else None,
-            identity=trial.id,
-            record={"id": trial.id} | trial.to_dict(),
-        )
-        training.train(progress)
-    result = _measure(trial, training)
-    if keep is not None:
-        keep(result)
-    training.finish()
-    return result
+    return Training(
+        recipe,
+        [*schemes, trial.get_scheme()],
+        data,
+        trial.seed,
+        teacher=teacher,
+        team=team,
+        resume=Path(resume) if resume else None,
+        identity=trial.id,
+        record={"id": trial.id} | trial.to_dict(),
+    )
 
 
 def _measure(trial: Trial, training: Training) -> TrialResult:
@@ -191,7 +219,7 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         scheme=trial.get_scheme(),
         versions=training.position.versions,
         threads=torch.get_num_threads(),
-        device=training.device,
+        device=training.team.description,
         fingerprint=trial.fingerprint,
         cpu=cpu_kind(),
         id=trial.id,
