@@ -145,8 +145,7 @@ def train(
         root=None if root is None else str(root),
     )
     trial.get_scheme()  # refuses an unknown name before anything is written
-    options = {"keep_models": True, "progress": sys.stderr.isatty(), "device": device}
-    row = run_trials([trial], results_dir=out, **options).iloc[0]
+    row = run_trials([trial], out, keep_models=True, progress=sys.stderr.isatty(), device=device).iloc[0]
     if not Team(device).leads:
         return
     click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")

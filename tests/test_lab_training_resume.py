@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from binvit.lab.randomness import own_random_state, seed_all
+from binvit.lab.training.devices import Team
 from binvit.lab.training.resume import Position, read_state, write_state
 
 
@@ -32,31 +33,31 @@ def test_a_state_is_read_back_only_for_the_same_run(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     position = Position(1, 2, 3.5, [{"epoch": 1, "test_accuracy": None}])
-    write_state(path, position, model, optimizer, "this run", "cpu")
+    write_state(path, position, model, optimizer, "this run", Team("cpu"))
     assert [item.name for item in tmp_path.iterdir()] == ["run.state"]
-    state = read_state(path, "this run", "cpu")
+    state = read_state(path, "this run", Team("cpu"))
     assert Position(**state["position"]) == position
     assert all(torch.equal(state["model"][name], tensor) for name, tensor in model.state_dict().items())
     assert state["optimizer"]["state"].keys() == optimizer.state_dict()["state"].keys()
     with pytest.warns(UserWarning, match="is of another recipe, scheme or data set; the training starts over"):
-        assert read_state(path, "another run", "cpu") is None
+        assert read_state(path, "another run", Team("cpu")) is None
     whole = path.read_bytes()
     for place in (0, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
         with pytest.warns(UserWarning, match="is damaged; the training starts over"):
-            assert read_state(path, "this run", "cpu") is None
+            assert read_state(path, "this run", Team("cpu")) is None
 
 
 def test_an_unreadable_state_is_not_a_damaged_one(tmp_path):
     (tmp_path / "run.state").mkdir()
     with pytest.raises(OSError, match="directory"):
-        read_state(tmp_path / "run.state", "this run", "cpu")
+        read_state(tmp_path / "run.state", "this run", Team("cpu"))
 
 
 def test_no_state_and_a_damaged_one_start_over(tmp_path):
-    assert read_state(None, "run", "cpu") is None
-    assert read_state(tmp_path / "missing.state", "run", "cpu") is None
+    assert read_state(None, "run", Team("cpu")) is None
+    assert read_state(tmp_path / "missing.state", "run", Team("cpu")) is None
     for damaged in (b"", b"damaged"):
         (tmp_path / "run.state").write_bytes(damaged)
         with pytest.warns(UserWarning, match="is damaged"):
-            assert read_state(tmp_path / "run.state", "run", "cpu") is None
+            assert read_state(tmp_path / "run.state", "run", Team("cpu")) is None

@@ -174,14 +174,14 @@ class Training:
         self.model.to(self.device).train()
         if recipe.distillation != "none" and hasattr(self.model, "set_distilled_training"):
             self.model.set_distilled_training(True)
-        if recipe.similarity:
+        if recipe.similarity and self.teacher is not None:
             check_comparable(self.model, self.teacher)
         self.optimizer = new_optimizer(self.model, recipe, self.latent)
         self.scheduler = new_schedule(self.optimizer, recipe, epochs * len(self.batches))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.wrapped: nn.Module | None = None
         self.scheduled = [module for module in self.model.modules() if hasattr(module, "set_progress")]
-        self.good = None
+        self.good: dict[str, Tensor] | None = None  # the weights of the last whole epoch
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train for one epoch and return its record."""
@@ -252,7 +252,7 @@ class Training:
                 loss = weight * loss
                 loss.backward()
             with torch.no_grad():
-                logits = sum(outputs) if isinstance(outputs, tuple) else outputs
+                logits = outputs[0] + outputs[1] if isinstance(outputs, tuple) else outputs
                 labels = y if y.ndim == 1 else y.argmax(1)
                 found += torch.stack([loss.float(), (logits.argmax(1) == labels).sum().float()])
         value, right = self.team.total(found).tolist()

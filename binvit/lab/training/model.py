@@ -126,7 +126,7 @@ class CheckpointInfo:
     trial: Mapping[str, Any] | None = None
 
 
-def new_model(info: CheckpointInfo, pretrained: bool = False) -> torch.nn.Module:
+def new_model(info: CheckpointInfo, pretrained: bool = False) -> VisionTransformer:
     """Build the binarized, untrained model that a checkpoint's header describes.
 
     Args:

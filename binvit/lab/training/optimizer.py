@@ -1,17 +1,18 @@
 """The optimizer and the learning rate of a training stage."""
 
 from collections.abc import Container
+from typing import Any
 
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 from torch.optim import Optimizer
 
 from binvit.lab.training.recipe import Recipe
 
 
-def new_optimizer(model: nn.Module, recipe: Recipe, latent: Container[str]) -> Optimizer:
+def new_optimizer(model: VisionTransformer, recipe: Recipe, latent: Container[str]) -> Optimizer:
     """Return the optimizer of a stage, at the highest learning rate.
 
     Args:
@@ -20,7 +21,7 @@ def new_optimizer(model: nn.Module, recipe: Recipe, latent: Container[str]) -> O
         latent: names of the float model's tensors; all others are scales and shifts, on which no weight decays.
     """
     peak = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
-    fused = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
+    fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
     added = [name for name, _ in model.named_parameters() if name not in latent]
     undecayed = [*model.no_weight_decay(), *added]
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)

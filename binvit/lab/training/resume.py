@@ -108,13 +108,16 @@ def read_state(path: Path | None, config: str, team: Team) -> dict[str, Any] | N
         return None
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return _start_over(path, "is damaged")
+        _start_over(path, "is damaged")
+        return None
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), map_location=team.device, weights_only=True)
     except Exception as error:  # whatever torch raises for a file of another release of its own
-        return _start_over(path, f"cannot be read by torch {torch.__version__} ({type(error).__name__})")
+        _start_over(path, f"cannot be read by torch {torch.__version__} ({type(error).__name__})")
+        return None
     if state.get("config") != config:
-        return _start_over(path, "is of another recipe, scheme or data set")
+        _start_over(path, "is of another recipe, scheme or data set")
+        return None
     if changed := changes(state["environment"], environment(team)):
         warnings.warn(f"The training continues from {path}, which was written with {changed}.", stacklevel=2)
     position = state["position"]

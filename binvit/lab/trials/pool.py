@@ -110,7 +110,7 @@ def run_trials(
                 failures=[(trial, reason) for trial, reason, _ in failures],
             )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
-    return pd.DataFrame([results[trial].to_row() | {"root": trial.root} for trial in trials])
+    return pd.DataFrame([result.to_row() | {"root": trial.root} for trial in trials if (result := results[trial])])
 
 
 def _stored(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:

@@ -214,7 +214,7 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         memorized=float(np.mean((predictions == train.labels)[wrong])) if wrong.any() else None,
         seconds=training.seconds,
         parameters=sum(parameter.numel() for parameter in training.model.parameters()),
-        history=history,
+        history=tuple(history),  # type: ignore[arg-type]
         recipe=training.recipe,
         scheme=trial.get_scheme(),
         versions=training.position.versions,
@@ -230,7 +230,9 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
 
 def _teacher(trial: Trial, recipe: Recipe, data: ImageData, device: str) -> nn.Module:
     if not recipe.teacher:
-        return train_trial(teacher_trial(trial), device=device).model
+        result = train_trial(teacher_trial(trial), device=device)
+        assert result.model is not None  # it was just trained
+        return result.model
     model, info = load_checkpoint(recipe.teacher)
     if len(info.classes) != len(data.classes) or info.image_size != data.image_size:
         has = f"{len(info.classes)} classes and images of {info.image_size} pixels"
