@@ -1,7 +1,10 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import notebook_maker
+import papermill
 import pytest
 
 from binvit.lab.notebooks import run
@@ -162,6 +165,33 @@ def test_copy_of_an_earlier_run_does_not_pass_for_this_one(folder, tmp_path, mon
     outcome = run.run_job(Job(folder / "01_count.ipynb"), tmp_path / "out")
     assert outcome.error == "ZeroDivisionError: division by zero"
     assert not stale.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 300])
+def test_a_full_disk_fails_its_notebook_and_lets_the_others_run(folder, tmp_path, monkeypatch, cut):
+    execute = papermill.execute_notebook
+
+    def full(path, unfinished, *arguments, **options):
+        execute(path, unfinished, *arguments, **options)
+        if "01_count" in path:
+            os.truncate(unfinished, cut)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", full)
+    first, second = run.run(plan(folder), tmp_path / "out")
+    assert first.error == "OSError: [Errno 28] No space left on device"
+    assert second.error is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["02_count.ipynb"]
+
+
+def test_a_copy_that_cannot_be_kept_is_an_error(folder, tmp_path, monkeypatch):
+    def full(notebook, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run.clean, "write", full)
+    outcome = run.run_job(Job(folder / "01_count.ipynb"), tmp_path / "out")
+    assert outcome.error == "Its executed copy could not be written ([Errno 28] No space left on device)."
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_executed_copy_holds_the_given_values_and_no_papermill(folder, tmp_path):

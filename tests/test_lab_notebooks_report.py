@@ -112,3 +112,41 @@ def test_hidden_input_stays_hidden(tmp_path):
     path.write_text(json.dumps(made))
     report.write_report([Outcome("01_made", path, 1.0)], tmp_path)
     assert "check_parameters" not in (tmp_path / "01_made.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', "[" * 100_000, '{"cells": [{"cell_type": 1}]}']
+)
+def test_a_damaged_copy_breaks_no_report(outcomes, tmp_path, damage):
+    report.write_report(outcomes, tmp_path)
+    outcomes[0].executed.write_text(damage)
+    index = report.write_report(outcomes[1:], tmp_path).read_text()  # the first is one of an earlier batch now
+    assert "Failed: Its executed copy cannot be read" in index
+    assert "Second &lt;b&gt;one&lt;/b&gt;" in index
+    assert "02_failed.html" in index
+    index = report.write_report(outcomes, tmp_path).read_text()
+    assert "Failed: Its executed copy cannot be read" in index
+    assert not (tmp_path / "01_made.html").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[{",
+        "{}",
+        "[3]",
+        '[["name"]]',
+        "[" * 100_000,
+        '[{"name": 1, "executed": "01_made.ipynb", "seconds": 1}]',
+        '[{"name": "01_made", "executed": "01_made.ipynb", "seconds": NaN}]',
+        '[{"name": "01_made", "executed": "01_made.ipynb", "seconds": "long"}]',
+        '[{"name": "01_made", "executed": null, "seconds": 1.0}]',
+    ],
+)
+def test_damaged_records_of_earlier_batches_start_afresh(outcomes, tmp_path, damage):
+    report.write_report(outcomes[:1], tmp_path)
+    (tmp_path / "outcomes.json").write_text(damage)
+    index = report.write_report(outcomes[1:], tmp_path).read_text()
+    assert "Second &lt;b&gt;one&lt;/b&gt;" in index
+    assert "01_made.html" not in index

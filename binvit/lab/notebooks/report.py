@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from binvit.config import read_json
 from binvit.files import atomic_write
 from binvit.lab.notebooks import pages
 from binvit.lab.notebooks.run import Outcome
@@ -79,18 +80,24 @@ def summarize(notebook: dict[str, Any]) -> Summary:
     )
 
 
-def _executed(outcome: Outcome) -> dict[str, Any] | None:
+def _entry(outcome: Outcome) -> tuple[dict[str, Any], str]:
+    """Return what the index shows of an outcome, and the cells of its page; none without a readable executed copy."""
     if not outcome.executed.is_file():
-        return None
-    return json.loads(outcome.executed.read_text(encoding="utf-8"))
+        return {"outcome": outcome, "summary": None}, ""
+    try:
+        notebook = read_json(outcome.executed.read_bytes(), "it")
+        return {"outcome": outcome, "summary": summarize(notebook)}, pages.notebook_cells(notebook)
+    except Exception as error:  # cut off by a full disk, or not written by us: the other notebooks are shown
+        why = outcome.error or f"Its executed copy cannot be read ({type(error).__name__})."
+        return {"outcome": dataclasses.replace(outcome, error=why), "summary": None}, ""
 
 
 def _earlier(out: Path) -> dict[str, Outcome]:
     """Return the outcomes that earlier batches have left in this folder, as far as their notebooks are still there."""
     try:
-        records = json.loads((out / _RECORDS).read_text(encoding="utf-8"))
-        found = [Outcome(**record | {"executed": out / "notebooks" / record["executed"]}) for record in records]
-    except (OSError, ValueError, TypeError, KeyError):  # none yet, or not ours: the report starts afresh
+        records = read_json((out / _RECORDS).read_bytes(), _RECORDS)
+        found = [Outcome.from_dict(record | {"executed": out / "notebooks" / record["executed"]}) for record in records]
+    except (OSError, ValueError, TypeError, LookupError):  # none yet, or not ours: the report starts afresh
         return {}
     return {outcome.name: outcome for outcome in found if outcome.executed.is_file()}
 
@@ -99,25 +106,25 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
     """Write one page per notebook and the index of all of them, those of earlier batches in the same folder included.
 
     Args:
-        outcomes: what `batch.run` returned; executed copies lie in `out/notebooks`.
+        outcomes: what `run` returned; executed copies lie in `out/notebooks`.
         out: the folder of the report.
 
     Returns:
         The path of the index.
     """
-    for outcome in outcomes:
-        page = out / f"{outcome.name}.html"
-        page.unlink(missing_ok=True)
-        if notebook := _executed(outcome):
-            title, cells = summarize(notebook).title, pages.notebook_cells(notebook)
-            atomic_write(page, pages.render("notebook.html.j2", title=title, outcome=outcome, cells=cells))
     shown = sorted((_earlier(out) | {outcome.name: outcome for outcome in outcomes}).values(), key=lambda o: o.name)
-    records = [dataclasses.asdict(outcome) | {"executed": outcome.executed.name} for outcome in shown]
+    records = [outcome.to_dict() | {"executed": outcome.executed.name} for outcome in shown]
     atomic_write(out / _RECORDS, json.dumps(records, indent=1) + "\n")
     entries = []
     for outcome in shown:
-        notebook = _executed(outcome)
-        entries.append({"outcome": outcome, "summary": summarize(notebook) if notebook else None})
+        entry, cells = _entry(outcome)
+        entries.append(entry)
+        if outcome in outcomes:
+            page = out / f"{outcome.name}.html"
+            page.unlink(missing_ok=True)
+            if entry["summary"]:
+                title = entry["summary"].title
+                atomic_write(page, pages.render("notebook.html.j2", title=title, outcome=outcome, cells=cells))
     versions = ", ".join(f"{name} {version(name)}" for name in ("binvit", "torch", "timm", "numpy", "numba"))
     index = out / "index.html"
     atomic_write(

@@ -11,10 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from binvit.config import Config, Number, Text
 from binvit.lab.notebooks import clean
 from binvit.lab.notebooks.plan import Job
 from binvit.lab.project import project_dir
@@ -22,15 +26,19 @@ from binvit.lab.project import project_dir
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: the executed copy, the seconds it took, and one line about the error if there was one."""
+class Outcome(Config):
+    """What became of a job."""
 
-    name: str
+    name: Text
+    """The notebook's name without its suffix."""
     executed: Path
-    seconds: float
-    error: str | None = None
-    size: str = "smoke"
+    """The executed copy."""
+    seconds: Annotated[Number, Field(ge=0, le=1e9)]
+    """The time it took."""
+    error: Text | None = None
+    """One line about what went wrong, None if nothing did."""
+    size: Text = "smoke"
+    """Which parameters it ran with."""
 
 
 @contextlib.contextmanager
@@ -53,17 +61,16 @@ def _environment(processes: int) -> Iterator[None]:
 
 
 def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
-    """Execute one notebook into `out`; an error in a cell ends it and is reported, not raised."""
+    """Execute one notebook into `out`; an error in a cell or of the disk ends it and is reported, not raised."""
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its progress is shown by the caller
-    out.mkdir(parents=True, exist_ok=True)
-    executed = out / job.notebook.name
-    executed.unlink(missing_ok=True)  # a copy of an earlier run must not pass for this one's
-    unfinished = out / f".{job.notebook.name}"
+    executed, unfinished = out / job.notebook.name, out / f".{job.notebook.name}"
     error = None
     start = time.perf_counter()
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        executed.unlink(missing_ok=True)  # a copy of an earlier run must not pass for this one's
         with _environment(processes=1):
             papermill.execute_notebook(
                 str(job.notebook),
@@ -78,10 +85,13 @@ def run_job(job: Job, out: Path, progress: bool = False) -> Outcome:
     except Exception as failed:  # the kernel died or did not start; the other notebooks still run
         error = f"{type(failed).__name__}: {failed}"
     seconds = time.perf_counter() - start
-    if unfinished.is_file():
-        project = project_dir()
-        clean.write(clean.clean(json.loads(unfinished.read_text(encoding="utf-8")), project), executed)
-        unfinished.unlink()
+    try:
+        if unfinished.exists():
+            clean.write(clean.clean(json.loads(unfinished.read_text(encoding="utf-8")), project_dir()), executed)
+    except Exception as failed:  # a full disk has cut it off
+        error = error or f"Its executed copy could not be written ({failed})."
+    with contextlib.suppress(OSError):
+        unfinished.unlink(missing_ok=True)
     if error:
         error = re.sub(r"\s+", " ", error).strip()
     return Outcome(job.notebook.stem, executed, seconds, error, job.size)
@@ -117,4 +127,8 @@ def _outcomes(jobs: Sequence[Job], out: Path, processes: int) -> Iterator[Outcom
     with _environment(processes), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_job, job, out): job for job in jobs}
         for future in as_completed(futures):
-            yield future.result()
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                job = futures[future]
+                yield Outcome(job.notebook.stem, out / job.notebook.name, 0.0, "A process of the batch died.", job.size)
