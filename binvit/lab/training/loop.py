@@ -25,7 +25,8 @@ from binvit.lab.training.model import CheckpointInfo, build_model, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import Position, read_state, write_state
-from binvit.nn.convert import calibrate, init_latent_weights
+from binvit.nn.convert import init_latent_weights
+from binvit.nn.model import calibrate
 from binvit.nn.schemes import Scheme
 
 DIVERGED = "The training loss became"  # how the sentence of a `TrainingDiverged` begins
@@ -235,7 +236,8 @@ class Training:
         """
         if self.wrapped is None:
             if self.team.size * len(self.parts) > 1 and not self.position.epoch:
-                calibrate(self.model, images)  # scales of the whole batch, and not of the part that comes first
+                # Scales of the whole batch, which every process has, and not of the part that comes first.
+                calibrate(self.model, images, all_processes=False)
             self.wrapped = self.team.wrap(self.model)
         found, penalty = torch.zeros(2, device=self.device), self.recipe.weight_penalty
         for part in self.parts:

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
-from binvit.lab.trials.archive import find
-from binvit.lab.trials.store import TrialResult, finished_result, read_result
+from binvit.lab.trials.archive import stored_result
+from binvit.lab.trials.store import TrialResult, read_result
 from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
 
@@ -91,10 +91,10 @@ def run_trials(
         raise ValueError(
             f"All {team.size} processes of torchrun train each trial together; jobs must be 1, got {jobs}."
         )
-    stored = {trial: _stored(trial, results_dir, keep_models) for trial in trials} if team.leads else {}
+    place = results_dir, keep_models
+    stored = {trial: _stored(trial, *place) for trial in trials} if team.leads else {}
     _tell_changes([result for result in stored.values() if result], team, jobs)
-    if archive is not None and not keep_models:
-        stored = {trial: result or find(trial, archive) for trial, result in stored.items()}
+    stored = {trial: result or _stored(trial, *place, archive) for trial, result in stored.items()}
     results: dict[Trial, TrialResult | None] = team.share(stored)
     pending = [trial for trial, result in results.items() if result is None]
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
@@ -113,9 +113,11 @@ def run_trials(
     return pd.DataFrame([result.to_row() | {"root": trial.root} for trial in trials if (result := results[trial])])
 
 
-def _stored(trial: Trial, results_dir: str | Path, keep_model: bool) -> TrialResult | None:
+def _stored(
+    trial: Trial, results_dir: str | Path, keep_model: bool, archive: str | Path | None = None
+) -> TrialResult | None:
     try:
-        return finished_result(trial, results_dir, keep_model)
+        return stored_result(trial, results_dir, keep_model, archive)
     except OSError:  # it stays pending, and fails alone if this lasts
         return None
 
