@@ -1,0 +1,86 @@
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+
+from binvit.lab.training import devices
+from binvit.lab.training.devices import Team, choose_device, spread
+
+
+def several(count, *arguments):
+    """Run the program of two_processes in several processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    command = [sys.executable, Path(two_processes.__file__), *map(str, arguments)]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(count)]
+    running = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
+    assert [process.wait(timeout=300) for process in running] == [0] * count
+
+
+def assert_alike(found, expected):
+    for (losses, tensors, answers), (own_losses, own_tensors, own_answers) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(own_losses, abs=1e-5)
+        assert answers == own_answers
+        for name, tensor in own_tensors.items():
+            torch.testing.assert_close(tensors[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_two_processes_train_what_one_trains_with_the_doubled_batch(tmp_path):
+    several(2, tmp_path / "two.pt", 1)
+    found = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert_alike(found.values(), [two_processes.trained(name) for name in found])
+
+
+def test_accumulated_parts_train_what_the_whole_batch_trains():
+    for scheme, parts in (("float", 5), ("gsb", 3)):  # five parts have 2 or 3 images
+        assert_alike([two_processes.trained(scheme, parts)], [two_processes.trained(scheme)])
+    with pytest.raises(ValueError, match="A batch of 12 images cannot be shared by 1 processes with 13 accumulated"):
+        two_processes.trained("float", accumulate=13)
+
+
+def test_bfloat16_is_near_float32_and_not_it():
+    exact, rounded = (two_processes.trained("float", precision=kind)[0] for kind in ("float32", "bfloat16"))
+    assert all(map(math.isfinite, two_processes.trained("gsb", precision="bfloat16")[0]))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_slices_are_the_batch(monkeypatch, size, parts):
+    found = []
+    for rank in range(size):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        monkeypatch.setenv("RANK", str(rank))
+        found += [list(range(13))[part] for part in Team("cpu").slices(13, parts)]
+    assert [index for part in found for index in part] == list(range(13))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_jobs_are_spread_over_all_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert spread(None, 3) == spread("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert spread("cuda:1", 2) == ["cuda:1"] * 2
+    assert spread("cpu", 2) == ["cpu"] * 2
+    assert choose_device() == "cuda"
+    with pytest.raises(ValueError, match="There is no device 'cuda:2': torch sees 2 GPUs here"):
+        choose_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (Team().device, Team().description, Team("cpu").description) == ("cuda:1", "2 x cuda", "2 x cpu")
+    monkeypatch.undo()
+    assert devices.choose_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:12345", ""])
+def test_what_is_no_device_gets_one_sentence(name):
+    with pytest.raises(ValueError, match="A device is cpu, cuda, mps or one GPU such as cuda:1"):
+        choose_device(name)

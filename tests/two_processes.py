@@ -1,0 +1,35 @@
+"""Trains small models in one process, or in one of several, and saves what they have learned: FILE PARTS."""
+
+import sys
+
+import torch
+
+import binvit
+from binvit.lab.data.datasets import load_data
+from binvit.lab.training.devices import Team
+from binvit.lab.training.loop import Training
+from binvit.lab.training.recipes import recipe
+
+SCHEMES = {"float": binvit.scheme("float"), "gsb": binvit.scheme("gsb", reduce="row")}
+STEPS = 20
+
+
+def trained(scheme: str, accumulate: int = 1, **options) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
+    """Return the losses of all epochs, the tensors and the answers of a model after 20 steps of 12 images."""
+    # So small that no sign hangs on the last bit of a sum, which the parts' number decides; and Adam would turn the last
+    # bits of a gradient that is zero in exact arithmetic into whole steps, which change signs.
+    shape = {"width": 8, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 10, "batch_size": 12}
+    rate = {"optimizer": "adamw" if scheme == "float" else "sgd", "lr": 1e-3, "lr_binary": 5e-3}
+    made = recipe("smoke", **shape, **rate, accumulate=accumulate, **options)
+    training = Training(made, [SCHEMES[scheme]], load_data("digits", samples_per_class=3), seed=0, team=Team("cpu"))
+    model = training.train()
+    assert len(training.batches) * made.epochs == STEPS
+    losses = [record["train_loss"] for record in training.position.history]
+    return losses, model.state_dict(), training.predict_train().tolist()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {name: trained(name, int(sys.argv[2])) for name in SCHEMES}
+    if Team("cpu").leads:
+        torch.save(found, sys.argv[1])
