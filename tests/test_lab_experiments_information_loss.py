@@ -12,7 +12,7 @@ from binvit.lab.analysis import attention
 from binvit.lab.experiments import information_loss, plan
 from binvit.lab.experiments.information_loss import LOSSES, distributions, loss_panels
 from binvit.lab.notebooks.plan import Job, check
-from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.evaluation import Classifier
 from binvit.lab.trials.trial import Trial
 
 

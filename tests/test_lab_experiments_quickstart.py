@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import binvit
 from binvit.lab.experiments import quickstart
-from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.evaluation import Classifier
 
 
 def test_predictions_name_the_class():

@@ -16,8 +16,8 @@ STEPS = 20
 
 def trained(scheme: str, accumulate: int = 1, **options) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
     """Return the losses of all epochs, the tensors and the answers of a model after 20 steps of 12 images."""
-    # So small that no sign hangs on the last bit of a sum, which the parts' number decides; and signs are trained without
-    # Adam, which makes whole steps of the last bits of a gradient that is zero in exact arithmetic.
+    # So small that no sign hangs on the last bit of a sum, which the parts' number decides; and signs are trained
+    # without Adam, which makes whole steps of the last bits of a gradient that is zero in exact arithmetic.
     shape = {"width": 8, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 10, "batch_size": 12}
     rate = {"optimizer": "adamw", "lr": 1e-3} if scheme == "float" else {"optimizer": "sgd", "lr": 5e-3}
     made = recipe("smoke", **shape, **rate, accumulate=accumulate, **options)

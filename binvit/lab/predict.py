@@ -16,7 +16,7 @@ from PIL.Image import Image
 from binvit.images import is_readable, open_image, require_regular, resize_square
 from binvit.lab.data.folders import visible_files
 from binvit.lab.training.checkpoint import load_checkpoint
-from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.evaluation import Classifier
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.trials.store import read_result
 from binvit.lab.trials.trial import Trial

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save as serialize
 
 from binvit.lab.benchmark.timing import interleave
-from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.evaluation import Classifier
 from binvit.packed import load, pack, save
 
 

@@ -1,21 +1,25 @@
-"""Evaluation: the classes that a model gives to images, on bits where that is the same and faster."""
+"""Evaluation: the classes that a model gives to images, on bits where that is as good and faster, and to pictures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from binvit.images import resize_square
 from binvit.lab.data.loader import Batches
+from binvit.lab.data.transforms import eval_transform
 from binvit.lab.training.devices import Team
-from binvit.packed import pack
+from binvit.packed import PackedViT, pack
 
-Classifier = Callable[[Tensor], Tensor]
+Network = Callable[[Tensor], Tensor]
 
 
-def on_bits(model: VisionTransformer) -> Classifier:
+def on_bits(model: VisionTransformer) -> Network:
     """Return the packed form of a model if it has a fast one, else the model itself.
 
     The packed form gives the same classes several times as fast, and says so in its own tests. It reads nothing but the
@@ -32,11 +36,11 @@ def on_bits(model: VisionTransformer) -> Classifier:
         packed = pack(model)
     except ValueError:  # parts that stay float in this stage, or scales without a value yet
         return model
-    return model if packed.reason else cast(Classifier, packed)  # tensors give tensors
+    return model if packed.reason else cast(Network, packed)  # tensors give tensors
 
 
 @torch.inference_mode()
-def classify(model: Classifier, images: Batches, team: Team | None = None) -> np.ndarray:
+def classify(model: Network, images: Batches, team: Team | None = None) -> np.ndarray:
     """Return the class a model gives to each image; the model ends in the mode it came in.
 
     Several processes share the batches, and each returns all classes.
@@ -58,3 +62,46 @@ def classify(model: Classifier, images: Batches, team: Team | None = None) -> np
     module.train(training)
     shares = team.collect(own)
     return torch.cat([shares[step % team.size][step // team.size] for step in range(len(images))]).numpy()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode with everything that pictures need on their way through it.
+
+    Args:
+        model: images float32 (B, 3, S, S) -> logits (B, classes); a timm model, binarized or not, or its packed form.
+        classes: one name per class.
+        image_size: pixels S of an image's side.
+        mean: three channel means, for images from 0 to 1.
+        std: three channel standard deviations.
+    """
+
+    model: VisionTransformer | PackedViT
+    classes: Sequence[str]
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def tensor(self, pictures: Sequence[Image]) -> Tensor:
+        """Turn RGB pictures into the model's input, float32 (B, 3, S, S)."""
+        if isinstance(self.model, PackedViT):
+            return self.model.preprocess(pictures)
+        transform = eval_transform(self.image_size, self.mean, self.std)
+        return transform.batch(np.stack([np.asarray(resize_square(picture, self.image_size)) for picture in pictures]))
+
+    @torch.inference_mode()
+    def probabilities(self, pictures: Sequence[Image]) -> Tensor:
+        """Return how likely the model finds each class, float32 (B, classes)."""
+        return self.model(self.tensor(pictures)).softmax(dim=1)
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether what the model sees in a picture depends on the others of its batch."""
+        owner = self.model if hasattr(self.model, "scheme") else getattr(self.model, "blueprint", None)
+        scheme = getattr(owner, "scheme", None)
+        return scheme is not None and scheme.name != "float" and scheme.reduce == "batch"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a model that is not packed."""
+        return tuple(self.model.patch_embed.grid_size)

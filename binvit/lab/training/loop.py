@@ -20,7 +20,7 @@ from binvit.lab.randomness import seed_all
 from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
-from binvit.lab.training.evaluation import Classifier, classify, on_bits
+from binvit.lab.training.evaluation import Network, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
@@ -92,7 +92,7 @@ class Training:
         # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
         self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
         self.position = Position()
-        self.classifier: Classifier | None = None  # of the trained model, made once for all images
+        self.classifier: Network | None = None  # of the trained model, made once for all images
 
     @property
     def seconds(self) -> float:

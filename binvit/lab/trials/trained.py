@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from binvit.lab.training.classifier import Classifier
+from binvit.lab.training.evaluation import Classifier
 from binvit.lab.trials.store import load_kept, read_result
 from binvit.lab.trials.trial import Trial, options_text
 
