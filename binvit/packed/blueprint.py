@@ -29,6 +29,8 @@ _ACTIVATIONS |= {f"torch.{name}": getattr(nn, name) for name in ("GELU", "ReLU",
 # Layers that do nothing in evaluation mode; the rebuilt model has none of them.
 _IDLE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)
 
+Interpolation = Literal["bilinear", "bicubic"]
+
 
 class Blueprint(Config):
     """What a packed file's header says about the model."""
@@ -45,7 +47,7 @@ class Blueprint(Config):
     """Channel standard deviations, likewise."""
     resize: Annotated[int, Strict(), Field(ge=1, le=2**15)] | None = None
     """Pixels of an image's short side before its centre is cut out; None for the short side of what the model reads."""
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     """How images are resized."""
     card: InstanceOf[Card] = Card()
     """What people want to know."""

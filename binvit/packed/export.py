@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def export_onnx(model: PackedViT, path: str | Path) -> Path:
     images = torch.zeros(2, *model.blueprint.image_shape)  # 2: an axis of one would be taken for a constant
     buffer = io.BytesIO()
     with _silence():
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             (images.float(),),
             dynamo=True,
@@ -69,7 +70,8 @@ def export_onnx(model: PackedViT, path: str | Path) -> Path:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=OPSET,
             verbose=False,
-        ).save(buffer)
+        )
+        cast(Any, program).save(buffer)  # a file or, other than its types say, any buffer
     return atomic_write(path, buffer.getvalue())
 
 
@@ -122,7 +124,7 @@ class _FloatPatchConv(PackedPatchConv):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
-        y = PackedLinear.forward(self, BinaryPatchConv.patches(self, x))
+        y = PackedLinear.forward(self, BinaryPatchConv.patches(cast(Any, self), x))
         return y.mT.reshape(x.shape[0], self.out_features, *grid)
 
 

@@ -16,7 +16,7 @@ from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.linear import BinaryLinear
 from binvit.nn.precision import on_cpu
-from binvit.packed.blueprint import Blueprint, check_same, describe
+from binvit.packed.blueprint import Blueprint, Interpolation, check_same, describe
 from binvit.packed.exact import fold_weight, weight_dtype
 from binvit.packed.header import Card, Vit
 from binvit.packed.vit import PackedViT, as_tensor
@@ -31,7 +31,7 @@ def pack(
     mean: Sequence[float] | np.ndarray = (),
     std: Sequence[float] | np.ndarray = (),
     resize: int | None = None,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     card: Card | Mapping[str, Any] | None = None,
     images: Tensor | np.ndarray | None = None,
 ) -> PackedViT:
@@ -151,7 +151,9 @@ def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[
     return (mean, std) if len(mean) == len(std) == channels else ((), ())
 
 
-def _pretrained_resize(model: VisionTransformer, side: int, interpolation: str) -> tuple[int | None, str]:
+def _pretrained_resize(
+    model: VisionTransformer, side: int, interpolation: Interpolation
+) -> tuple[int | None, Interpolation]:
     """Resizing of timm's pretrained configuration, which cuts out the centre of what it resizes."""
     config = getattr(model, "pretrained_cfg", None) or {}
     share, mode = config.get("crop_pct") or 1.0, config.get("interpolation")

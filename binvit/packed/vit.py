@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class PackedViT:
                 f"The model takes images of {channels} channels with the means {plan.mean}; images need 3 channels or "
                 "1, and a known normalization, which pack() takes as mean and std."
             )
-        sources = list(images) if isinstance(images, list | tuple) else [images]
+        sources = cast("list[Source]", list(images) if isinstance(images, list | tuple) else [images])
         pixels = np.empty((len(sources), *size, channels), np.uint8)
         for i, source in enumerate(sources):
             pixels[i] = to_pixels(source, channels, plan.vit.img_size, plan.resize, plan.interpolation)
@@ -169,8 +169,11 @@ class PackedViT:
         count = self.blueprint.vit.num_classes
         if not isinstance(top, int | np.integer) or isinstance(top, bool) or top < 1:
             raise ValueError(f"The number of classes, top, must be a whole number of at least 1, got {top!r}.")
-        ready = isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype == np.float32)
-        logits = torch.as_tensor(self(images if ready else self.preprocess(images), threads))
+        if isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype == np.float32):
+            batch = as_tensor(images)
+        else:
+            batch = self.preprocess(images)
+        logits = self(batch, threads)
         if not count or logits.ndim != 2:
             raise ValueError("The model has no head that tells classes; a call gives its features.")
         if (unknown := logits.isnan().any(-1)).any():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Classifier:
         std: three channel standard deviations.
     """
 
-    model: VisionTransformer | PackedViT
+    model: Any
     classes: Sequence[str]
     image_size: int
     mean: Sequence[float]
