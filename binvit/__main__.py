@@ -346,6 +346,32 @@ def schemes() -> None:
         click.echo(f"{'':<{wide}}  {scheme.reference}")
 
 
+@cli.command("warm-up")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+def warm_up(model: Path | None) -> None:
+    """Compile ahead what the packed MODEL needs, by default what training and prediction need.
+
+    The compiled code is kept beside the package, or in the folder that NUMBA_CACHE_DIR names.
+    """
+    import timm
+    import torch
+
+    import binvit
+    from binvit import bits
+    from binvit.lab.predict import open_packed
+
+    if model is None:
+        seconds = bits.warm_up()
+        float_model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=2)
+        trained = binvit.binarize(float_model, binvit.scheme("gsb")).train()
+        for _ in range(2):  # the first batch sets the scales, which the kernels of the second read
+            trained(torch.randn(2, 3, 32, 32)).sum().backward()
+        packed = binvit.pack(trained.eval())
+    else:
+        seconds, packed = 0.0, open_packed(model)
+    click.echo(f"ready after {seconds + packed.warm_up():.1f} seconds")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 1 if work failed, 2 if the input was wrong."""
     try:

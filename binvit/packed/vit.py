@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, overload
 
@@ -186,6 +187,18 @@ class PackedViT:
             [(names[number], probability) for number, probability in zip(*pair, strict=True)]
             for pair in zip(numbers.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def warm_up(self) -> float:
+        """Compile the kernels of this model, or load them from disk, so that no prediction has to wait for them.
+
+        Returns:
+            The seconds it took.
+        """
+        start = time.perf_counter()
+        # One image is shared by all threads, more images have a thread each: two kernels.
+        for images in (1, min(torch_threads(), bits.get_threads())):
+            self(torch.zeros(images, *self.blueprint.image_shape))
+        return time.perf_counter() - start
 
     def _path(self) -> str:
         if self.exact:
