@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
+from torch import Tensor
 
-from binvit.images import is_readable, open_image, require_regular, resize_square
+from binvit.images import is_readable, open_image, require_regular
 from binvit.lab.data.folders import visible_files
 from binvit.lab.training.checkpoint import load_checkpoint
 from binvit.lab.training.evaluation import Classifier
@@ -146,24 +146,24 @@ def predict_files(
     size = 1 if classifier.reads_batches else BATCH_SIZE
     top = min(top, len(classifier.classes))
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as decoders:
-        waiting: deque[list[tuple[Path, Future[Image]]]] = deque()
+        waiting: deque[list[tuple[Path, Future[Tensor]]]] = deque()
         start, ahead = 0, max(2, 2 * BATCH_SIZE // size)
         try:
             while waiting or start < len(images):
                 while start < len(images) and len(waiting) < ahead:
                     batch = images[start : start + size]
-                    waiting.append([(path, decoders.submit(_decode, path, classifier)) for path in batch])
+                    waiting.append([(path, decoders.submit(_prepare, classifier, path)) for path in batch])
                     start += size
                 read = []
-                for path, picture in waiting.popleft():
+                for path, image in waiting.popleft():
                     try:
-                        read.append((path, picture.result()))
+                        read.append((path, image.result()))
                     except (ValueError, OSError) as error:
                         if skip is None:
                             raise
                         skip(f"Skipped {path}: {error}")
                 if read:
-                    found = classifier.probabilities([picture for _, picture in read]).topk(top)
+                    found = classifier.from_tensor(torch.cat([image for _, image in read])).topk(top)
                     for (path, _), shares, numbers in zip(
                         read, found.values.tolist(), found.indices.tolist(), strict=True
                     ):
@@ -207,11 +207,5 @@ def written(predictions: Iterable[tuple[Path, list[tuple[str, float]]]], form: s
         yield "]"
 
 
-def _decode(path: Path, classifier: Classifier) -> Image:
-    """Decode an image, and shrink it at once where the model's own way is the common one, so that little waits."""
-    picture, model = open_image(path), classifier.model
-    if isinstance(model, PackedViT):
-        plan = model.blueprint
-        if plan.resize is not None or plan.interpolation != "bicubic" or len(set(plan.vit.img_size)) > 1:
-            return picture
-    return resize_square(picture, classifier.image_size)
+def _prepare(classifier: Classifier, path: Path) -> Tensor:
+    return classifier.tensor([open_image(path)])  # one image at a time stays in a core's cache

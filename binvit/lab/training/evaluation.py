@@ -89,10 +89,14 @@ class Classifier:
         transform = eval_transform(self.image_size, self.mean, self.std)
         return transform.batch(np.stack([np.asarray(resize_square(picture, self.image_size)) for picture in pictures]))
 
-    @torch.inference_mode()
     def probabilities(self, pictures: Sequence[Image]) -> Tensor:
         """Return how likely the model finds each class, float32 (B, classes)."""
-        return self.model(self.tensor(pictures)).softmax(dim=1)
+        return self.from_tensor(self.tensor(pictures))
+
+    @torch.inference_mode()
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Return how likely the model finds each class of what `tensor` has made, float32 (B, classes)."""
+        return self.model(images).softmax(dim=1)
 
     @property
     def reads_batches(self) -> bool:
