@@ -1,0 +1,1 @@
+"""The commands of `binvit`, by what they are about; each imports what it needs, so that `--help` answers at once."""

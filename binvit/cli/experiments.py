@@ -1,0 +1,169 @@
+"""Commands that repeat the papers: notebooks, rates, the archive, its data and measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from binvit.cli.group import PATH, cli
+
+
+@cli.command()
+@click.option(
+    "--size", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="Which parameters to run."
+)
+@click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
+@click.option("--out", type=PATH, default="report", show_default=True, help="Folder of the report.")
+@click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
+              help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
+@click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
+@click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
+def reproduce(
+    size: str,
+    only: tuple[str, ...],
+    jobs: int,
+    out: Path,
+    texts: tuple[tuple[str, str], ...],
+    files: tuple[Path, ...],
+    notebooks: Path | None,
+) -> None:
+    """Run the notebooks and write executed copies and an HTML report.
+
+    All parameters are checked, and files of images looked for, before anything runs. If a notebook fails, the others
+    still run, and the exit code is 1.
+    """
+    from binvit.lab import project
+    from binvit.lab.notebooks import plan as plan_
+    from binvit.lab.notebooks import report, run
+    from binvit.lab.notebooks.plan import check, read_values
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"The folder of the report, {out}, is a file.")
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= read_values(file)
+    plan = plan_.plan(notebooks or project.folder("notebooks"), size, only, values, dict(texts))
+    check(plan)
+    from binvit.lab.trials.train_trial import (
+        compile_kernels,  # loads torch, which the refusal of a name need not wait for
+    )
+
+    click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
+    outcomes = run.run(plan, out / "notebooks", jobs)
+    index = report.write_report(outcomes, out)
+    click.echo(f"The report is {index}.")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        click.echo(f"{outcome.name} failed: {outcome.error}", err=True)
+    if failed:
+        click.echo(f"{len(failed)} of {len(outcomes)} notebooks failed.", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
+@click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
+@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
+              show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
+@click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--out", type=PATH, default="results", show_default=True,
+              help="Folder of the results.")  # fmt: skip
+@click.option("--rates", type=PATH, help="File of the rates.  [default: the package's own]")
+def tune(
+    dataset: str,
+    schemes: tuple[str, ...],
+    recipe: str,
+    biases: tuple[Literal["none", "full", "relative"], ...],
+    jobs: int,
+    root: Path | None,
+    out: Path,
+    rates: Path | None,
+) -> None:
+    """Choose the learning rate of each scheme on validation images; recipes take it from then on.
+
+    Every scheme gets the same rates and seeds, and test images are not loaded.
+    """
+    import binvit
+    from binvit.lab.training.rates import RATES, write_rates
+    from binvit.lab.trials.tune import tune as search
+    from binvit.lab.trials.tune import tuning_table
+
+    names = schemes or tuple(binvit.list_schemes())
+    progress = sys.stderr.isatty()
+    chosen = search(names, dataset, recipe, biases=biases, root=root, results_dir=out, jobs=jobs, progress=progress)
+    click.echo(tuning_table(chosen).round(3).to_string())
+    click.echo(f"The rates are written to {write_rates(chosen, rates or RATES)}.")
+
+
+@cli.command()
+@click.argument("results_dir", type=PATH)
+@click.option("--out", type=PATH, help="Folder of the archive.  [default: paper_figures]")
+def archive(results_dir: Path, out: Path | None) -> None:
+    """Add the finished trials of a results folder to the archive.
+
+    The archive has one line per trial, sorted, and a table of data sets; a trial that is there already stays as it is.
+    """
+    from binvit.lab import project
+    from binvit.lab.trials.archive import add
+    from binvit.lab.trials.store import read_results
+
+    found, damaged = read_results(results_dir)
+    out = out or project.folder("paper_figures")
+    new = add(found, out)
+    click.echo(f"{new} trials are new in {out}, {len(found) - new} were there.")
+    for sentence in damaged:
+        click.echo(sentence, err=True)
+    if damaged:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--out", type=PATH, required=True, help="The Parquet file to write.")
+@click.option("--size", type=click.IntRange(1, 2**14), help="Side in pixels.  [default: images stay as they are]")
+@click.option("--per-class", type=click.IntRange(1), help="Training images of every class.  [default: all]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images are drawn.")
+@click.option("--root", type=PATH, default="data", show_default=True,
+              help="Folder of the official files, which are downloaded to it if they are absent.")  # fmt: skip
+def data(name: str, out: Path, size: int | None, per_class: int | None, seed: int, root: Path) -> None:
+    """Make a Parquet file of an official data set, as archived trials name it.
+
+    NAME is cifar10, cifar100, fashion_mnist, flowers102 or pets.
+    """
+    from binvit.lab.data.fingerprint import fingerprint
+    from binvit.lab.data.write import write_parquet
+
+    source = write_parquet(name, out, root, size, per_class, seed)
+    counts = ", ".join(f"{len(images)} {split}" for split, images in source.splits.items())
+    click.echo(f"{out} holds {counts} images of {len(source.classes)} classes; its fingerprint is "
+               f"{fingerprint(f'parquet:{out}')}.")  # fmt: skip
+
+
+@cli.command()
+@click.option("--part", "parts", multiple=True, metavar="[kernels|models|growth|memory]",
+              help="What to measure; may be repeated.  [default: kernels, models, memory]")  # fmt: skip
+@click.option("--training", is_flag=True, help="Measure a training step instead.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
+              help="Images per run; may be repeated.  [default: 1, 8, 32; of a training step 8]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
+@click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
+@click.option("--out", type=PATH, default="bench", show_default=True, help="Folder of tables and figures.")
+def bench(
+    parts: tuple[str, ...], training: bool, batches: tuple[int, ...], threads: int | None, seconds: float, out: Path
+) -> None:
+    """Measure bits against their float peers, side by side in this process.
+
+    Prints tables with medians and ratios, and writes them as CSV, with a roofline of the kernels.
+    """
+    from binvit.lab.benchmark.run import run_benchmarks
+
+    if training and parts:
+        raise ValueError("--training is a measurement of its own; leave --part out.")
+    run_benchmarks(("training",) if training else parts or ("kernels", "models", "memory"), out,
+                   batches=batches, threads=threads, seconds=seconds, say=click.echo)  # fmt: skip

@@ -1,0 +1,25 @@
+"""The command that all others belong to, and how paths are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Path(click.Path):
+    """A path in which `~` and environment variables are replaced, also where a shell leaves them: --out=~/results."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expandvars(os.path.expanduser(value)), param, ctx)
+
+
+PATH = _Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="binvit")
+def cli() -> None:
+    """1-bit vision transformers: train, pack, and repeat the experiments of two papers."""

@@ -1,0 +1,192 @@
+"""Commands that make and use models: train, pack, predict, export, count."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from binvit.cli.group import PATH, cli
+
+
+@cli.command()
+@click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
+@click.option("--scheme", default="gsb", show_default=True, help="How to binarize; see binvit schemes.")
+@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+              help="A field of the recipe, such as epochs=20 or lr=3e-4; may be repeated.")  # fmt: skip
+@click.option("--model", metavar="TIMM", help="A timm vision transformer, in place of the recipe's own.")
+@click.option("--weights", type=PATH, help="Weights to start from: a safetensors or .pth file in timm's layout.")
+@click.option("--pretrained", is_flag=True, help="Start from timm's weights of the model, downloaded if need be.")
+@click.option("--image-size", type=click.IntRange(1), help="Side of the images in pixels.  [default: as they are]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
+@click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
+@click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
+@click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
+def train(
+    dataset: str,
+    scheme: str,
+    recipe: str,
+    settings: tuple[str, ...],
+    model: str | None,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | None,
+    seed: int,
+    samples_per_class: int | None,
+    label_noise: float,
+    root: Path | None,
+    device: str | None,
+    out: Path,
+) -> None:
+    """Train a model and keep it; a finished trial is read instead of trained again.
+
+    Several processes train one model together: torchrun --nproc_per_node=N -m binvit train ...
+    """
+    from binvit.lab.training.devices import Team
+    from binvit.lab.training.recipes import parse_options
+    from binvit.lab.trials.pool import run_trials
+    from binvit.lab.trials.store import model_path
+    from binvit.lab.trials.trial import Trial
+
+    options = parse_options(settings)
+    named = {"model": model, "weights": weights and str(weights), "pretrained": pretrained, "image_size": image_size}
+    for name, value in named.items():
+        if value:
+            if name in options:
+                raise ValueError(f"The recipe's {name} is given twice, by an option of its own and by --set.")
+            options[name] = value
+    trial = Trial(
+        dataset=dataset,
+        scheme=scheme,
+        recipe=recipe,
+        recipe_options=options,
+        seed=seed,
+        samples_per_class=samples_per_class,
+        label_noise=label_noise,
+        root=None if root is None else str(root),
+    )
+    trial.get_scheme()  # refuses an unknown name before anything is written
+    row = run_trials([trial], out, keep_models=True, progress=sys.stderr.isatty(), device=device).iloc[0]
+    if not Team(device).leads:
+        return
+    click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
+    click.echo(f"The model is {model_path(trial, out)}.")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--out", type=PATH, help="The packed file.  [default: MODEL with .packed in its name]")
+@click.option("--exact", is_flag=True, help="Logits equal the trained model's bit for bit, at the price of speed.")
+@click.option("--float16", is_flag=True, help="Round shifts, biases, norms and positions: smaller, some other answers.")
+@click.option("--licence", default="", metavar="TEXT", help="Licence of the weights, for the model card.")
+def pack(model: Path, out: Path | None, exact: bool, float16: bool, licence: str) -> None:
+    """Fold a trained model into bits.
+
+    MODEL is a file that binvit train has written.
+    """
+    from binvit.lab.predict import pack_checkpoint
+
+    out = out or model.with_suffix(f".packed{model.suffix}")
+    if out.resolve() == model.resolve():
+        raise ValueError(f"The packed file would replace the model {model}; choose another --out.")
+    click.echo(repr(pack_checkpoint(model, out, exact, float16, licence)))
+    share = out.stat().st_size / model.stat().st_size
+    click.echo(f"The packed model is {out}, {share:.1%} of the trained model's file.")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.argument("images", type=PATH, metavar="IMAGE_OR_FOLDER")
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
+@click.option("--csv", "form", flag_value="csv", help="Print image, rank, class and probability as CSV.")
+@click.option("--json", "form", flag_value="json", help="Print a list of images with their classes as JSON.")
+def predict(model: Path, images: Path, top: int, form: str | None) -> None:
+    """Print class names and probabilities for an image file or for all images of a folder.
+
+    MODEL is a file that binvit train or binvit pack has written. What is no image is skipped with a word on stderr,
+    where a progress bar is shown as well.
+    """
+    from tqdm import tqdm
+
+    from binvit.lab.predict import image_files, open_model, predict_files, written
+
+    skip = (lambda sentence: tqdm.write(sentence, file=sys.stderr)) if images.is_dir() else None
+    files = image_files(images, skip)
+    predictions = predict_files(open_model(model), files, top, skip)
+    hidden = len(files) == 1 or not sys.stderr.isatty()
+    for line in written(tqdm(predictions, total=len(files), unit="image", disable=hidden), form):
+        tqdm.write(line, file=sys.stdout)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.argument("out", type=PATH, metavar="MODEL.onnx")
+def export(model: Path, out: Path) -> None:
+    """Write a model as ONNX, for other runtimes.
+
+    MODEL is a file that binvit train or binvit pack has written. Its bits are floats in ONNX, which has no products of
+    bits: the answers are the same, size and speed those of a float model.
+    """
+    from binvit.lab.predict import open_packed
+    from binvit.packed import export_onnx
+
+    if out.resolve() == model.resolve():
+        raise ValueError(f"The exported file would replace the model {model}; choose another name.")
+    export_onnx(open_packed(model), out)
+    click.echo(f"The exported model is {out}, {out.stat().st_size / 1e6:.2f} MB.")
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+def audit(model: Path) -> None:
+    """Print where a model's bytes and operations are, part by part.
+
+    MODEL is a file that binvit train or binvit pack has written.
+    """
+    from binvit.lab.predict import open_packed
+    from binvit.packed.audit import audit as count
+
+    click.echo(str(count(open_packed(model))))
+
+
+@cli.command()
+def schemes() -> None:
+    """List the schemes: what each binarizes and where it was published."""
+    import binvit
+
+    names = binvit.list_schemes()
+    wide = max(map(len, names))
+    for name in names:
+        scheme = binvit.scheme(name)
+        click.echo(f"{name:<{wide}}  {scheme.description}")
+        click.echo(f"{'':<{wide}}  {scheme.reference}")
+
+
+@cli.command("warm-up")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+def warm_up(model: Path | None) -> None:
+    """Compile ahead what the packed MODEL needs, by default what training and prediction need.
+
+    The compiled code is kept beside the package, or in the folder that NUMBA_CACHE_DIR names.
+    """
+    import timm
+    import torch
+
+    import binvit
+    from binvit import bits
+    from binvit.lab.predict import open_packed
+
+    if model is None:
+        seconds = bits.warm_up()
+        float_model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=2)
+        trained = binvit.binarize(float_model, binvit.scheme("gsb")).train()
+        for _ in range(2):  # the first batch sets the scales, which the kernels of the second read
+            trained(torch.randn(2, 3, 32, 32)).sum().backward()
+        packed = binvit.pack(trained.eval())
+    else:
+        seconds, packed = 0.0, open_packed(model)
+    click.echo(f"ready after {seconds + packed.warm_up():.1f} seconds")
