@@ -23,6 +23,7 @@ from binvit.packed.vit import PackedViT
 KEY = "binvit packed"
 """The one entry of the file's metadata; safetensors would write several in an order that changes from run to run."""
 VERSION = 3
+_GONE = ("rprelu", "shortcut")  # fields of the schemes of version 2; blocks have other parts now
 _READABLE = (2, 3)  # version 2 has no model card and does not say how images are resized
 
 
@@ -126,10 +127,18 @@ def from_bytes(data: bytes, exact: bool | None = None, name: str = "given as byt
     content = _read_header(name, header, tensors)
     try:
         made = Header.from_dict(content)
-        blueprint = Blueprint.from_dict(made.blueprint)
+        blueprint = Blueprint.from_dict(_renewed(made.blueprint))
         return PackedViT(blueprint, tensors, exact=made.exact if exact is None else exact)
     except ValueError as error:
         raise ValueError(f"The packed model {name} is damaged: {error}") from None
+
+
+def _renewed(blueprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a blueprint without the fields of version 2 that have gone, where they were not used."""
+    scheme = blueprint.get("scheme")
+    if isinstance(scheme, Mapping):
+        scheme = {name: value for name, value in scheme.items() if not (name in _GONE and value is False)}
+    return {**blueprint, "scheme": scheme} if scheme is not None else dict(blueprint)
 
 
 def _read_header(name: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
