@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import resource
 import subprocess
 import sys
 
@@ -29,6 +31,30 @@ def test_checkpoints_survive_the_round_trip(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not again.training
     assert [item.name for item in path.parent.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", binvit.list_schemes())
+def test_every_scheme_is_rebuilt_whole(name, tmp_path):
+    described = dataclasses.replace(info(), scheme=binvit.scheme(name), recipe=recipe("smoke", **TINY, drop_path=0.1))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = binvit.calibrate(new_model(described), x).eval()
+    again, _ = load_checkpoint(save_checkpoint(tmp_path / "model", model, described))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert {t.device.type for t in [*again.parameters(), *again.buffers()]} == {"cpu"}
+
+
+@pytest.mark.parametrize("claim", [{"depth": 10**6}, {"width": 999_998}, {"mlp_ratio": 500.0}, {"image_size": 400_000}])
+def test_claims_of_a_header_are_checked_before_anything_is_built(claim, tmp_path):
+    model, size = new_model(info()), claim.get("image_size", 8)
+    options = TINY | {name: value for name, value in claim.items() if name != "image_size"}
+    wrong = dataclasses.replace(info(), recipe=recipe("smoke", **options), image_size=size)
+    path = save_checkpoint(tmp_path / "model.safetensors", model, wrong)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"^The checkpoint .* (does not fit its own header|that can be built).*\.$"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
 def test_bad_checkpoints_get_one_sentence(tmp_path):

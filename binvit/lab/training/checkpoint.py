@@ -5,6 +5,7 @@ with a checksum of itself and all tensors: equal models are equal files, and no 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from timm.models.vision_transformer import VisionTransformer
 
 from binvit.files import atomic_write
 from binvit.lab.training.model import CheckpointInfo, new_model
 from binvit.lab.training.recipe import Recipe
+from binvit.nn.convert import fill_buffers
 from binvit.nn.schemes import Scheme
 from binvit.packed.files import checksum
 
@@ -67,7 +70,7 @@ def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
         ValueError: the file is truncated or damaged, no checkpoint of binvit, or its tensors do not fit its header.
     """
     info, tensors = read_checkpoint(path)
-    model = new_model(info)
+    model = _shapes(path, info, tensors)
     expected = model.state_dict()
     for name in expected | tensors:
         if name not in tensors or name not in expected:
@@ -77,8 +80,26 @@ def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
         if tensors[name].shape != expected[name].shape:
             shapes = f"shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
             raise ValueError(f"The checkpoint {path} does not fit its own header: {name!r} has {shapes}.")
-    model.load_state_dict(tensors)
+    floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    model.load_state_dict(tensors | floats, assign=True)
+    fill_buffers(model)
     return model.eval(), info
+
+
+def _shapes(path: str | Path, info: CheckpointInfo, tensors: Mapping[str, torch.Tensor]) -> VisionTransformer:
+    """Build the model that a header describes without memory for its tensors: the header may claim any size."""
+    blocks = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    if info.recipe.model is None and info.recipe.depth != len(blocks):  # every block takes time
+        raise ValueError(
+            f"The checkpoint {path} does not fit its own header: depth is {info.recipe.depth}, but the tensors are "
+            f"those of {len(blocks)} blocks."
+        )
+    try:
+        with torch.device("meta"):
+            return new_model(info)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError) as error:
+        reason = f"{error}".partition("\n")[0] or type(error).__name__
+        raise ValueError(f"The checkpoint {path} describes no model that can be built ({reason}).") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
