@@ -9,8 +9,10 @@ import pytest
 import torch
 import two_processes
 
+from binvit.lab import Trial
 from binvit.lab.training import devices
 from binvit.lab.training.devices import Team, choose_device, spread
+from binvit.lab.trials.train_trial import train_trial
 
 
 def several(count, *arguments):
@@ -50,6 +52,19 @@ def test_bfloat16_is_near_float32_and_not_it():
     assert all(map(math.isfinite, two_processes.trained("gsb", precision="bfloat16")[0]))
     assert exact != rounded
     assert rounded == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_training_does_not_depend_on_the_default_type(dtype):
+    trial = Trial("digits", "irnet", samples_per_class=3, recipe_options={"epochs": 1})
+    expected = train_trial(trial, device="cpu")
+    torch.set_default_dtype(dtype)
+    try:
+        found = train_trial(trial, device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (found.history, found.test_accuracy) == (expected.history, expected.test_accuracy)
+    assert torch.equal(found.model.head.weight, expected.model.head.weight)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(1, 1), (1, 3), (2, 1), (3, 2)])

@@ -239,7 +239,7 @@ class Training:
                 # Scales of the whole batch, which every process has, and not of the part that comes first.
                 calibrate(self.model, images, all_processes=False)
             self.wrapped = self.team.wrap(self.model)
-        found, penalty = torch.zeros(2, device=self.device), self.recipe.weight_penalty
+        found, penalty = torch.zeros(2, dtype=torch.float32, device=self.device), self.recipe.weight_penalty
         for part in self.parts:
             x, y = images[part], targets[part]
             weight = len(x) * self.team.size / len(images)

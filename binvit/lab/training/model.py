@@ -42,6 +42,7 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
 def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) -> VisionTransformer:
     if recipe.model is not None:
         options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": recipe.drop_path}
+        options["dtype"] = torch.float32  # whatever torch's default is
         try:
             create = create_pretrained if pretrained else timm.create_model
             model = create(recipe.model, **options)
@@ -74,6 +75,7 @@ def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) ->
         class_token=recipe.global_pool == "token",
         drop_path_rate=recipe.drop_path,
         norm_layer=torch.nn.LayerNorm,
+        dtype=torch.float32,
     )
 
 
