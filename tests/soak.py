@@ -1,0 +1,286 @@
+"""Kills trainings at random moments, and feeds damaged files to all readers: what RELIABILITY.md promises, at length.
+
+python tests/soak.py [--kills N] [--cases N] [--minutes M] [--seed S] [--only NAME]...
+
+Ends with exit code 1 if a finished trial was lost or changed, a result differs from that of an undisturbed run, or a
+reader raised anything but one of our sentences or took too much memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+import binvit
+from binvit import lab
+from binvit.lab.data.sources import read_source
+from binvit.lab.notebooks.parameters import convert
+from binvit.lab.notebooks.plan import read_values
+from binvit.lab.training.checkpoint import load_checkpoint
+from binvit.lab.training.devices import Team
+from binvit.lab.training.resume import Position, read_state, write_state
+from binvit.lab.trials import archive
+from binvit.lab.trials.store import model_path, read_result, result_path
+from binvit.lab.trials.trial import Trial
+
+MOST_MEMORY = 2**30
+GOLDEN = Path(__file__).parent / "golden" / "imrl_tiny.pth"
+TINY = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 6, "batch_size": 64, "checkpoint_minutes": 0.0}
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def trials() -> list[Trial]:
+    """Return the trials that are trained and killed: float and 1-bit, with a teacher, augmented."""
+    made = [Trial("digits", name, seed=seed, samples_per_class=20, recipe_options=TINY)
+            for name in ("float", "gsb") for seed in range(2)]  # fmt: skip
+    options = {"distillation": "hard", "teacher_epochs": 3}, {"crop": 0.6, "mixup": 0.2, "drop_path": 0.1}
+    return made + [Trial("digits", "elastic", samples_per_class=20, recipe_options=TINY | more) for more in options]
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Return what the finished trials of a folder hold: results without their seconds, models byte by byte."""
+    found: dict[str, object] = {}
+    for trial in trials():
+        with contextlib.suppress(FileNotFoundError):
+            values = read_result(trial, folder).to_dict() | {"seconds": 0}
+            found[trial.id] = json.dumps(values), model_path(trial, folder).read_bytes()
+    return found
+
+
+def run(folder: Path, jobs: int) -> int:
+    """Start a process that runs the trials."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        code = 1
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                lab.run_trials(trials(), folder, jobs=jobs, keep_models=True, progress=False)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def soak_kills(kills: int, folder: Path, draw: random.Random, until: float) -> list[str]:
+    """Kill runs at random moments until that has been done so often; every tenth is a run of several children."""
+    run_undisturbed = run(folder / "whole", 1)
+    os.waitpid(run_undisturbed, 0)
+    whole, faults, done, rounds, longest = content(folder / "whole"), [], 0, 0, 2.0
+    if len(whole) != len(trials()):
+        return ["the undisturbed run has not finished"]
+    while done < kills and time.monotonic() < until:
+        rounds += 1
+        place, finished = folder / f"round{rounds}", {}
+        while len(finished) < len(whole) and time.monotonic() < until:
+            several = done % 10 == 9
+            child, start = run(place, 2 if several else 1), time.monotonic()
+            time.sleep(draw.uniform(0, longest * (8 if several else 1)))
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended:
+                os.kill(child, signal.SIGKILL)  # its children live on, and finish what they train
+                os.waitpid(child, 0)
+                done += 1
+            elif status:
+                faults.append(f"a run ended with the status {status}")
+            now = content(place)
+            faults += [f"{name} was finished and is lost" for name in finished if now.get(name) != finished[name]]
+            faults += [f"{name} differs from the undisturbed run" for name in now if now[name] != whole[name]]
+            finished = now
+            if faults or done >= kills:
+                break
+            longest = max(longest, min(10.0, time.monotonic() - start)) if ended else longest
+        if faults:
+            break
+        shutil.rmtree(place, ignore_errors=True)
+    print(f"kills: {done} SIGKILLs in {rounds} rounds of {len(whole)} trials, {len(faults)} trials lost or changed")
+    return faults
+
+
+# ----------------------------------------------------------------------------------------------------------------- fuzz
+
+Reader = tuple[Path, Callable[[], object]]  # the file that is damaged, and what reads it
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """Return the readers, each with a sound file of its own."""
+    trial = Trial("digits", "gsb", samples_per_class=7, recipe_options=TINY | {"epochs": 1})
+    lab.run_trials([trial], folder, keep_models=True, progress=False)
+    checkpoint = model_path(trial, folder)
+    packed = binvit.save(binvit.pack(load_checkpoint(checkpoint)[0]), folder / "packed.safetensors")
+    official = folder / "official.pth"
+    shutil.copy(GOLDEN, official)
+    archive.add([read_result(trial, folder)], folder / "archive")
+    (line,) = (folder / "archive" / "trials").glob("*.jsonl")
+    net, state = torch.nn.Linear(2, 2), folder / "run.state"
+    write_state(state, Position(), net, torch.optim.AdamW(net.parameters()), "run", Team("cpu"))
+    parameters = folder / "01.cpu.yaml"
+    parameters.write_text("schemes: [gsb, bit]\nepochs: 3\nrate: 1.0e-3\nroot: null\nnoise: {a: [1, 2]}\n")
+    types = {"schemes": "list[str]", "epochs": "int", "rate": "float", "root": "str | None", "noise": "str"}
+
+    def read_parameters() -> None:
+        for name, value in read_values(parameters).items():
+            if name in types:
+                convert(name, value, types[name])
+
+    return {
+        "load": (packed, lambda: binvit.load(packed)),
+        "load_official_gsb": (official, lambda: binvit.load_official_gsb(official)),
+        "checkpoints": (checkpoint, lambda: load_checkpoint(checkpoint)),
+        "states": (state, lambda: read_state(state, "run", Team("cpu"))),
+        "results": (result_path(trial, folder), lambda: read_result(trial, folder)),
+        "archive": (line, lambda: archive.find(trial, folder / "archive")),
+        "parquet": (_parquet(folder), lambda: read_source(f"parquet:{folder / 'images.parquet'}")),
+        "chaoyang": (_chaoyang(folder / "chaoyang"), lambda: read_source("chaoyang", folder / "chaoyang")),
+        "parameters": (parameters, read_parameters),
+    }
+
+
+def _picture() -> Image.Image:
+    return Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+
+
+def _parquet(folder: Path) -> Path:
+    import io
+
+    import pandas as pd
+
+    buffer = io.BytesIO()
+    _picture().save(buffer, "PNG")
+    rows = [{"image": buffer.getvalue(), "label": row % 2, "split": ("train", "test")[row // 4]} for row in range(8)]
+    pd.DataFrame(rows).to_parquet(folder / "images.parquet")
+    return folder / "images.parquet"
+
+
+def _chaoyang(folder: Path) -> Path:
+    (folder / "images").mkdir(parents=True)
+    _picture().save(folder / "images" / "a.png")
+    for split in ("train", "test"):
+        entries = [{"name": "images/a.png", "label": label} for label in range(4)]
+        (folder / f"{split}.json").write_text(json.dumps(entries))
+    return folder / "train.json"
+
+
+_PIECES = [b"", b"\0", b"\xff" * 8, b"[" * 300, b"{}", b"null", b"NaN", b"-1", b"1e999", b"9" * 5000, b'"',
+           b"\\ud800", b"true", b": ", b"- ", b"&a *a", b"!!python/object", b"../..", b"\x7f" * 4, b"PK\x05\x06", b"PAR1"]  # fmt: skip
+
+
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    """Return a file with one to four faults: flipped bits, cuts, pieces put in, moved or repeated."""
+    data = bytearray(whole)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        place, kind = draw.randrange(len(data) + 1), draw.randrange(6)
+        other, size = draw.randrange(len(data) + 1), draw.choice((1, 2, 4, 8, 64))
+        if kind == 0 and place < len(data):
+            data[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[place:]
+        elif kind == 2:
+            data[place : place + draw.choice((0, size))] = draw.choice(_PIECES)
+        elif kind == 3:
+            data[place:place] = data[other : other + size]
+        elif kind == 4:
+            del data[place : place + size]
+        else:
+            data[place : place + size] = draw.randbytes(size)
+    return bytes(data)
+
+
+def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, until: float) -> list[str]:
+    """Let a process read damaged files; each must be read or refused with a sentence."""
+    path, read = reader
+    whole, faults, refused, done = path.read_bytes(), [], 0, 0
+    warnings.simplefilter("ignore")
+    for done in range(1, cases + 1):
+        if time.monotonic() > until:
+            break
+        path.write_bytes(damaged(whole, draw))
+        try:
+            read()
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            if not str(error) or "\n" in str(error).strip():
+                faults.append(f"{name}: no sentence, but {error!r}")
+        except Exception as error:
+            kept = Path(tempfile.gettempdir()) / f"soak-{name}-{done}"
+            kept.write_bytes(path.read_bytes())
+            faults.append(f"{name}: {error!r} for {kept}\n{traceback.format_exc()}")
+        if len(faults) > 5:
+            break
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+    if memory > MOST_MEMORY:
+        faults.append(f"{name}: {memory / 2**20:.0f} MiB of memory")
+    print(
+        f"{name}: {done} cases, {refused} refused, {len(faults)} faults, at most {memory / 2**20:.0f} MiB", flush=True
+    )
+    return faults
+
+
+# -------------------------------------------------------------------------------------------------------------- program
+
+
+@click.command()
+@click.option("--kills", default=200, show_default=True)
+@click.option("--cases", default=100_000, show_default=True, help="Damaged files for each reader.")
+@click.option("--minutes", default=20.0, show_default=True, help="Most time; what does not fit is left out, and told.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--only", multiple=True, help="kills or the name of a reader; may be repeated.")
+def main(kills: int, cases: int, minutes: float, seed: int, only: tuple[str, ...]) -> None:
+    """Soak the store of trials and all readers."""
+    torch.set_num_threads(1)  # a process that has started other threads must not be forked
+    start, code = time.monotonic(), 0
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+        folder = Path(name)
+        names = ["load", "load_official_gsb", "checkpoints", "states", "results", "archive", "parquet", "chaoyang",
+                 "parameters", "kills"]  # fmt: skip
+        chosen = [name for name in names if not only or name in only]
+        for number, name in enumerate(chosen):
+            share = (60 * minutes - (time.monotonic() - start)) / (len(chosen) - number)
+            code |= _apart(name, folder / name, kills, cases, random.Random(f"{seed} {name}"), time.monotonic() + share)
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes, {'faults' if code else 'no faults'}")
+    sys.exit(code)
+
+
+def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random, until: float) -> int:
+    """Soak one part in a process of its own, whose memory is measured and whose crash is a fault."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if name == "kills":
+                faults = soak_kills(kills, folder, draw, until)
+            else:
+                faults = soak_reader(name, readers(folder)[name], cases, draw, until)
+            print("\n".join(faults), end="\n" if faults else "", flush=True)
+            code = int(bool(faults))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        print(f"{name}: its process died of the signal {-status}")
+    return int(status != 0)
+
+
+if __name__ == "__main__":
+    main()
