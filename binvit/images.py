@@ -45,7 +45,7 @@ def require_regular(path: Path, what: str) -> Path:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             raise
         raise FileNotFoundError(f"The {what} {path} does not exist.") from None
     if not stat.S_ISREG(mode):
