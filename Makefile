@@ -1,6 +1,7 @@
 # make test        everything that must hold: style, unit tests, notebooks
 # make reproduce   all notebooks with their default (small) size, and a report to read
 # make notebooks   re-executes the committed notebooks in place
+# make soak        kills trainings and damages files for at most 20 minutes (RELIABILITY.md); SOAK="--kills 20 --minutes 5"
 # make clean       removes what the other targets made
 #
 # PYTHON chooses the interpreter that the environment in .venv is made of: make test PYTHON=python3.13
@@ -24,7 +25,7 @@ READY := .venv/.ready
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: test reproduce notebooks clean
+.PHONY: test reproduce notebooks soak clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -47,6 +48,9 @@ reproduce: $(READY)
 
 notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks.refresh notebooks/*.ipynb
+
+soak: $(READY)
+	$(ONE_THREAD) $(BIN)/python tests/soak.py $(SOAK)
 
 clean:
 	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

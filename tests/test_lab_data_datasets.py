@@ -312,6 +312,7 @@ def test_chaoyang_folder(chaoyang):
             FileNotFoundError,
             r"entry 2 .*x\.png does not exist",
         ),
+        (lambda lists: lists["train"][2].update(name="x" * 5000), FileNotFoundError, r"entry 2 .* does not exist"),
         (lambda lists: lists.update(train={"name": []}), ValueError, r"train\.json must be a list of"),
         (lambda lists: lists.pop("test"), FileNotFoundError, r"test\.json does not exist"),
     ],
