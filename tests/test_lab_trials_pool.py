@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import binvit
-from binvit import lab
+from binvit import files, lab
 from binvit.lab.training.recipe import Stage
 from binvit.lab.trials import pool, train_trial, trained
 from binvit.lab.trials.pool import TrialsFailed, run_trials
@@ -372,6 +372,17 @@ def test_a_model_outlives_its_result(tmp_path, damage):
     with pytest.warns(UserWarning, match="is corrupt"):
         run_trials([trial], tmp_path, progress=False)
     assert model_path(trial, tmp_path).read_bytes() == model
+
+
+def test_files_of_killed_writers_are_removed(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    (tmp_path / ".running").mkdir()
+    name = f".x.{files._machine()}.{child.pid}.00000000.tmp"
+    for place in (tmp_path, tmp_path / ".running"):
+        (place / name).write_text("half of a resu")
+    run_trials([tiny(epochs=1)], tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_damaged_model_is_trained_again(tmp_path):

@@ -21,6 +21,7 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 
+from binvit.files import remove_leftovers
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
 from binvit.lab.trials.archive import stored_result
@@ -99,6 +100,9 @@ def run_trials(
     pending = [trial for trial, result in results.items() if result is None]
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:
+        if team.leads:
+            for folder in (Path(results_dir), Path(results_dir) / ".running"):
+                remove_leftovers(folder)
         with tqdm(total=len(pending), unit="trial", disable=not (progress and team.leads)) as bar:
             queue = _Queue(pending, Path(results_dir), keep_models, bar)
             failures = queue.run_here(device) if jobs == 1 else queue.run_in_children(jobs, device)
