@@ -9,6 +9,7 @@ entry around it.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import os
 import sys
@@ -43,13 +44,13 @@ FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
 """Whether one instruction looks up 16 floats in a table of 32."""
 
 _CHOSEN = threading.local()
-
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
 _REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane
 
 _HOMES = ("bits", "nn/fused", "packed/fast")  # the rooms whose kernels may be nested in others
 _PATIENCE = 1.0  # seconds of compiling before a word is said
+_COMPILING = "compiling", "binvit is compiling its kernels for this machine, which takes some seconds."
 
 
 def kernel(function: Callable | None = None, *, parallel: bool = False, reorder: bool = False) -> Callable:
@@ -138,8 +139,7 @@ class _Cache(FunctionCache):
         try:
             return super().load_overload(signature, context)
         except Exception as error:  # damaged bytes may raise anything
-            _say_damaged(self.cache_path, error)
-            return None
+            return _say_damaged(self.cache_path, error)
 
     def save_overload(self, signature: Any, data: Any) -> None:
         try:
@@ -183,19 +183,18 @@ class _CacheFile(IndexDataCacheFile):
         return hashlib.sha256(content + stamp.encode()).digest()
 
 
-_COMPILING = "compiling", "binvit is compiling its kernels for this machine, which takes some seconds."
-
-
 class _Watch(event.Listener):
-    # Says a word when the process has compiled kernels for a second in all; numba compiles one after the other.
+    # Says a word when the process has compiled for a second in all; numba compiles one kernel after the other. Garbage
+    # is left meanwhile: walking through all objects of torch again and again takes a fifth of the time.
 
     def __init__(self) -> None:
-        self._depth, self._spent, self._start = 0, 0.0, 0.0
+        self._depth, self._spent, self._start, self._collects = 0, 0.0, 0.0, True
 
     def on_start(self, event: event.Event) -> None:
         self._depth += _is_ours(event)
         if self._depth == 1 and not self._start:
-            self._start = time.perf_counter()
+            self._start, self._collects = time.perf_counter(), gc.isenabled()
+            gc.disable()
             self._timer = threading.Timer(max(0.0, _PATIENCE - self._spent), _say, _COMPILING)
             self._timer.daemon = True
             self._timer.start()
@@ -204,6 +203,8 @@ class _Watch(event.Listener):
         self._depth -= _is_ours(event)
         if not self._depth and self._start:
             self._timer.cancel()
+            if self._collects:
+                gc.enable()
             self._spent, self._start = self._spent + time.perf_counter() - self._start, 0.0
 
 
