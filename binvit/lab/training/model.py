@@ -41,8 +41,8 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
 
 def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) -> VisionTransformer:
     if recipe.model is not None:
-        options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": recipe.drop_path}
-        options["dtype"] = torch.float32  # whatever torch's default is
+        options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size}
+        options |= {"drop_path_rate": recipe.drop_path, "dtype": torch.float32}  # whatever torch's default is
         try:
             create = create_pretrained if pretrained else timm.create_model
             model = create(recipe.model, **options)
