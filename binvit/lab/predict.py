@@ -92,7 +92,7 @@ def _card(path: Path, info: CheckpointInfo, licence: str = "") -> Card:
     """Say what is known of a model that `binvit train` has kept; its result lies beside it."""
     if info.trial is None:
         return Card(recipe=info.recipe.name, licence=licence)
-    trial = Trial.from_dict(info.trial)
+    trial = Trial.from_dict({name: value for name, value in info.trial.items() if name != "id"})
     try:
         accuracy = read_result(trial, path.parent).test_accuracy
     except (FileNotFoundError, ValueError):
