@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -18,6 +19,7 @@ from binvit.cli.group import cli
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 1 if work failed, 2 if the input was wrong."""
+    warnings.showwarning = _tell  # type: ignore[assignment]
     try:
         code = cli.main(args=arguments, prog_name="binvit", standalone_mode=False)
     except click.Abort:
@@ -35,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 _FAILED_WORK = (errno.EDQUOT, errno.EIO, errno.ENOSPC)  # a full or broken disk; other numbers tell of a wrong path
+
+
+def _tell(message: Warning | str, *where: object) -> None:
+    """Show a warning as the sentence that it is, without the line of code that gave it."""
+    click.echo(str(message), err=True)
 
 
 def _refuse(sentence: str, code: int = 2) -> None:
