@@ -210,7 +210,7 @@ def test_a_transposed_weight_is_refused(state, tmp_path):
 
 
 def test_a_wrong_reduction_is_refused():
-    with pytest.raises(ValueError, match="Unknown reduce 'all'; valid are batch, sample, head, row"):
+    with pytest.raises(ValueError, match="reduce must be one of batch, sample, head, row, got 'all'"):
         binvit.load_official_gsb(CHECKPOINT, reduce="all")
 
 

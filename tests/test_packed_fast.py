@@ -13,7 +13,7 @@ from binvit.packed.fast.threads import TEAM
 X = images(20)
 # With norms, own inputs, scales or layers of their own for query, key and value, or scales per token or head.
 CONVOLUTIONAL = {"bnn", "xnor", "xnor-k", "xnor++", "bireal", "irnet", "reactnet"}
-GENERIC = CONVOLUTIONAL | {"float", "bivit-head", "binaryvit", "bhvit-qd"}
+GENERIC = CONVOLUTIONAL | {"float", "bit", "bivit-head", "binaryvit", "bhvit-qd"}
 
 
 ROUNDS_ALIKE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -110,9 +110,7 @@ def test_parts_that_stay_float_take_the_generic_path(components):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_float_patch_embedding_keeps_the_order_of_sums(pool, tokens, depth):
     components = ["mlp", "mhsa"]  # a float head, too, since eight bits would hide a rounding
-    model = trained(
-        binvit.scheme("bnn", norm="none", components=components), depth=depth, patch_size=2, **pool, **tokens
-    )
+    model = trained(binvit.scheme("bibert", components=components), depth=depth, patch_size=2, **pool, **tokens)
     assert not check_fast(model, images(40)).reason
 
 
