@@ -30,7 +30,7 @@ def test_one_seed_decides_nothing():
     lone = Difference(0.5, math.nan, math.nan, 1, "gsb", "elastic", "test_accuracy")
     claim = claims.check_difference("Superposition helps.", lone)
     assert claim.verdict == "undecided"
-    assert claim.evidence == "gsb - bit: +50.0 points (interval unknown, 1 seed; more than +0.0 demanded)"
+    assert claim.evidence == "gsb - elastic: +50.0 points (interval unknown, 1 seed; more than +0.0 demanded)"
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(-1, 1))
@@ -54,7 +54,7 @@ def trials(**schemes: list[float]) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("margin", "verdict"), [(0.0, "yes"), (0.3, "no"), (0.2, "undecided")])
 def test_pairs_of_trials_are_checked(margin, verdict):
-    df = trials(gsb=[0.9, 0.92, 0.91], bit=[0.7, 0.71, 0.72])
+    df = trials(gsb=[0.9, 0.92, 0.91], elastic=[0.7, 0.71, 0.72])
     assert claims.check_pair("Superposition helps.", df, "gsb", "elastic", margin).verdict == verdict
 
 
@@ -119,7 +119,9 @@ def test_tables_show_evidence_only_on_request():
     assert claims.table(made).to_numpy().tolist() == [["A.", "exploratory", "yes"], ["B.", "exploratory", "no"]]
     shown = claims.table(made, evidence=True)
     assert list(shown.columns[:3]) == ["claim", "kind", "verdict"]
-    assert {"uncorrected", "evidence", "low", "high", "p", "source"} <= set(shown.columns)
+    assert {"uncorrected", "evidence", "low", "high", "corrected_low", "corrected_high", "p", "source"} <= set(
+        shown.columns
+    )
     assert list(claims.table(made).index) == [1, 2]
 
 
@@ -185,5 +187,6 @@ def test_the_table_tells_what_correction_changed():
     shown = claims.table(found, evidence=True)
     assert list(shown["verdict"]) == ["undecided", "undecided"]
     assert list(shown["uncorrected"]) == ["yes", "yes"]
-    assert (shown["low"] < 0).all()
+    assert (shown["low"] > 0).all()
+    assert (shown["corrected_low"] < 0).all()
     np.testing.assert_allclose(shown["p"], 0.03)

@@ -108,10 +108,10 @@ def test_claims_about_speed_can_fail():
         {"contender": ["torch float32", "binvit 1-bit"], "times": [3.0, 1.0], "share_of_limit": [np.nan, 0.9]}
     )
     models = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [7.0, 1.0]})
-    verdicts = [claim.verdict for claim in efficiency.speed_claims(kernels, models)]
+    verdicts = [claim.verdict for claim in efficiency.claims(kernels, models)]
     assert verdicts == ["no", "undecided", "undecided", "yes", "yes", "yes"]
     training = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [1.0, 1.6]})
-    assert efficiency.speed_claims(kernels, models, training)[-1].verdict == "no"
+    assert efficiency.claims(kernels, models, training)[-1].verdict == "no"
 
 
 def test_long_runs_are_counted_once_a_turn_and_short_ones_three_times():

@@ -1,6 +1,8 @@
 """The design and the claims about components and factors."""
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 from experiment_tables import table_of
 
 import binvit
@@ -21,43 +23,62 @@ def accuracies(**changed):
 
 
 def verdicts(table, margin=0.05):
-    return [claim.verdict for claim in components_and_scaling.check_claims(table, margin)]
+    return [claim.verdict for claim in components_and_scaling.claims(table, margin)]
 
 
-def test_the_design_crosses_components_and_factors():
-    design = components_and_scaling.design()
+def test_conditions_cross_components_and_factors():
+    design = components_and_scaling.conditions()
     assert [condition.name for condition in design] == ["nothing", *NAMES]
     runs = plan.plan(design, "digits", [0])
     assert len({run.trial for run in runs}) == len(NAMES) + 1
     schemes = {run.condition: run.trial.get_scheme() for run in runs}
     assert schemes["MHSA, weights"].components == ("mhsa",)
-    assert schemes["both, no factor"].weight == "sign_through"
+    assert schemes["both, no factor"].weight == "sign_open"
     patches = schemes["patch embedding, weights and inputs"]
     assert (patches.components, patches.patch_weight, patches.patch_input) == (
         ("patch_embed",),
-        "sign_mean",
+        "sign_mean_constant",
         "sign_mean",
     )
 
 
+def test_nothing_but_the_factor_changes():
+    runs = plan.plan(components_and_scaling.conditions(["both"]), "digits", [0])
+    schemes = [run.trial.get_scheme() for run in runs if run.condition.startswith("both")]
+    places = {"weight", "input", "hidden", "query", "key", "attention", "value", "patch_weight", "patch_input"}
+    records = [{k: v for k, v in scheme.to_dict().items() if k not in places} for scheme in schemes]
+    assert all(record == records[0] for record in records)
+    assert {scheme.rule("weight").center for scheme in schemes} == {False}
+    assert len({run.trial.get_recipe() for run in runs if run.condition != "nothing"}) == 1
+
+
+def test_learned_factors_start_at_the_computed_ones():
+    torch.manual_seed(0)
+    x, g = torch.randn(5, 7), torch.randn(5, 7)
+    computed, learned = (
+        binvit.scheme("xnor", **components_and_scaling.FACTORS[name]).rule("weight") for name in ("weights", "learned")
+    )
+    (scale,) = learned.initial(x)
+    torch.testing.assert_close(scale, x.abs().mean(1, keepdim=True))
+    for a, b in zip(computed.planes(x), learned.planes(x, scale), strict=True):
+        torch.testing.assert_close(a.levels * a.scale, b.levels * b.scale)
+    torch.testing.assert_close(computed.backward(x, g)[0], learned.backward(x, g, scale)[0])
+
+
 def test_fewer_components_and_factors():
-    design = components_and_scaling.design(["MLP"], ["learned"])
+    design = components_and_scaling.conditions(["MLP"], ["learned"])
     assert [condition.name for condition in design] == ["nothing", "MLP, learned", "patch embedding, learned"]
-    assert design[1].scheme == "xnor++"
-    assert all(condition.scheme in binvit.list_schemes() for condition in components_and_scaling.design())
 
 
-def test_the_float_model_stands_beside_every_factor():
-    table = accuracies()
-    assert (table["component"] == "nothing").sum() == 3 * len(components_and_scaling.FACTORS)
-    assert set(table.loc[table["component"] == "nothing", "factor"]) == set(components_and_scaling.FACTORS)
-    assert list(table["component"].unique()) == [
-        "nothing",
-        *components_and_scaling.COMPONENTS,
-        components_and_scaling.PATCHES,
-    ]
-    assert len(table) == 3 * (len(NAMES) + len(components_and_scaling.FACTORS))
-    assert not table.duplicated(["component", "factor", "seed"]).any()
+def test_float_stands_once_in_table_and_figure():
+    table = accuracies(nothing=0.9)
+    assert (table["component"] == "nothing").sum() == 3
+    figure = components_and_scaling.draw(table)
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == "digits: float 90.5 %, nothing 1-bit"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["MLP", "MHSA", "both"]
+    assert figure.get_supxlabel().startswith("test accuracy (%)")
+    plt.close("all")
 
 
 def test_the_patch_embedding_stands_beside_float():
@@ -68,7 +89,7 @@ def test_the_patch_embedding_stands_beside_float():
 
 
 def test_claims_fail_where_nothing_differs():
-    assert verdicts(accuracies()) == ["no"] * 5 + ["yes"]
+    assert verdicts(accuracies()) == ["no"] * 12 + ["yes"]
 
 
 def test_claims_hold_where_the_papers_are_right():
@@ -76,17 +97,28 @@ def test_claims_hold_where_the_papers_are_right():
     values = {f"{part}, {factor}": 0.7 + gain[factor] for part in ("MLP", "MHSA") for factor in gain}
     values |= {f"both, {factor}": 0.5 + gain[factor] for factor in gain}
     values |= {f"patch embedding, {factor}": 0.7 + gain[factor] for factor in gain}
-    assert verdicts(accuracies(**values, nothing=0.78)) == ["yes"] * 6
+    assert verdicts(accuracies(**values, nothing=0.78)) == ["yes"] * 13
 
 
 def test_what_was_not_run_is_undecided():
     table = accuracies()
     fewer = table[table["component"].isin(["nothing", "MLP"]) & table["factor"].isin(["weights"])]
-    assert verdicts(fewer) == ["undecided"] * 6
+    assert verdicts(fewer) == ["undecided"] * 13
+
+
+def test_components_are_not_averaged():
+    claims = components_and_scaling.claims(accuracies(**{"MHSA, weights and inputs": 0.9}))
+    found = {claim.sentence: claim.verdict for claim in claims if "help" in claim.sentence}
+    assert [name for name, verdict in found.items() if verdict == "yes"] == [
+        "Factors of weights and inputs help a 1-bit MHSA.",
+        "With a 1-bit MHSA, a factor of the inputs helps beside that of the weights.",
+    ]
+    assert [claim.kind for claim in claims] == ["confirmatory"] * 6 + ["exploratory"] * 7
+    assert all(("Sato" in claim.source) == (claim.kind == "confirmatory") for claim in claims)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_intervals_count_seeds_alone(seeds):
     table = accuracies()
-    claims = components_and_scaling.check_claims(table[table["seed"] < seeds])
+    claims = components_and_scaling.claims(table[table["seed"] < seeds])
     assert all(f"{seeds} seed" in claim.evidence for claim in claims)

@@ -7,7 +7,7 @@ from experiment_tables import table_of
 from binvit import lab
 from binvit.lab.experiments import gsb_ablation, plan
 
-RUNS = plan.plan(gsb_ablation.design(), "digits", [0, 1, 2])
+RUNS = plan.plan(gsb_ablation.conditions(), "digits", [0, 1, 2])
 NAMES = list(dict.fromkeys(run.condition for run in RUNS))
 SAME = {run.condition for run in RUNS if run.trial.seed == 0 and run.trial == RUNS[0].trial}
 
@@ -29,15 +29,15 @@ def batches(**changes):
 
 def verdicts(table, measured=None):
     measured = batches(over_a_row=0.0, over_the_batch=0.5) if measured is None else measured
-    return [claim.verdict for claim in gsb_ablation.check_claims(table, measured)]
+    return [claim.verdict for claim in gsb_ablation.claims(table, measured)]
 
 
 def test_one_level_of_every_factor_is_gsb_itself():
-    levels = {name.split(": ")[0] for name in SAME - {"GSB"}}
+    levels = {name.split(": ")[0] for name in SAME - {gsb_ablation.GSB}}
     assert levels == set(gsb_ablation.FACTORS)
     assert len(SAME) == len(gsb_ablation.FACTORS) + 1
-    # The twin of one group counts for groups and superposition; everything else is a training of its own.
-    assert len({run.trial for run in RUNS}) == 3 * (len(NAMES) - len(gsb_ablation.FACTORS) - 1)
+    # One group is elastic in three factors, and gsb without bias a level of two; all else is a training of its own.
+    assert len({run.trial for run in RUNS}) == 3 * (len(NAMES) - len(gsb_ablation.FACTORS) - 3)
 
 
 def test_stages_share_the_epochs():
@@ -46,8 +46,8 @@ def test_stages_share_the_epochs():
     assert (one.stages, one.epochs) == ((), lab.recipe("smoke").epochs)
     assert two.epochs + two.stages[0].epochs == one.epochs
     assert two.stages[0].epochs == pytest.approx(2 * two.epochs, abs=2)
-    paper = {run.condition: run for run in plan.plan(gsb_ablation.design(), "cifar100", [0], "paper")}
-    assert paper["training: two stages"].trial == paper["GSB"].trial == paper["distillation: hard"].trial
+    paper = {run.condition: run for run in plan.plan(gsb_ablation.conditions(), "cifar100", [0], "paper")}
+    assert paper["training: two stages"].trial == paper[gsb_ablation.GSB].trial == paper["distillation: hard"].trial
     assert paper["training: one stage"].trial.get_recipe().epochs == 900
 
 
@@ -72,9 +72,11 @@ def test_changes_are_differences_to_gsb_of_the_same_seed():
 
 
 def test_claims_can_hold_and_fail():
-    level = [claim.sentence for claim in gsb_ablation.check_claims(accuracies(), batches())]
-    assert len(level) == len(set(level)) == 12
-    assert verdicts(accuracies()) == ["no", "yes", "no", "no", "yes", "yes", "yes", *["no"] * 5]
+    level = [claim.sentence for claim in gsb_ablation.claims(accuracies(), batches())]
+    assert len(level) == len(set(level)) == 15
+    assert verdicts(accuracies()) == ["no"] * 9 + ["yes"] * 4 + ["no"] * 2
+    kinds = [claim.kind for claim in gsb_ablation.claims(accuracies(), batches())]
+    assert kinds == ["confirmatory"] * 6 + ["exploratory"] * 9
     better = {
         "groups: 1": 0.7,
         "superposition: of neither": 0.7,
@@ -83,24 +85,26 @@ def test_claims_can_hold_and_fail():
         "gradient: masked": 0.7,
         "scales: as released": 0.7,
         "bias: none": 0.7,
+        "scheme: float, without bias": 0.7,
+        "scheme: float, with bias": 0.75,
         "distillation: hard": 0.85,
         "training: two stages": 0.85,
     }
-    assert verdicts(accuracies(better)) == ["yes"] * 12
+    assert verdicts(accuracies(better)) == ["yes"] * 15
     worse = {"groups: 4, from 0.5, 0.7 and 0.9": 0.9, "reduction: over the batch": 0.9}
     leaking = batches(over_a_row=0.1, over_the_batch=0.0)
-    assert verdicts(accuracies(better | worse), leaking)[1:7] == ["no", "yes", "yes", "no", "no", "no"]
+    assert verdicts(accuracies(better | worse), leaking)[9:13] == ["no"] * 4
 
 
 def test_what_was_not_run_is_undecided():
-    names = [condition.name for condition in gsb_ablation.design(["gradient"])]
+    names = [condition.name for condition in gsb_ablation.conditions(["gradient"])]
     found = verdicts(accuracies(names=names), batches())
-    assert found.count("undecided") == 11
-    assert found[7] == "no"
+    assert found.count("undecided") == 14
+    assert found[3] == "no"
 
 
 def test_the_dependence_on_the_batch_is_measured(tmp_path):
-    design = gsb_ablation.design(["reduction", "gradient"])
+    design = gsb_ablation.conditions(["reduction", "gradient"])
     tiny = {"width": 16, "depth": 2, "heads": 2, "batch_size": 32, "epochs": 4}
     chosen = [c for c in design if c.name in ("reduction: over a row", "reduction: over the batch", "gradient: masked")]
     chosen = [plan.Condition(c.name, c.scheme, c.scheme_options, tiny) for c in chosen]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from experiment_tables import table_of
@@ -12,20 +14,50 @@ from binvit.lab.experiments import methods, plan
 REFERENCE = Path(__file__).parents[1] / "paper_figures" / "reference.csv"
 
 
-def verdicts(values, margin=0.05):
-    """Verdicts of three seeds, half a point apart, around the accuracies given by scheme."""
+def trials(values, guessing=0.01):
+    """Three seeds, half a point apart, around the accuracies given by condition."""
     table = table_of({(name, "digits"): [value, value + 0.005, value + 0.01] for name, value in values.items()})
-    return [claim.verdict for claim in methods.check_claims(table, margin)]
+    schemes = table["condition"].str.removesuffix(plan.WITH_BIAS)
+    return methods.with_families(table.assign(scheme=schemes), {"digits": guessing})
+
+
+def verdicts(values, margin=0.05):
+    return [claim.verdict for claim in methods.claims(trials(values), margin)]
 
 
 def test_every_scheme_has_a_family_and_a_place():
     assert {methods.family(name) for name in binvit.list_schemes()} == set(methods.FAMILIES)
     assert methods.family("mine") == "other"
-    design = methods.design(["gsb", "bit", "mine", "bnn", "float"])
-    assert [condition.name for condition in design] == ["float", "bnn", "bit", "gsb", "mine"]
-    runs = plan.plan(methods.design(["all"]), "digits", [0])
-    assert [run.trial.scheme for run in runs] == [run.condition for run in runs]
-    assert {run.condition for run in runs} == set(binvit.list_schemes())
+    names = [condition.name for condition in methods.conditions(["gsb", "bit", "mine", "bnn", "float"])]
+    assert names == ["float", "float + bias", "bnn", "bit", "gsb", "gsb + bias", "mine"]
+    runs = plan.plan(methods.conditions(["all"]), "digits", [0])
+    assert {run.condition for run in runs} >= set(binvit.list_schemes())
+    biases = {run.condition: run.trial.get_scheme().attention_bias for run in runs}
+    assert all((bias == "full") == name.endswith(plan.WITH_BIAS) for name, bias in biases.items())
+    assert len(runs) == len(binvit.list_schemes()) + len(plan.BOTH_BIASES)
+    assert len(methods.conditions(["all"], biased=False)) == len(binvit.list_schemes())
+
+
+def test_what_does_not_train_is_shown_and_enters_nothing():
+    values = {"float": 0.9, "gsb": 0.8, "bnn": 0.25, "xnor": 0.7, "bibert": 0.75}
+    table = trials(values, guessing=0.1)
+    assert table.loc[table["condition"] == "bnn", "family"].unique().tolist() == ["does not train"]
+    claims = {claim.sentence: claim for claim in methods.claims(table)}
+    average = next(claim for sentence, claim in claims.items() if "on average" in sentence)
+    assert average.estimate.mean == pytest.approx(0.05)  # with bnn it would be more
+    (untrained,) = [c for c in methods.claims(trials({"float": 0.9, "gsb": 0.2}, 0.1)) if "stays" in c.sentence]
+    assert (untrained.verdict, untrained.evidence) == ("undecided", "no trial of 'gsb' was run")
+
+
+def test_chance_and_the_heading_stand_in_the_figure():
+    runs = plan.plan(methods.conditions(["float"]), "digits", [0])
+    assert methods.chance(runs) == {"digits": 0.1}
+    figure = methods.draw(trials({"float": 0.9, "bnn": 0.2, "gsb": 0.8}, 0.1), {"digits": 0.1})
+    (ax,) = figure.axes
+    assert {"chance"} <= {text.get_text() for text in ax.texts}
+    assert "does not train" in [label.get_text() for label in ax.get_yticklabels()]
+    assert any(set(np.ravel(line.get_xdata())) == {10.0} for line in ax.lines)
+    plt.close("all")
 
 
 def test_unknown_schemes_are_refused():
@@ -36,42 +68,64 @@ def test_unknown_schemes_are_refused():
 
 
 def test_claims_hold_and_fail():
-    holds = {"float": 0.9, "gsb": 0.88, "bit": 0.7, "bibert": 0.6, "bivit": 0.8, "bnn": 0.3, "xnor": 0.4}
-    assert verdicts(holds) == ["yes"] * 5
-    fails = {"float": 0.9, "gsb": 0.6, "bit": 0.7, "bibert": 0.6, "bivit": 0.5, "bnn": 0.88, "xnor": 0.88}
-    assert verdicts(fails) == ["no"] * 5
+    holds = {
+        "float": 0.9,
+        "gsb": 0.88,
+        "elastic": 0.7,
+        "bit": 0.7,
+        "bibert": 0.6,
+        "bivit": 0.8,
+        "bnn": 0.3,
+        "xnor": 0.4,
+    }
+    holds |= {"float + bias": 0.97, "gsb + bias": 0.96, "elastic + bias": 0.9}
+    assert verdicts(holds) == ["yes"] * 9
+    fails = {
+        "float": 0.9,
+        "gsb": 0.6,
+        "elastic": 0.8,
+        "bit": 0.7,
+        "bibert": 0.6,
+        "bivit": 0.5,
+        "bnn": 0.88,
+        "xnor": 0.88,
+    }
+    fails |= {"float + bias": 0.9, "gsb + bias": 0.7, "elastic + bias": 0.9}
+    assert verdicts(fails) == ["no"] * 9
+
+
+def test_the_sentences_of_the_paper_are_confirmatory():
+    claims = methods.claims(trials({"float": 0.9, "gsb": 0.8}))
+    assert [claim.kind for claim in claims] == ["confirmatory"] * 3 + ["exploratory"] * 6
+    assert all(claim.source.startswith("Gao et al. 2024, abstract: ") for claim in claims[:3])
 
 
 def test_one_rival_that_is_better_is_enough():
-    values = {"float": 0.9, "gsb": 0.8, "bit": 0.7, "xnor": 0.85}
-    table = table_of({(name, "digits"): [value] * 3 for name, value in values.items()})
-    claim = methods.check_claims(table)[0]
+    claim = methods.claims(trials({"float": 0.9, "gsb": 0.8, "bit": 0.7, "xnor": 0.85}))[1]
     assert claim.verdict == "no"
     assert "gsb - xnor: -5.0 points" in claim.evidence
 
 
 def test_what_was_not_run_is_undecided():
-    assert verdicts({"float": 0.9}) == ["undecided"] * 5
-    assert verdicts({"bit": 0.9, "bnn": 0.5})[3] == "yes"
+    assert verdicts({"float": 0.9}) == ["undecided"] * 9
+    assert verdicts({"bit": 0.9, "bnn": 0.5})[7] == "yes"
 
 
 def test_one_partner_alone_does_not_decide_about_two():
-    claim = methods.check_claims(table_of({(name, "digits"): [0.8] * 3 for name in ("float", "gsb")}))[4]
+    claim = methods.claims(trials({"float": 0.8, "gsb": 0.8}))[-1]
     assert (claim.verdict, claim.evidence) == ("undecided", "2 of 2 are undecided: no trial of 'bivit' was run")
-    values = {"float": 0.9, "bivit": 0.8, "bit": 0.5}
-    claim = methods.check_claims(table_of({(name, "digits"): [value] * 3 for name, value in values.items()}))[4]
+    claim = methods.claims(trials({"float": 0.9, "bivit": 0.8, "bit": 0.5}))[-1]
     assert (claim.verdict, claim.evidence) == ("undecided", "1 of 2 is undecided: no trial of 'bibert' was run")
 
 
 def test_sentences_say_whether_all_schemes_were_run():
     def sentences(names):
-        table = table_of({(name, "digits"): [0.8] * 3 for name in names})
-        return [claim.sentence for claim in methods.check_claims(table)]
+        return [claim.sentence for claim in methods.claims(trials(dict.fromkeys(names, 0.8)))]
 
     assert not any("run" in sentence for sentence in sentences(binvit.list_schemes()))
     some = sentences(["float", "bit", "bnn", "gsb"])
-    assert some[0] == "GSB is more accurate than every other 1-bit scheme that was run."
-    assert [" that were run " in sentence for sentence in some] == [False, False, True, True, False]
+    assert some[1] == "GSB is more accurate than every other 1-bit scheme that was run."
+    assert [i for i, sentence in enumerate(some) if " that were run " in sentence] == [0, 7]
 
 
 def test_published_numbers_carry_source_and_grade():

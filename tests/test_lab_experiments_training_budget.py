@@ -13,8 +13,7 @@ from binvit.lab.analysis import statistics
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.label_noise import pixel_confusion
 from binvit.lab.experiments import label_noise, limited_samples, training_budget
-from binvit.lab.experiments.label_noise import confusion_map, noise_curves
-from binvit.lab.experiments.limited_samples import sample_curves
+from binvit.lab.experiments.label_noise import confusion_map
 from binvit.lab.notebooks import plan
 
 CHANGES = "width 32, batch_size 20"
@@ -25,7 +24,7 @@ def trials(runs) -> list:
 
 
 def test_few_images_are_trained_as_long_as_many():
-    runs = limited_samples.sample_runs("digits", ["float", "gsb"], [5, 20, 50], [0, 1], updates=120)
+    runs = limited_samples.conditions("digits", ["float", "gsb"], ["none"], [5, 20, 50], [0, 1], updates=120)
     assert len(runs) == 12
     for trial in trials(runs):
         given = trial.get_recipe()
@@ -33,23 +32,23 @@ def test_few_images_are_trained_as_long_as_many():
         steps = given.epochs * (images // min(given.batch_size, images))
         assert abs(steps - 120) <= 0.05 * 120
         assert given.eval_every == given.epochs
-    whole = limited_samples.sample_runs("digits", ["float"], [5], [0])
+    whole = limited_samples.conditions("digits", ["float"], ["none"], [5], [0])
     assert trials(whole)[0].recipe_options == {}
 
 
 def test_changes_of_the_recipe_count():
-    runs = limited_samples.sample_runs("digits", ["float"], [8], [0], changes=CHANGES, updates=40)
+    runs = limited_samples.conditions("digits", ["float"], ["none"], [8], [0], changes=CHANGES, updates=40)
     given = trials(runs)[0].get_recipe()
     assert (given.width, given.batch_size, given.epochs) == (32, 20, 10)
 
 
 def test_counts_that_a_data_set_lacks_are_left_out():
-    runs = limited_samples.sample_runs("digits", ["float"], [5, 1000], [0])
+    runs = limited_samples.conditions("digits", ["float"], ["none"], [5, 1000], [0])
     assert [trial.samples_per_class for trial in trials(runs)] == [5]
-    capped = limited_samples.sample_runs("digits, 10 per class", ["float"], [5, 20], [0])
+    capped = limited_samples.conditions("digits, 10 per class", ["float"], ["none"], [5, 20], [0])
     assert [trial.samples_per_class for trial in trials(capped)] == [5]
     with pytest.raises(ValueError, match="fewer than the 200 asked for by samples_per_class"):
-        limited_samples.sample_runs("digits", ["float"], [200], [0])
+        limited_samples.conditions("digits", ["float"], ["none"], [200], [0])
 
 
 def write_mixed_folder(folder):
@@ -65,12 +64,12 @@ def write_mixed_folder(folder):
 
 def test_images_of_mixed_sizes_get_the_size_of_the_recipe(tmp_path):
     images = write_mixed_folder(tmp_path)
-    few = limited_samples.sample_runs(images, ["float"], [2], [0], changes="image_size 16")
-    noisy = label_noise.noise_runs(images, ["float"], [0.2], [0.2], [0], changes="image_size 16")
+    few = limited_samples.conditions(images, ["float"], ["none"], [2], [0], changes="image_size 16")
+    noisy = label_noise.conditions(images, ["float"], [0.2], [0.2], [0], changes="image_size 16")
     assert training_budget.plan_table(few)["training images"].tolist() == [4]
     assert training_budget.plan_table(noisy)["training images"].tolist() == [10, 10]
     with pytest.raises(ValueError, match="not squares of one size; give the image_size"):
-        limited_samples.sample_runs(images, ["float"], [2], [0])
+        limited_samples.conditions(images, ["float"], ["none"], [2], [0])
     values = {"dataset": images, "schemes": ["float"], "samples_per_class": 0, "changes": "image_size 16"}
     done = run_cells("07_label_noise", values, until="confusion_map(")
     assert done["data"].image_size == 16
@@ -100,11 +99,11 @@ def run_cells(name: str, values: dict, until: str) -> dict:
 
 def test_kinds_that_differ_in_their_number_of_images_stay_apart():
     text = "digits, 5 per class; digits, 7 per class"
-    runs = label_noise.noise_runs(text, ["float"], [0.2], [0.0], [0])
+    runs = label_noise.conditions(text, ["float"], [0.2], [0.0], [0])
     assert [run.data for run in runs] == ["digits, 5 per class", "digits, 7 per class"]
     sentence = "Two kinds of images of the experiment are 'digits'; .*'digits, 5 per class' is no kind of its own"
     with pytest.raises(ValueError, match=sentence):
-        limited_samples.sample_runs(text, ["float"], [5], [0])
+        limited_samples.conditions(text, ["float"], ["none"], [5], [0])
     notebooks = Path(__file__).parents[1] / "notebooks"
     with pytest.raises(ValueError, match=f"06_limited_samples.ipynb: .*{sentence}"):
         plan.check(plan.plan(notebooks, only=["06"], texts={"dataset": text}))
@@ -113,12 +112,12 @@ def test_kinds_that_differ_in_their_number_of_images_stay_apart():
 
 def test_images_choose_their_recipe_and_seeds():
     text = "digits, recipe cpu, 1 seeds"
-    (run,) = limited_samples.sample_runs(text, ["gsb"], [5], [3, 4], recipe="smoke")
+    (run,) = limited_samples.conditions(text, ["gsb"], ["none"], [5], [3, 4], recipe="smoke")
     assert (run.trial.recipe, run.trial.seed, run.data, run.condition) == ("cpu", 3, "digits", "gsb")
 
 
 def test_noise_runs_cover_both_kinds_once():
-    runs = label_noise.noise_runs("digits, 5 per class", ["float", "gsb"], [0.0, 0.4], [0.0, 0.4], [0, 1])
+    runs = label_noise.conditions("digits, 5 per class", ["float", "gsb"], [0.0, 0.4], [0.0, 0.4], [0, 1])
     kinds = {(trial.label_noise, isinstance(trial.noise, str)) for trial in trials(runs)}
     assert kinds == {(0.0, True), (0.4, True), (0.4, False)}
     assert len(runs) == len(set(trials(runs))) == 12
@@ -157,14 +156,14 @@ def test_class_conditional_labels_go_where_classes_look_alike():
 
 
 def test_plan_counts_images_and_wrong_labels():
-    runs = label_noise.noise_runs("digits, 5 per class", ["float", "gsb"], [0.0, 0.5], [0.3], [0, 1], updates=60)
+    runs = label_noise.conditions("digits, 5 per class", ["float", "gsb"], [0.0, 0.5], [0.3], [0, 1], updates=60)
     table = training_budget.plan_table(runs)
     assert table["wrong labels"].tolist() == [0, 25, 15]
     assert table["noise"].tolist() == ["", "symmetric", "class-conditional"]
     assert table["training images"].tolist() == [50] * 3
     assert table["steps"].tolist() == [60] * 3
     assert table["trainings"].tolist() == [4] * 3
-    whole = training_budget.plan_table(label_noise.noise_runs("digits", ["float"], [0.1], [0.0], [0]))
+    whole = training_budget.plan_table(label_noise.conditions("digits", ["float"], [0.1], [0.0], [0]))
     assert whole["training images"].tolist() == [1078]
 
 
@@ -173,7 +172,7 @@ def test_table_of_a_run(tmp_path, monkeypatch):
         return pd.DataFrame([{"noise": t.noise, "train_accuracy": 0.9, "test_accuracy": 0.6} for t in trials])
 
     monkeypatch.setattr(training_budget, "run_trials", finished)
-    runs = label_noise.noise_runs("digits, 5 per class", ["float"], [0.2], [0.2], [0])
+    runs = label_noise.conditions("digits, 5 per class", ["float"], [0.2], [0.2], [0])
     table = training_budget.run(runs, tmp_path)
     assert table["labels"].tolist() == ["symmetric", "class-conditional"]
     assert table["data"].tolist() == ["digits, 5 per class"] * 2
@@ -184,6 +183,7 @@ def sample_table(few: dict[str, float], many: dict[str, float]) -> pd.DataFrame:
     rows = [
         {
             "scheme": s,
+            "condition": s,
             "samples_per_class": n,
             "seed": k,
             "test_accuracy": a + 0.001 * k,
@@ -199,13 +199,35 @@ def sample_table(few: dict[str, float], many: dict[str, float]) -> pd.DataFrame:
 
 def test_claims_about_few_images_can_come_out_either_way():
     good = sample_table({"float": 0.4, "elastic": 0.5, "gsb": 0.7}, {"float": 0.9, "elastic": 0.8, "gsb": 0.9})
-    assert [claim.verdict for claim in limited_samples.sample_claims(good)] == ["yes"] * 4
+    assert [claim.verdict for claim in limited_samples.claims(good)] == ["yes"] * 3
     bad = sample_table({"float": 0.7, "elastic": 0.6, "gsb": 0.5}, {"float": 0.8, "elastic": 0.8, "gsb": 0.9})
-    assert [claim.verdict for claim in limited_samples.sample_claims(bad)] == ["no"] * 4
-    fewer = limited_samples.sample_claims(good[good["scheme"] != "float"])
-    assert [claim.verdict for claim in fewer] == ["undecided", "yes", "undecided", "undecided"]
-    one = limited_samples.sample_claims(good[good["samples_per_class"] == 5])
-    assert len(one) == 3
+    assert [claim.verdict for claim in limited_samples.claims(bad)] == ["no"] * 3
+    fewer = limited_samples.claims(good[good["scheme"] != "float"])
+    assert [claim.verdict for claim in fewer] == ["undecided", "undecided", "yes"]
+    one = limited_samples.claims(good[good["samples_per_class"] == 5])
+    assert len(one) == 2
+    assert {claim.kind for claim in one} == {"confirmatory"}
+
+
+def test_few_images_with_and_without_bias_are_conditions_of_their_own():
+    runs = limited_samples.conditions("digits", ["float", "gsb"], ["none", "full"], [5], [0, 1])
+    assert len({run.trial for run in runs}) == len(runs) == 8
+    biases = {run.condition: run.trial.get_scheme().attention_bias for run in runs}
+    assert biases == {"float": "none", "float + bias": "full", "gsb": "none", "gsb + bias": "full"}
+    assert next(run.trial for run in runs if run.condition == "gsb + bias").scheme_options == {}  # as published
+
+
+def test_baselines_know_nothing_but_pixels():
+    runs = limited_samples.conditions("digits", ["float", "gsb"], ["none", "full"], [2, 5], [0, 1])
+    table = limited_samples.baselines(runs).set_index(["condition", "samples_per_class", "seed"])
+    assert len(table) == 2 * 2 * 2
+    train, test = (getattr(load_data("digits", 5, seed=1), part) for part in ("train", "test"))
+    x, y = (np.stack([np.asarray(part[i][0], float).ravel() for i in range(len(part))]) for part in (train, test))
+    nearest = [train.labels[np.argmin(((x - image) ** 2).sum(1))] for image in y]
+    row = table.loc[("nearest neighbour", 5, 1)]
+    assert row["test_accuracy"] == pytest.approx(np.mean(nearest == test.labels), abs=0.003)  # ties
+    assert row["train_accuracy"] == 1
+    assert (table["gap"] == table["train_accuracy"] - table["test_accuracy"]).all()
 
 
 def noise_table(noisy: dict[str, tuple[float, float]]) -> pd.DataFrame:
@@ -222,10 +244,19 @@ def noise_table(noisy: dict[str, tuple[float, float]]) -> pd.DataFrame:
 
 def test_claims_about_wrong_labels_can_come_out_either_way():
     good = noise_table({"float": (0.5, 0.6), "elastic": (0.6, 0.3), "gsb": (0.7, 0.2)})
-    assert [claim.verdict for claim in label_noise.noise_claims(good)] == ["yes"] * 7
-    bad = noise_table({"float": (0.7, 0.2), "elastic": (0.6, 0.3), "gsb": (0.5, 0.6)})
-    assert [claim.verdict for claim in label_noise.noise_claims(bad)] == ["no"] * 7
-    assert label_noise.noise_claims(good[good["label_noise"] == 0]) == []
+    assert [claim.verdict for claim in label_noise.claims(good)] == ["yes"] * 7
+    bad = noise_table({"float": (0.7, 0.6), "elastic": (0.6, 0.3), "gsb": (0.5, 0.7)})
+    assert [claim.verdict for claim in label_noise.claims(bad)] == ["no"] * 7
+    assert label_noise.claims(good[good["label_noise"] == 0]) == []
+
+
+def test_memory_is_compared_only_where_float_fitted_the_noise():
+    unfitted = noise_table({"float": (0.5, 0.4), "elastic": (0.6, 0.3), "gsb": (0.7, 0.2)})
+    memory = [claim for claim in label_noise.claims(unfitted) if "memorizes" in claim.sentence]
+    assert {(claim.verdict, claim.evidence) for claim in memory} == {
+        ("undecided", "float did not fit the noise: it reproduces 40% of the wrong labels")
+    }
+    assert label_noise.fitted(unfitted)["fitted"].tolist() == [False, False]
 
 
 def test_differences_are_paired_within_each_setting():
@@ -249,10 +280,10 @@ def test_change_is_paired_and_refuses_what_is_ambiguous():
 def test_figures_have_a_row_for_each_kind_of_images():
     table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
     both = pd.concat([table, table.assign(data="cifar100")])
-    assert len(sample_curves(table).axes) == 2
-    assert [ax.get_title(loc="left") for ax in sample_curves(both).axes] == ["digits", "", "cifar100", ""]
+    assert len(limited_samples.draw(table).axes) == 2
+    assert [ax.get_title(loc="left") for ax in limited_samples.draw(both).axes] == ["digits", "", "cifar100", ""]
     noisy = noise_table({"float": (0.5, 0.6), "gsb": (0.7, 0.2)})
-    figure = noise_curves(noisy)
+    figure = label_noise.draw(noisy)
     assert "class-conditional" in figure._supxlabel.get_text()
     assert len(figure.axes) == 2
     matrix = pixel_confusion(load_data("digits").train, 10)

@@ -56,7 +56,7 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
     else:
         verdict = "undecided"
     evidence = _interval_evidence(difference, margin, percent)
-    return Claim(sentence, verdict, evidence, p=difference.p_values(margin), estimate=difference)
+    return Claim(sentence, verdict, evidence, p=difference.p_values(margin), estimate=difference, percent=percent)
 
 
 def check_pair(
@@ -184,15 +184,19 @@ def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
 
     Returns:
         One row per claim, counted from 1, with the columns ``claim``, ``kind``, ``verdict`` and, if asked for,
-        ``uncorrected`` (the verdict before Holm's correction), ``evidence``, ``low`` and ``high`` (the corrected
-        interval, else the 95 % interval), ``p`` (two-sided) and ``source``.
+        ``uncorrected`` (the verdict before Holm's correction), ``evidence``, ``low`` and ``high`` (the 95 % interval),
+        ``corrected_low`` and ``corrected_high`` (the interval at the level of Holm's procedure), ``p`` (two-sided) and
+        ``source``.
     """
     rows = []
     for c in claims:
-        low, high = c.corrected or ((c.estimate.low, c.estimate.high) if c.estimate else (math.nan, math.nan))
+        unknown = (math.nan, math.nan)
+        interval = (c.estimate.low, c.estimate.high) if c.estimate else unknown
         p = 2 * min(c.p) if c.p else math.nan
-        rows.append((c.sentence, c.kind, c.verdict, c.plain or c.verdict, c.evidence, low, high, p, c.source))
-    columns = ["claim", "kind", "verdict", "uncorrected", "evidence", "low", "high", "p", "source"]
+        verdict = (c.sentence, c.kind, c.verdict, c.plain or c.verdict, c.evidence)
+        rows.append((*verdict, *interval, *(c.corrected or unknown), p, c.source))
+    columns = ["claim", "kind", "verdict", "uncorrected", "evidence", "low", "high"]
+    columns += ["corrected_low", "corrected_high", "p", "source"]
     df = pd.DataFrame(rows, columns=columns, index=range(1, len(rows) + 1))
     return df if evidence else df[["claim", "kind", "verdict"]]
 
@@ -225,14 +229,14 @@ def show(claims: Sequence[Claim]) -> None:
     style = ' style="text-align:left; white-space:normal"'
     rows = []
     for c in claims:
-        note = f", {c.plain} before correction" if c.plain not in (None, c.verdict) else ""
+        note = "" if c.plain is None else f"<br>({c.plain} before correction)"
         said = html.escape(c.sentence) + (f"<br><i>{html.escape(c.source)}</i>" if c.source else "")
         cells = f"<td{style}>{said}</td><td{style}>{c.kind}</td>"
         word = f'<td style="color:{colors[c.verdict]}"><b>{c.verdict}</b>{note}</td>'
-        rows.append(f"<tr>{cells}{word}<td{style}>{html.escape(c.evidence)}</td></tr>")
+        rows.append(f"<tr>{cells}{word}<td{style}>{html.escape(c.evidence + _corrected(c))}</td></tr>")
     head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "kind", "verdict", "evidence"))
     page = "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table>"])
-    plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}" for c in claims)
+    plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}{_corrected(c)}" for c in claims)
     display({"text/html": page, "text/plain": plain}, raw=True)
 
 
@@ -246,6 +250,15 @@ def _interval_evidence(e: Estimate, margin: float, percent: bool) -> str:
     else:
         spread = f"95 % interval {factor * e.low:{spec}} to {factor * e.high:{spec}}"
     return f"{name}{factor * e.mean:{spec}}{unit} ({spread}, {seeds}; more than {factor * margin:{spec}} demanded)"
+
+
+def _corrected(claim: Claim) -> str:
+    if claim.corrected is None or math.isnan(claim.corrected[0]):
+        return ""
+    factor, spec = (100, ".1f") if claim.percent else (1, ".3g")
+    sign = "+" if isinstance(claim.estimate, Difference) else ""
+    low, high = (f"{factor * end:{sign}{spec}}" for end in claim.corrected)
+    return f"; corrected interval {low} to {high}"
 
 
 def _number(x: float) -> str:

@@ -255,9 +255,15 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def change(
-    df: pd.DataFrame, column: str, start: float, end: float, value: str = "test_accuracy", name: str = "change"
+    df: pd.DataFrame,
+    column: str,
+    start: float,
+    end: float,
+    value: str = "test_accuracy",
+    name: str = "change",
+    by: str = "scheme",
 ) -> pd.DataFrame:
-    """Return how a measured value changes between two settings, trial by trial of the same scheme and seed.
+    """Return how a measured value changes between two settings, trial by trial of the same kind and seed.
 
     Args:
         df: the table of one data set, one row per trial.
@@ -266,21 +272,22 @@ def change(
         end: its second value.
         value: what is measured.
         name: the new column.
+        by: the column that names the kinds of trials, such as the scheme.
 
     Returns:
-        scheme, seed and the new column: the value at `end` minus the value at `start`.
+        The column ``by``, seed and the new column: the value at `end` minus the value at `start`.
 
     Raises:
-        ValueError: a setting has no trials, or several of one scheme and seed.
+        ValueError: a setting has no trials, or several of one kind and seed.
     """
     sides = []
     for at in (start, end):
         side = df[df[column] == at]
         if side.empty:
             raise ValueError(f"No trial has {column} = {at:g}; there are {sorted(df[column].unique())}.")
-        if side.duplicated(["scheme", "seed"]).any():
-            raise ValueError(f"Several trials of one scheme and seed have {column} = {at:g}; select one data set.")
-        sides.append(side.set_index(["scheme", "seed"])[value])
+        if side.duplicated([by, "seed"]).any():
+            raise ValueError(f"Several trials of one {by} and seed have {column} = {at:g}; select one data set.")
+        sides.append(side.set_index([by, "seed"])[value])
     return (sides[1] - sides[0]).dropna().rename(name).reset_index()
 
 

@@ -11,6 +11,17 @@ Verdict = Literal["yes", "no", "undecided"]
 Kind = Literal["confirmatory", "exploratory"]
 LEVEL = 1 - CONFIDENCE  # of two-sided tests
 
+_GSB, _SATO = "Gao et al. 2024, abstract: ", "Sato et al. 2023, abstract: "
+LOSS_IS_ATTENTION = _GSB + "accuracy declines mainly by the information lost in the attention module and the value."
+CNN_DO_NOT_TRANSFER = _GSB + "binarizers made for convolutional networks do not transfer well to vision transformers."
+SUPERPOSITION_HELPS = _GSB + "group superposition makes up for the lost information."
+GRADIENT_HELPS = _GSB + "gradients derived for the superposition improve it further."
+DISTILLATION_HELPS = _GSB + "knowledge distillation alleviates what binarization costs."
+BEST = _GSB + "GSB is the best of the binary schemes, and exceeds its full-precision counterpart on some indicators."
+FEW_SAMPLES = _GSB + "binarization limits the search space of parameters, which helps with few training samples."
+FACTORS_HELP = _SATO + "scaling factors help vision transformers as they help convolutional networks."
+ONE_COMPONENT = _SATO + "a model with only its MLPs or only its MHSA in 1-bit is much better than one with both."
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -28,6 +39,7 @@ class Claim:
         estimate: the mean or difference behind the evidence, with its interval; None if there is none or are several.
         corrected: the interval at the level that Holm's procedure leaves to the claim; None before `correct`.
         plain: the verdict before `correct`.
+        percent: tell the estimate in percent, a difference in percentage points.
     """
 
     sentence: str
@@ -39,6 +51,7 @@ class Claim:
     estimate: Estimate | None = None
     corrected: tuple[float, float] | None = None
     plain: Verdict | None = None
+    percent: bool = False
 
     def __post_init__(self) -> None:
         if self.verdict not in ("yes", "no", "undecided"):

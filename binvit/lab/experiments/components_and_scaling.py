@@ -4,93 +4,121 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from binvit.lab.analysis.claims import Claim, all_of, check_pair
-from binvit.lab.analysis.statistics import averaged
+from binvit.lab.analysis.claims import Claim, check_pair, confirm
+from binvit.lab.analysis.statistics import summarize
+from binvit.lab.analysis.verdicts import FACTORS_HELP, ONE_COMPONENT
 from binvit.lab.experiments.plan import Condition
+from binvit.lab.figures.charts import heat
+from binvit.lab.figures.panels import panels
 
 COMPONENTS: dict[str, tuple[str, ...]] = {"MLP": ("mlp",), "MHSA": ("mhsa",), "both": ("mlp", "mhsa")}
 NOTHING, PATCHES = "nothing", "patch embedding"
-# Kind of factor -> the published scheme that has it, and the rules of weights and patches in the patch embedding.
-FACTORS: dict[str, tuple[str, str, str]] = {
-    "no factor": ("bnn", "sign", "sign"),
-    "weights": ("xnor", "sign_mean", "sign"),
-    "weights and inputs": ("xnor-k", "sign_mean", "sign_mean"),
-    "learned": ("xnor++", "sign_learned", "sign"),
+BASE = "xnor"  # whose block, norms included, all conditions share
+_PLAIN = dict.fromkeys(("input", "hidden", "query", "key", "value", "patch_input"), "sign_open")
+_MEANS = dict.fromkeys(("input", "hidden", "query", "key", "value", "patch_input"), "sign_mean")
+
+
+def _weights(rule: str) -> dict[str, Any]:
+    return {"weight": rule, "patch_weight": rule, "attention": "half_max"} | _PLAIN
+
+
+# Kind of factor -> the rules of the base scheme that it changes: windows of the gradients are the same in all.
+FACTORS: dict[str, dict[str, Any]] = {
+    "no factor": _weights("sign_open"),
+    "weights": _weights("sign_mean_constant"),
+    "weights and inputs": _weights("sign_mean_constant") | _MEANS | {"attention": "half_max_mean"},
+    "learned": _weights("sign_learned_row"),
 }
 
 
-def design(components: Sequence[str] = tuple(COMPONENTS), factors: Sequence[str] = tuple(FACTORS)) -> list[Condition]:
+def conditions(
+    components: Sequence[str] = tuple(COMPONENTS), factors: Sequence[str] = tuple(FACTORS)
+) -> list[Condition]:
     """Return the conditions: float, each component with each factor, and the patch embedding alone with each factor.
 
     Args:
         components: keys of `COMPONENTS`.
         factors: keys of `FACTORS`.
     """
-    found = [Condition(NOTHING, "float")]
-    for component in components:
-        options: dict[str, Any] = {"components": COMPONENTS[component]}
-        found += [Condition(f"{component}, {factor}", FACTORS[factor][0], options) for factor in factors]
-    for factor in factors:
-        scheme, weight, patches = FACTORS[factor]
-        options = {"components": ("patch_embed",), "patch_weight": weight, "patch_input": patches}
-        found.append(Condition(f"{PATCHES}, {factor}", scheme, options))
-    return found
+    places = {name: COMPONENTS[name] for name in components} | {PATCHES: ("patch_embed",)}
+    return [
+        Condition(NOTHING, "float"),
+        *(
+            Condition(f"{name}, {factor}", BASE, FACTORS[factor] | {"components": place})
+            for name, place in places.items()
+            for factor in factors
+        ),
+    ]
 
 
 def with_factors(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns component and factor; where nothing is 1-bit the same trial stands for every factor.
+    """Add the columns component and factor, both "nothing" for the float model.
 
     Args:
-        table: the result of `experiments.train` for conditions of `design`.
-
-    Returns:
-        The table with the two columns, nothing first.
+        table: the result of `experiments.train` for `conditions`.
     """
     names = table["condition"].str.split(", ", n=1, expand=True).reindex(columns=[0, 1])
-    table = table.assign(component=names[0], factor=names[1])
-    plain, binary = table[table["component"] == NOTHING], table[table["component"] != NOTHING]
-    repeated = [plain.assign(factor=factor) for factor in binary["factor"].unique()]
-    return pd.concat([*repeated, binary], ignore_index=True)
+    return table.assign(component=names[0], factor=names[1].fillna(NOTHING))
 
 
 def patch_embedding(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the trials whose patch embedding alone is 1-bit, and the float ones with the factor "nothing".
+    """Return the trials whose patch embedding alone is 1-bit, and the float ones.
 
     Args:
         table: the result of `with_factors`.
     """
-    plain = table[table["component"] == NOTHING].assign(factor=NOTHING).drop_duplicates(["data", "seed"])
-    return pd.concat([plain, table[table["component"] == PATCHES]], ignore_index=True)
+    return table[table["component"].isin([NOTHING, PATCHES])]
 
 
-def check_claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
-    """Check what Sato et al. claim, and what it costs to have a binary patch embedding.
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the test accuracy of each 1-bit component with each factor as a heat map, the float model in its title.
 
-    Means over factors or components are taken within each seed, so that intervals count seeds alone.
+    Args:
+        table: the result of `with_factors`.
+    """
+    summary = summarize(table, ["data", "component", "factor"])
+    blocks = summary[summary["component"].isin(COMPONENTS)]
+    whole = summary[summary["component"] == NOTHING].set_index("data")["mean"]
+
+    def panel(part: pd.DataFrame, ax: Axes) -> None:
+        heat(part, "factor", "component", xlabel="factor", ylabel="1-bit component", ax=ax)
+        data = part["data"].iloc[0]
+        ax.set_title(f"{data}: float {100 * whole[data]:.1f} %, nothing 1-bit")
+
+    size = 1.4 + 1.1 * blocks["factor"].nunique(), 0.9 + 0.5 * blocks["component"].nunique()
+    return panels(blocks, panel, *size)
+
+
+def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
+    """Check what Sato et al. claim, component by component, and what it costs to have a binary patch embedding.
 
     Args:
         table: the result of `with_factors` for one kind of images.
         margin: what "much" and "close" mean, as a share of the test images.
     """
-    blocks = table[table["component"].isin(COMPONENTS)]
-    by_component, by_factor = averaged(blocks, "component"), averaged(blocks, "factor")
     embedding = patch_embedding(table)
     none, weights, both, learned = FACTORS
     points = f"{100 * margin:g} points"
 
-    def better(sentence: str, a: str, b: str, least: float = 0.0, among: pd.DataFrame = by_factor) -> Claim:
-        on = "factor" if "factor" in among else "component"
-        return check_pair(sentence, among, a, b, least, on=on)
+    def factor(sentence: str, component: str, a: str, b: str, least: float = 0.0) -> Claim:
+        among = embedding if component == PATCHES else table[table["component"] == component]
+        return check_pair(sentence, among, a, b, least, on="factor")
 
-    alone = [better(f"{name} alone.", name, "both", margin, by_component) for name in ("MLP", "MHSA")]
-    return [
-        all_of(
-            f"With one 1-bit component, MLP or MHSA, a model is more than {points} more accurate than with both.", alone
-        ),
-        better("A factor of the weights helps.", weights, none),
-        better("A factor of the inputs beside it helps further.", both, weights),
-        better("Learned factors are better than computed ones.", learned, both),
-        better("The same factors help the 1-bit patch embedding.", both, none, among=embedding),
-        better(f"With them it stays within {points} of the float embedding.", both, NOTHING, -margin, embedding),
-    ]
+    def alone(component: str) -> Claim:
+        sentence = f"With factors of weights and inputs, a 1-bit {component} alone is more than {points} above both."
+        return check_pair(sentence, table[table["factor"] == both], component, "both", margin, on="component")
+
+    places = {"MLP": "a 1-bit MLP", "MHSA": "a 1-bit MHSA", "both": "both 1-bit"}
+    helps = [factor(f"Factors of weights and inputs help {words}.", name, both, none) for name, words in places.items()]
+    found = confirm(ONE_COMPONENT, *[alone(component) for component in ("MLP", "MHSA")])
+    found += confirm(FACTORS_HELP, *helps, factor("They help the 1-bit patch embedding.", PATCHES, both, none))
+    for name, words in places.items():
+        found += [
+            factor(f"With {words}, a factor of the inputs helps beside that of the weights.", name, both, weights),
+            factor(f"With {words}, a learned factor is better than the same one computed.", name, learned, weights),
+        ]
+    close = f"With factors, the 1-bit patch embedding stays within {points} of the float one."
+    return [*found, factor(close, PATCHES, both, NOTHING, -margin)]

@@ -120,7 +120,7 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
     return fig
 
 
-def speed_claims(kernels: pd.DataFrame, models: pd.DataFrame, training: pd.DataFrame | None = None) -> list[Claim]:
+def claims(kernels: pd.DataFrame, models: pd.DataFrame, training: pd.DataFrame | None = None) -> list[Claim]:
     """Check how many times as fast as their peers the products and the whole model are, at the worst shape and batch.
 
     Args:

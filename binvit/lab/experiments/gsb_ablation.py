@@ -11,16 +11,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from binvit.lab.analysis.claims import Claim, check_pair, check_value
-from binvit.lab.analysis.statistics import averaged
+from binvit.lab.analysis.claims import Claim, check_pair, check_value, confirm
 from binvit.lab.analysis.tensor_losses import sample_images
+from binvit.lab.analysis.verdicts import BEST, DISTILLATION_HELPS, GRADIENT_HELPS, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
-from binvit.lab.experiments.plan import Condition, Run
+from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage
 from binvit.lab.trials.trained import load_trained
 
-GSB = "GSB"
+GSB = "GSB as published"
 ROUNDING = 1e-5  # of logits: what float sums in another order may change
 
 
@@ -75,16 +75,21 @@ FACTORS: dict[str, tuple[Condition, ...]] = {
         Condition("one stage", "gsb", recipe_options=_one_stage),
         Condition("two stages", "gsb", recipe_options=_two_stages),
     ),
+    "scheme": tuple(
+        Condition(f"{name}, {words} bias", name, {"attention_bias": bias})
+        for name in BOTH_BIASES
+        for words, bias in (("without", "none"), ("with", "full"))
+    ),
 }
 
 
-def design(factors: Sequence[str] = tuple(FACTORS)) -> list[Condition]:
-    """Return GSB as it is, and with each factor at each of its levels while the others stay.
+def conditions(factors: Sequence[str] = ("all",)) -> list[Condition]:
+    """Return GSB as published, and with each factor at each of its levels while the others stay.
 
     Args:
-        factors: keys of `FACTORS`.
+        factors: keys of `FACTORS`; "all" stands for all of them.
     """
-    levels = [(factor, level) for factor in factors for level in FACTORS[factor]]
+    levels = [(factor, level) for factor in (FACTORS if "all" in factors else factors) for level in FACTORS[factor]]
     named = [
         Condition(f"{factor}: {level.name}", level.scheme, level.scheme_options, level.recipe_options)
         for factor, level in levels
@@ -92,16 +97,16 @@ def design(factors: Sequence[str] = tuple(FACTORS)) -> list[Condition]:
     return [Condition(GSB, "gsb"), *named]
 
 
-def kept(conditions: Sequence[Condition]) -> set[str]:
+def kept(chosen: Sequence[Condition]) -> set[str]:
     """Return the names of the conditions whose models `measure_batches` needs."""
-    return {condition.name for condition in conditions if condition.name.startswith("reduction: ")}
+    return {condition.name for condition in chosen if condition.name.startswith("reduction: ")}
 
 
 def with_levels(table: pd.DataFrame) -> pd.DataFrame:
     """Add the columns factor and level, and drop the rows of GSB itself, which is a level of every factor.
 
     Args:
-        table: the result of `experiments.train` or `experiments.differences` for conditions of `design`.
+        table: the result of `experiments.train` or `experiments.differences` for conditions of `conditions`.
     """
     table = table[table["condition"] != GSB]
     names = table["condition"].str.split(": ", n=1, expand=True).reindex(columns=[0, 1])
@@ -112,7 +117,7 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     """Return what every change of GSB costs or gains, seed by seed, for a figure.
 
     Args:
-        table: the result of `experiments.train` for conditions of `design`.
+        table: the result of `experiments.train` for conditions of `conditions`.
 
     Returns:
         One row per data set, level and seed with the column difference. The level that is GSB itself has no row; the
@@ -157,7 +162,7 @@ def measure_batches(
     return with_levels(pd.DataFrame(rows, columns=["condition", "data", "seed", "largest_change", "flipped", "images"]))
 
 
-def check_claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> list[Claim]:
+def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> list[Claim]:
     """Check what the GSB paper claims about its parts, and what this project changed in them.
 
     Args:
@@ -171,20 +176,31 @@ def check_claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.0
     def better(sentence: str, factor: str, a: str, b: str, least: float = 0.0) -> Claim:
         return check_pair(sentence, levels[levels["factor"] == factor], a, b, least, on="level")
 
-    def effect(sentence: str, part: str) -> Claim:
-        """Compare with and without the superposition of one tensor, averaged over the other tensor's."""
-        crossed = levels[levels["factor"] == "superposition"]
-        used = crossed["level"].isin([f"of the {part}", "of both"]).map({True: "superposed", False: "one group"})
-        return check_pair(sentence, averaged(crossed.assign(used=used), "used"), "superposed", "one group", on="used")
-
     change = batches[batches["data"].isin(table["data"])].groupby("level")["largest_change"].max()
     own = [change[name] for name in ("over a row", "over a head", "over an image") if name in change]
     three, four = "3, from 0.7 and 0.9", "4, from 0.5, 0.7 and 0.9"
     return [
-        better("Three groups are more accurate than one.", "groups", three, "1"),
+        *confirm(
+            SUPERPOSITION_HELPS,
+            better("Three groups are more accurate than one.", "groups", three, "1"),
+            better("Superposition of the attention map alone helps.", "superposition", "of the map", "of neither"),
+            better("Superposition of the value alone helps.", "superposition", "of the value", "of neither"),
+        ),
+        *confirm(
+            GRADIENT_HELPS,
+            better("The released gradient is more accurate than the masked one.", "gradient", "as released", "masked"),
+        ),
+        *confirm(DISTILLATION_HELPS, better("Hard distillation, as published, helps.", "distillation", "hard", "none")),
+        *confirm(
+            BEST,
+            better("As published, GSB is more accurate than float.", "scheme", "gsb, with bias", "float, without bias"),
+        ),
+        better("It is when float has the bias too.", "scheme", "gsb, with bias", "float, with bias"),
+        better(
+            f"The bias gains float more than {points}.", "scheme", "float, with bias", "float, without bias", margin
+        ),
+        better(f"It gains GSB more than {points}.", "bias", "full", "none", margin),
         better(f"A fourth group gains less than {points}.", "groups", three, four, -margin),
-        effect("Superposition of the attention map helps.", "map"),
-        effect("Superposition of the value helps.", "value"),
         better(
             f"Maxima over a row are within {points} of maxima over the batch, or better.",
             *("reduction", "over a row", "over the batch", -margin),
@@ -195,10 +211,7 @@ def check_claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.0
             at_least=ROUNDING,
         ),
         check_value("With maxima within an image they do not.", max(own) if own else None, at_most=ROUNDING),
-        better("The released gradient is more accurate than the masked one.", "gradient", "as released", "masked"),
         better("Scales that stack up from the start are better than as released.", "scales", "stacked", "as released"),
-        better(f"A full bias of the map gains more than {points} over none.", "bias", "full", "none", margin),
-        better("Hard distillation, as published, helps.", "distillation", "hard", "none"),
         better("Two stages are better than one of as many epochs.", "training", "two stages", "one stage"),
     ]
 

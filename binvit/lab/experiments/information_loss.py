@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from binvit.lab.analysis.claims import Claim, all_of, check_pair
+from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import SUPERPOSED, TENSORS, one_tensor_at_a_time, single_tensor_options
+from binvit.lab.analysis.verdicts import LOSS_IS_ATTENTION, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.plan import Condition, Run
 from binvit.lab.figures.histogram import value_histogram
@@ -124,11 +125,16 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
         sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
         if "trained_drop" in losses:
             rest = [other for other in TENSORS if other != tensor]
-            checked.append(costs_more(sentence, "trained_drop", tensor, rest))
+            checked += confirm(LOSS_IS_ATTENTION, costs_more(sentence, "trained_drop", tensor, rest))
         else:
-            checked.append(Claim(sentence, "undecided", "not run"))
+            checked += confirm(LOSS_IS_ATTENTION, Claim(sentence, "undecided", "not run"))
     for tensor in SUPERPOSED:
         part = named[named["tensor"] == tensor]
+        sentence = f"After training with it, the {tensor} with {several} loses less accuracy than with one."
+        trained = Claim(sentence, "undecided", "not run")
+        if "trained_drop" in losses:
+            trained = check_pair(sentence, part, "1 group", several, on="groups", value="trained_drop")
+        checked += confirm(SUPERPOSITION_HELPS, trained)
         less = f"With {several}, the {tensor} loses less accuracy than with one."
         closer = f"With {several}, the {tensor} is closer to the float one: the cosine grows by more than 0.02."
         richer = f"With {several}, an element of the {tensor} carries more than 0.2 bits more."
@@ -140,7 +146,7 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
     return checked
 
 
-# Column -> heading and factor of the panels of `loss_panels`.
+# Column -> heading and factor of the panels of `draw`.
 LOSSES = {
     "accuracy_drop": ("accuracy lost (points)", 100),
     "trained_drop": ("lost after training (points)", 100),
@@ -152,7 +158,7 @@ _BINARIZERS = {"1-bit": SCHEME_COLORS["elastic"], "GSB": SCHEME_COLORS["gsb"]}
 
 
 @styled
-def loss_panels(table: pd.DataFrame, title: str | None = None) -> Figure:
+def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw what binarizing each tensor alone loses, a panel per measure, a row of panels per data.
 
     Args:

@@ -18,19 +18,21 @@ from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.label_noise import pixel_confusion
 from binvit.lab.experiments.parse import parse_changes, parse_images
-from binvit.lab.experiments.plan import Run
+from binvit.lab.experiments.plan import Run, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import limit_to_shares, subplot_grid
 from binvit.lab.figures.style import caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
+FITTED = 0.5  # share of the wrong labels that a model reproduces if it has fitted the noise
 
-def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float") -> list[Claim]:
+
+def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float") -> list[Claim]:
     """Check whether binarization resists wrong labels, on the trials of one data set.
 
     Args:
-        table: the result of `run` with the trials of `noise_runs`.
+        table: the result of `run` with the trials of `conditions`.
         binary: the scheme that is said to resist.
         single: the scheme with one group.
         full: the float scheme.
@@ -45,16 +47,12 @@ def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elasti
             continue
         part = part[part["label_noise"] == part["label_noise"].max()]
         where = f"With {part['label_noise'].iloc[0]:.0%} {kind} noise"
+        more = f"{where}, {binary} is more accurate than"
+        memory = f"{where}, {binary} memorizes a smaller share of the wrong labels than {full}."
         found += [
-            check_pair(f"{where}, {binary} is more accurate than {full}.", part, binary, full),
-            check_pair(f"{where}, {binary} is more accurate than {single}.", part, binary, single),
-            check_pair(
-                f"{where}, {binary} memorizes a smaller share of the wrong labels than {full}.",
-                part,
-                full,
-                binary,
-                value="memorized",
-            ),
+            check_pair(f"{more} {full}.", part, binary, full),
+            check_pair(f"{more} {single}.", part, binary, single),
+            _unless_unfitted(check_pair(memory, part, full, binary, value="memorized"), part, full),
         ]
     symmetric = table[table["labels"] == "symmetric"]
     most = symmetric["label_noise"].max() if len(symmetric) else 0
@@ -65,7 +63,30 @@ def noise_claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elasti
     return found
 
 
-def noise_runs(
+def fitted(table: pd.DataFrame, full: str = "float") -> pd.DataFrame:
+    """Return how much of each noise the float model has fitted, since only what was learned can be memorized less.
+
+    Args:
+        table: the result of `run` with the trials of `conditions`.
+        full: the float scheme.
+
+    Returns:
+        data, labels, label_noise, memorized (the mean over the seeds), and fitted, whether that is at least `FITTED`.
+    """
+    noisy = table[(table["scheme"] == full) & (table["label_noise"] > 0)]
+    found = noisy.groupby(["data", "labels", "label_noise"], sort=False)["memorized"].mean().reset_index()
+    return found.assign(fitted=found["memorized"] >= FITTED)
+
+
+def _unless_unfitted(claim: Claim, part: pd.DataFrame, full: str) -> Claim:
+    share = part.loc[part["scheme"] == full, "memorized"].mean()
+    if not share < FITTED:
+        return claim
+    evidence = f"{full} did not fit the noise: it reproduces {share:.0%} of the wrong labels"
+    return Claim(claim.sentence, "undecided", evidence)
+
+
+def conditions(
     images: str,
     schemes: Sequence[str],
     label_noises: Sequence[float],
@@ -76,6 +97,7 @@ def noise_runs(
     updates: int | None = None,
     samples_per_class: int = 0,
     data_dir: str | Path | None = None,
+    bias: str = "none",
 ) -> list[Run]:
     """Make the trials of accuracy against the share of wrong training labels.
 
@@ -91,6 +113,7 @@ def noise_runs(
         updates: optimizer steps of every trial, as in `equal_updates`.
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.
+        bias: of the attention map, which every scheme gets: "none", "relative" or "full".
 
     Returns:
         The trials, images by images.
@@ -100,6 +123,7 @@ def noise_runs(
         FileNotFoundError: the files of a data set are missing.
     """
     runs, changed = [], parse_changes(changes)
+    compared = [with_bias(scheme, bias) for scheme in schemes]
     for part in parse_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
         kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
@@ -112,18 +136,18 @@ def noise_runs(
         options = changed | equal_updates(given, updates, count)
         settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
         for kind in kinds:
-            runs += run_levels(part, part.title, schemes, seeds, recipe, settings | kind)
+            runs += run_levels(part, part.title, compared, seeds, recipe, settings | kind)
     return runs
 
 
 @styled
-def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
+def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw test accuracy and memorized wrong labels against the share of wrong labels, a row per kind of images.
 
     Lines are symmetric noise; hollow diamonds are class-conditional noise.
 
     Args:
-        table: the result of `robustness.run` with the trials of `noise_runs`.
+        table: the result of `training_budget.run` with the trials of `conditions`.
         title: what the figure says.
 
     Returns:
@@ -133,7 +157,7 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     colors = colors_of(table["scheme"])
 
-    def draw(part: pd.DataFrame, value: str, ax: Axes) -> None:
+    def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
         part = part.dropna(subset=[value])
         if part.empty:
             ax.set_axis_off()
@@ -150,7 +174,7 @@ def noise_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
                 ax.plot([x, x], [100 * row["low"], 100 * row["high"]], color=color, lw=0.9)
                 ax.plot(x, 100 * row["mean"], "D", color="white", mec=color, mew=1.3, ms=5, zorder=3)
 
-    fig = subplot_grid(table, list(panels), draw, title)
+    fig = subplot_grid(table, list(panels), panel, title)
     if (table["labels"] == "class-conditional").any():
         caption(fig, fig.get_supxlabel() + "; line: symmetric noise, ◇: class-conditional noise")
     return fig

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
-from binvit.lab.analysis.claims import Claim, check_pair
+from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import change, summarize
+from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
+from binvit.lab.data.images import ImageSet
 from binvit.lab.experiments.parse import Images, parse_changes, parse_images
-from binvit.lab.experiments.plan import Run
+from binvit.lab.experiments.plan import Run, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import limit_to_shares, subplot_grid
 from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
+BASELINES: dict[str, Callable[[], Any]] = {
+    "nearest neighbour": lambda: KNeighborsClassifier(1),
+    "logistic regression": lambda: LogisticRegression(max_iter=200),
+}
+_NO_SCHEME: dict[str, Any] = {"scheme": "float", "scheme_options": {}}
 
-def sample_claims(
-    table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float"
-) -> list[Claim]:
+
+def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float") -> list[Claim]:
     """Check whether binarization regularizes, on the trials of one data set.
 
     Args:
-        table: the result of `run` with the trials of `sample_runs`.
+        table: the result of `run` with the trials of `conditions`.
         binary: the scheme that is said to regularize.
         single: the scheme with one group.
         full: the float scheme.
@@ -39,29 +50,24 @@ def sample_claims(
     """
     few, many = table["samples_per_class"].min(), table["samples_per_class"].max()
     part = table[table["samples_per_class"] == few]
-    found = [
-        check_pair(f"With {few} images per class, {binary} is more accurate than {full}.", part, binary, full),
-        check_pair(f"With {few} images per class, {binary} is more accurate than {single}.", part, binary, single),
-        check_pair(
-            f"With {few} images per class, the gap between training and test is smaller for {binary} than for {full}.",
-            part,
-            full,
-            binary,
-            value="gap",
-        ),
-    ]
+    gap = f"With {few} images per class, the gap between training and test is smaller for {binary} than for {full}."
+    more = f"With {few} images per class, {binary} is more accurate than {single}."
+    regular = [check_pair(gap, part, full, binary, on="condition", value="gap")]
     if few < many:
-        gained = change(table, "samples_per_class", few, many)
+        gained = change(table, "samples_per_class", few, many, by="condition")
         sentence = (
             f"From {few} to {many} images per class, {full} gains more than {binary}: few images favour {binary}."
         )
-        found.append(check_pair(sentence, gained, full, binary, value="change"))
-    return found
+        regular.append(check_pair(sentence, gained, full, binary, on="condition", value="change"))
+    return confirm(FEW_SAMPLES, *regular) + confirm(
+        SUPERPOSITION_HELPS, check_pair(more, part, binary, single, on="condition")
+    )
 
 
-def sample_runs(
+def conditions(
     images: str,
     schemes: Sequence[str],
+    biases: Sequence[str],
     samples_per_class: Sequence[int],
     seeds: Sequence[int],
     recipe: str = "smoke",
@@ -74,6 +80,7 @@ def sample_runs(
     Args:
         images: a text that `parse_sampled_images` understands.
         schemes: names of `binvit.list_schemes`.
+        biases: of the attention map, which every scheme gets: "none", "relative" or "full", or several of them.
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
         recipe: of images that name none.
@@ -89,6 +96,7 @@ def sample_runs(
         FileNotFoundError: the files of a data set are missing.
     """
     runs, changed = [], parse_changes(changes)
+    compared = [with_bias(scheme, bias) for scheme in schemes for bias in biases]
     for part in parse_sampled_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
         data = load_data(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
@@ -102,7 +110,7 @@ def sample_runs(
         for count in counts:
             options = changed | equal_updates(given, updates, count * len(data.classes))
             settings = {"samples_per_class": count, "recipe_options": options, "root": data_dir}
-            runs += run_levels(part, _source_title(part), schemes, seeds, recipe, settings)
+            runs += run_levels(part, _source_title(part), compared, seeds, recipe, settings)
     return runs
 
 
@@ -127,12 +135,42 @@ def _source_title(part: Images) -> str:
     return dataclasses.replace(part, samples_per_class=None).title
 
 
+def baselines(runs: Sequence[Run]) -> pd.DataFrame:
+    """Classify pixels with the two simplest methods there are, on the images of every training.
+
+    Args:
+        runs: the result of `conditions`.
+
+    Returns:
+        One row per kind of images, number of images, seed and method: condition, data, samples_per_class, seed,
+        test_accuracy, train_accuracy and gap.
+    """
+    rows = []
+    for data, trial in dict.fromkeys((run.data, dataclasses.replace(run.trial, **_NO_SCHEME)) for run in runs):
+        size = trial.get_recipe().image_size
+        images = load_data(trial.dataset, trial.samples_per_class, seed=trial.seed, root=trial.root, image_size=size)
+        (x, y), (x_test, y_test) = (_pixels(part) for part in (images.train, images.test))
+        for name, method in BASELINES.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline is what its fixed budget gives
+                fitted = method().fit(x, y)
+            test, train = fitted.score(x_test, y_test), fitted.score(x, y)
+            rows.append((name, data, trial.samples_per_class, trial.seed, test, train, train - test))
+    columns = ["condition", "data", "samples_per_class", "seed", "test_accuracy", "train_accuracy", "gap"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _pixels(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    pixels = [np.asarray(images[index][0], np.float32).ravel() / 255 for index in range(len(images))]
+    return np.stack(pixels), images.labels
+
+
 @styled
-def sample_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
+def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw test accuracy and the gap to training accuracy against the number of images, a row per kind of images.
 
     Args:
-        table: the result of `robustness.run` with the trials of `sample_runs`.
+        table: the result of `training_budget.run` with the trials of `conditions`.
         title: what the figure says.
 
     Returns:
@@ -140,10 +178,10 @@ def sample_curves(table: pd.DataFrame, title: str | None = None) -> Figure:
     """
     panels = {"test_accuracy": "test accuracy (%)", "gap": "training − test accuracy (points)"}
 
-    def draw(part: pd.DataFrame, value: str, ax: Axes) -> None:
-        summary = summarize(part, ["scheme", "samples_per_class"], value)
+    def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
+        summary = summarize(part, ["condition", "samples_per_class"], value)
         if value == "test_accuracy":
             limit_to_shares(ax, summary)
-        lines(summary, "samples_per_class", ylabel=panels[value], log_x=True, ax=ax)
+        lines(summary, "samples_per_class", "condition", ylabel=panels[value], log_x=True, ax=ax)
 
-    return subplot_grid(table, list(panels), draw, title)
+    return subplot_grid(table, list(panels), panel, title)

@@ -1,14 +1,19 @@
 """All published binarizers on the same model: families, published numbers, and the claims of that experiment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 import binvit
-from binvit.lab.analysis.claims import Claim, all_of, check_pair
-from binvit.lab.analysis.statistics import averaged
-from binvit.lab.experiments.plan import Condition
+from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
+from binvit.lab.analysis.statistics import averaged, summarize
+from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
+from binvit.lab.data.datasets import load_data
+from binvit.lab.experiments.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, with_bias
+from binvit.lab.figures.charts import mark
+from binvit.lab.figures.panels import dot_panels
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "full precision": ("float",),
@@ -17,23 +22,26 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "group superposition": ("elastic", "gsb"),
 }
 CNN, TRANSFORMER = list(FAMILIES)[1:3]
+LEAST, UNTRAINED = 3, "does not train"  # below so many times chance a scheme has learned nothing worth comparing
 PUBLISHED = ("notebook", "data", "model", "scheme", "what", "top1", "source", "grade")
 
 
 def check_scheme(name: str) -> None:
-    """Raise a ValueError unless `design` understands the name."""
+    """Raise a ValueError unless `conditions` understands the name."""
     if name != "all":
         binvit.scheme(name)
 
 
-def design(schemes: Sequence[str]) -> list[Condition]:
-    """Return one condition per scheme, in the order of the families.
+def conditions(schemes: Sequence[str], biased: bool = True) -> list[Condition]:
+    """Return one condition per scheme without the bias of the map, in the order of the families, then some with it.
 
     Args:
         schemes: names of `binvit.list_schemes`; "all" stands for all of them.
+        biased: also show those of `plan.BOTH_BIASES` with the bias.
     """
-    schemes = binvit.list_schemes() if "all" in schemes else schemes
-    return [Condition(name, name) for name in sorted(schemes, key=_place)]
+    schemes = sorted(binvit.list_schemes() if "all" in schemes else schemes, key=_place)
+    levels = [("none", "full") if biased and name in BOTH_BIASES else ("none",) for name in schemes]
+    return [with_bias(name, bias) for name, biases in zip(schemes, levels, strict=True) for bias in biases]
 
 
 def family(scheme: str) -> str:
@@ -46,37 +54,89 @@ def _place(scheme: str) -> int:
     return known.index(scheme) if scheme in known else len(known)
 
 
-def check_claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
-    """Check what the GSB paper claims about other binarizers, and one order that another paper has published.
+def chance(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the accuracy of guessing by the name of the images.
 
     Args:
-        table: the result of `experiments.train` for one kind of images, its column condition naming schemes.
+        runs: the result of `plan`.
+    """
+    first = {run.data: run.trial for run in reversed(runs)}
+    return {
+        data: 1 / len(load_data(t.dataset, root=t.root, image_size=t.get_recipe().image_size).classes)
+        for data, t in first.items()
+    }
+
+
+def with_families(table: pd.DataFrame, guessing: Mapping[str, float]) -> pd.DataFrame:
+    """Add the columns family and trains, which is false where the mean is below three times chance.
+
+    Args:
+        table: the result of `plan.train` for `conditions`.
+        guessing: the result of `chance`.
+    """
+    mean = table.groupby(["data", "condition"])["test_accuracy"].transform("mean")
+    trains = mean >= LEAST * table["data"].map(guessing)
+    families = [family(scheme) if good else UNTRAINED for scheme, good in zip(table["scheme"], trains, strict=True)]
+    return table.assign(family=families, trains=trains)
+
+
+def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
+    """Check what the GSB paper claims about other binarizers, and one order that another paper has published.
+
+    Schemes that do not train are compared with nothing. Unless a sentence says so, no scheme has a bias of the map.
+
+    Args:
+        table: the result of `with_families` for one kind of images.
         margin: what "far" and "close" mean, as a share of the test images.
 
     Returns:
         The claims; their sentences say so if not all schemes of the catalogue were run.
     """
-    run = list(dict.fromkeys(table["condition"]))
-    rivals = [name for name in run if name not in ("float", "gsb")]
+    run = set(table["condition"])
+    table = table[table["trains"]]
+    plain = [name for name in dict.fromkeys(table["condition"]) if not name.endswith(WITH_BIAS)]
+    rivals = [name for name in plain if name not in ("float", "gsb")]
     points = f"{100 * margin:g} points"
-    one, several = ("", "") if set(binvit.list_schemes()) <= set(run) else (" that was run", " that were run")
+    one, several = ("", "") if set(binvit.list_schemes()) <= run else (" that was run", " that were run")
 
-    def pair(a: str, b: str, least: float = 0.0) -> Claim:
-        return check_pair(f"{a} exceeds {b}", table, a, b, least, on="condition")
+    def pair(a: str, b: str, least: float = 0.0, sentence: str = "") -> Claim:
+        return check_pair(sentence or f"{a} exceeds {b}", table, a, b, least, on="condition")
 
-    families = averaged(table.assign(family=[family(name) for name in table["condition"]]), "family")
+    families = averaged(table[table["condition"].isin(plain)], "family")
     transfer = [pair("float", name, margin) for name in rivals if family(name) == CNN]
     average = f"Schemes made for transformers{several} are more accurate than these, on average."
+    order = [pair("bivit", other) for other in ("bibert", "bit")]
     return [
-        all_of(f"GSB is more accurate than every other 1-bit scheme{one}.", [pair("gsb", name) for name in rivals]),
-        check_pair(f"GSB stays within {points} of float.", table, "gsb", "float", -margin, on="condition"),
-        all_of(f"Schemes made for convolutional networks{several} all lose more than {points}.", transfer),
-        check_pair(average, families, TRANSFORMER, CNN, on="family"),
-        all_of(
-            "BiViT exceeds BiBERT and BiT, as He et al. found on Tiny-ImageNet.",
-            [pair("bivit", other) for other in ("bibert", "bit")],
+        *confirm(
+            CNN_DO_NOT_TRANSFER,
+            all_of(f"Schemes made for convolutional networks{several} all lose more than {points}.", transfer),
         ),
+        *confirm(
+            BEST,
+            all_of(f"GSB is more accurate than every other 1-bit scheme{one}.", [pair("gsb", name) for name in rivals]),
+        ),
+        *confirm(SUPERPOSITION_HELPS, pair("gsb", "elastic", sentence="Three groups are more accurate than one.")),
+        pair("gsb" + WITH_BIAS, "elastic" + WITH_BIAS, sentence="So are they with the bias of the map."),
+        pair("gsb", "float", -margin, f"GSB stays within {points} of float."),
+        pair("gsb" + WITH_BIAS, "float" + WITH_BIAS, -margin, "So it does with the bias of the map in both."),
+        pair("float" + WITH_BIAS, "float", sentence="The bias of the map helps the float model."),
+        check_pair(average, families, TRANSFORMER, CNN, on="family"),
+        all_of("BiViT exceeds BiBERT and BiT, as He et al. found on Tiny-ImageNet.", order),
     ]
+
+
+def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
+    """Draw the test accuracy of every scheme within its family, with chance as a line and the float model as another.
+
+    Args:
+        table: the result of `with_families`.
+        guessing: the result of `chance`.
+    """
+    summary = summarize(table, ["data", "family", "condition", "scheme"])
+    figure = dot_panels(summary, table, "condition", "family", reference="float", scheme="scheme")
+    for ax, data in zip(figure.axes, summary["data"].unique(), strict=True):
+        mark(ax, 100 * guessing[data], "chance")
+    return figure
 
 
 def published(path: str | Path, notebook: str) -> pd.DataFrame:

@@ -33,6 +33,21 @@ class Condition:
     recipe_options: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] = field(default_factory=dict)
 
 
+WITH_BIAS = " + bias"
+BIASES = ("none", "relative", "full")
+BOTH_BIASES = ("float", "elastic", "gsb", "reactnet", "bivit")  # shown with and without the bias of the map
+
+
+def with_bias(scheme: str, bias: str = "none") -> Condition:
+    """Return a scheme with a learned bias of the attention map, or without one, whatever was published with it.
+
+    Args:
+        scheme: a name of `binvit.list_schemes`.
+        bias: "none", "relative" or "full", as the scheme's field attention_bias.
+    """
+    return Condition(scheme + (WITH_BIAS if bias != "none" else ""), scheme, {"attention_bias": bias})
+
+
 @dataclass(frozen=True)
 class Run:
     """A trial with the names it has in the experiment's table."""
@@ -85,8 +100,8 @@ def plan(
             own = own(given) if callable(own) else own
             plain = Trial(part.dataset, condition.scheme, base.name)
             options: dict[str, Any] = {
-                "scheme_options": _changed(condition.scheme_options, plain.get_scheme()),
-                "recipe_options": _changed({**shared, **own}, base),
+                "scheme_options": changed(condition.scheme_options, plain.get_scheme()),
+                "recipe_options": changed({**shared, **own}, base),
             }
             for seed in seeds[: part.seeds]:
                 trial = dataclasses.replace(
@@ -100,7 +115,7 @@ def plan(
     return runs
 
 
-def _changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
+def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse."""
     return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
 

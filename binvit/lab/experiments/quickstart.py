@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,52 @@ import torch
 from PIL import Image
 from safetensors.torch import save as serialize
 
+from binvit.lab.analysis.claims import Claim, check_mean, check_pair, check_value, confirm
+from binvit.lab.analysis.verdicts import BEST, SUPERPOSITION_HELPS
 from binvit.lab.benchmark.timing import interleave
+from binvit.lab.experiments.plan import Condition, with_bias
 from binvit.lab.training.evaluation import Classifier
 from binvit.packed import load, pack, save
+
+
+def conditions(schemes: Sequence[str], bias: str = "none") -> list[Condition]:
+    """Return one condition per scheme, all with the same bias of the attention map.
+
+    Args:
+        schemes: names of `binvit.list_schemes`.
+        bias: "none", "relative" or "full".
+    """
+    return [dataclasses.replace(with_bias(scheme, bias), name=scheme) for scheme in schemes]
+
+
+def claims(
+    table: pd.DataFrame, expected: float, levels: Mapping[str, int], change: float | None, packed: pd.DataFrame
+) -> list[Claim]:
+    """Check what superposition is worth, and that the models are what they are said to be.
+
+    Args:
+        table: one row per trial.
+        expected: test accuracy that a well tuned float model exceeds.
+        levels: scheme -> different numbers in one block's attention weights.
+        change: largest change of a logit if other images share the batch; None if that was not measured.
+        packed: the result of `deploy`.
+    """
+    return [
+        *confirm(
+            SUPERPOSITION_HELPS,
+            check_pair("Superposition is more accurate than one binary tensor.", table, "gsb", "elastic"),
+        ),
+        *confirm(BEST, check_pair("Superposition is more accurate than float.", table, "gsb", "float")),
+        check_pair("Superposition stays within 5 points of float.", table, "gsb", "float", -0.05),
+        check_mean(f"The float model is well tuned: it exceeds {expected:.0%}.", table, "float", expected),
+        check_value("One binary tensor gives the attention at most two levels.", levels.get("elastic"), at_most=2),
+        check_value("Superposition gives the attention more than two levels.", levels.get("gsb"), at_least=3),
+        check_value("With row-wise maxima, logits do not depend on the batch.", change, at_most=0),
+        check_value(
+            "The packed models give the trained models' logits bit for bit.",
+            bool(packed["equal_logits"].all()) if len(packed) else None,
+        ),
+    ]
 
 
 def deploy(

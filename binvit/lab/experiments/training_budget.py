@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.label_noise import Matrix
 from binvit.lab.experiments.parse import Images
-from binvit.lab.experiments.plan import Run
+from binvit.lab.experiments.plan import Condition, Run, changed
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial
@@ -40,21 +41,22 @@ def equal_updates(recipe: Recipe, updates: int | None, images: int) -> dict[str,
 
 
 def run_levels(
-    part: Images, title: str, schemes: Sequence[str], seeds: Sequence[int], recipe: str, settings: dict
+    part: Images, title: str, conditions: Sequence[Condition], seeds: Sequence[int], recipe: str, settings: dict
 ) -> list[Run]:
-    """Return one run per seed and scheme with the same settings."""
-    return [
-        Run(scheme, title, Trial(part.dataset, scheme, part.recipe or recipe, seed, **settings))
-        for seed in seeds[: part.seeds]
-        for scheme in schemes
-    ]
+    """Return one run per seed and condition with the same settings."""
+    runs = []
+    for condition in conditions:
+        plain = Trial(part.dataset, condition.scheme, part.recipe or recipe, **settings)
+        trial = dataclasses.replace(plain, scheme_options=changed(condition.scheme_options, plain.get_scheme()))
+        runs.append([Run(condition.name, title, dataclasses.replace(trial, seed=s)) for s in seeds[: part.seeds]])
+    return [run for same_seed in zip(*runs, strict=True) for run in same_seed]
 
 
 def plan_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return how much each training will see, a row for all trainings that see equally much.
 
     Args:
-        runs: the result of `sample_runs` or `noise_runs`.
+        runs: the result of `limited_samples.conditions` or `label_noise.conditions`.
 
     Returns:
         data, training images, how labels go wrong and how many do, epochs and optimizer steps of the last stage, and
@@ -83,15 +85,16 @@ def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1) -> pd.DataF
     """Train what has not been trained yet and return the experiment's table.
 
     Args:
-        runs: the result of `sample_runs` or `noise_runs`.
+        runs: the result of `limited_samples.conditions` or `label_noise.conditions`.
         results_dir: folder of the results.
         jobs: trainings side by side.
 
     Returns:
-        The columns of `run_trials`, with "data", the images' name, "labels", how they go wrong ("symmetric" or
-        "class-conditional"), and "gap", training minus test accuracy.
+        The columns of `run_trials`, with "condition", "data", the images' name, "labels", how they go wrong
+        ("symmetric" or "class-conditional"), and "gap", training minus test accuracy.
     """
     table = run_trials([item.trial for item in runs], results_dir, jobs)
     kinds = [_kind(noise) for noise in table["noise"]]
     gap = table["train_accuracy"] - table["test_accuracy"]
-    return table.assign(data=[item.data for item in runs], labels=kinds, gap=gap)
+    names = {"condition": [item.condition for item in runs], "data": [item.data for item in runs]}
+    return table.assign(**names, labels=kinds, gap=gap)

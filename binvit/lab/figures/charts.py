@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from binvit.lab.figures.style import (
+    FEWEST,
     GREY,
     INK,
     SCHEME_COLORS,
@@ -226,6 +227,12 @@ def dots(
     return fig
 
 
+def mark(ax: Axes, x: float, name: str) -> None:
+    """Draw a dotted line at a number of the horizontal axis and write what it is."""
+    ax.axvline(x, color=GREY, lw=0.8, ls=":", zorder=1)
+    ax.annotate(name, (x, 1), (2, 1), ("data", "axes fraction"), "offset points", fontsize=6.5, color=GREY, va="bottom")
+
+
 @styled
 def heat(
     summary: pd.DataFrame,
@@ -235,9 +242,10 @@ def heat(
     title: str | None = None,
     xlabel: str | None = None,
     ylabel: str | None = None,
+    what: str = "test accuracy (%)",
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw means as a heat map, each cell with its mean and half the width of its 95 % interval.
+    """Draw means as a heat map, each cell with its mean and, from five seeds on, half the width of its 95 % interval.
 
     Args:
         summary: the columns ``x``, ``y``, ``mean``, ``low``, ``high``, ``n``, one row per cell.
@@ -246,6 +254,7 @@ def heat(
         percent: write the mean in percent.
         title: what the figure says.
         xlabel, ylabel: what the columns and the rows are.
+        what: what the mean is.
         ax: where to draw; by default a new figure, sized by its cells.
 
     Returns:
@@ -261,6 +270,7 @@ def heat(
     fig, ax = figure_with(ax, 1.4 + 1.0 * len(columns), 0.9 + 0.5 * len(rows))
     factor, spec = (100, ".1f") if percent else (1, ".3g")
     half = (summary["high"] - summary["low"]) / 2
+    half = half.where(summary["n"] >= FEWEST)
     spread = half.map(lambda h: "" if math.isnan(h) else f"\n± {factor * h:{spec}}")
     cells = summary.assign(text=summary["mean"].map(lambda mean: f"{factor * mean:{spec}}") + spread)
     means, texts = (
@@ -272,7 +282,7 @@ def heat(
     )
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.tick_params(length=0, rotation=0)
-    caption(fig, interval_caption(summary["n"]))
+    caption(fig, f"{what}: {interval_caption(summary['n'])}")
     if title:
         ax.set_title(title)
     return fig

@@ -77,7 +77,7 @@ def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width
     fig, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height), squeeze=False)
     for ax, (data, part) in zip(axes[0], parts, strict=True):
         draw(part, ax)
-        if len(parts) > 1:
+        if len(parts) > 1 and not ax.get_title(loc="left"):
             ax.set_title(data)
     return fig
 

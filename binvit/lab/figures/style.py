@@ -18,6 +18,7 @@ from binvit.files import atomic_write
 
 STYLE = Path(__file__).with_name("binvit.mplstyle")
 INK, GREY = "#222222", "#7a7a7a"
+FEWEST = 5  # seeds from which figures draw an interval; fewer are drawn as points with their mean
 
 # Chosen so that any two differ clearly, also with protanopia and deuteranopia (a test measures it).
 SCHEME_COLORS = {
@@ -160,7 +161,12 @@ def caption(fig: Figure, text: str) -> None:
 
 def interval_caption(n: pd.Series) -> str:
     """Return what points and bars mean, with the number of seeds."""
-    return "one seed, so no interval" if (n == 1).all() else f"mean and 95 % interval over {count_seeds(n)}"
+    if (n == 1).all():
+        return "one seed, so no interval"
+    drawn = "mean and 95 % interval over" if (n >= FEWEST).all() else "seeds and mean of"
+    if (n < FEWEST).any() and (n >= FEWEST).any():
+        drawn = f"mean and seeds, from {FEWEST} seeds on the 95 % interval, of"
+    return f"{drawn} {count_seeds(n)}"
 
 
 def count_seeds(n: pd.Series) -> str:

@@ -102,16 +102,17 @@ class LearnedOutput(Rule):
 
 @dataclass(frozen=True)
 class LearnedRow(Rule):
-    """BiViT's weights: y = a sign(c), c = W minus its row's mean, one learned a per row.
+    """BiViT's weights: y = a sign(c), c = W minus its row's mean (W itself unless `center`), one learned a per row.
 
-    Backward: dc = a g 1[|c| < 1], dW = dc minus its row's mean, da = sum of g sign(c) over the row. Init: the row's
-    mean of |W|, before the centring.
+    Backward: dc = a g 1[|c| < 1], dW = dc minus its row's mean (dc itself unless `center`), da = sum of g sign(c) over
+    the row. Init: the row's mean of |W|, before the centring.
 
     References:
         He et al., BiViT: Extremely compressed binary vision transformer, 2023, arXiv 2211.07091, and its code.
     """
 
     per: str = "channel"
+    center: bool = True
 
     parameters: ClassVar[tuple[str, ...]] = ("scale",)
 
@@ -119,11 +120,12 @@ class LearnedRow(Rule):
         return (x.abs().mean(-1, keepdim=True),)
 
     def planes(self, x: Tensor, scale: Tensor) -> list[Plane]:
-        return [Plane(sign(centred(x)), scale)]
+        return [Plane(sign(centred(x) if self.center else x), scale)]
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        c = centred(x)
-        return centred(g * scale * window(c, "open")), reduce_to(g * sign(c), scale.shape)
+        c = centred(x) if self.center else x
+        dc = g * scale * window(c, "open")
+        return centred(dc) if self.center else dc, reduce_to(g * sign(c), scale.shape)
 
 
 @dataclass(frozen=True)
