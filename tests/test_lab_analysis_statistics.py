@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from binvit.lab.analysis import statistics
+from binvit.lab.analysis import claims, statistics
 
 accuracies = st.floats(0, 1)
 
@@ -51,7 +51,7 @@ def test_estimates_tell_the_number_of_seeds():
 
 
 def test_summary_keeps_order_and_counts():
-    df = trials(gsb=[0.9, 0.8], bit=[0.5])
+    df = trials(gsb=[0.9, 0.8], elastic=[0.5])
     s = statistics.summarize(df)
     assert list(s.columns) == ["scheme", "mean", "low", "high", "n"]
     assert list(s["scheme"]) == ["gsb", "elastic"]
@@ -129,7 +129,18 @@ def test_comparison_with_one_reference():
 
 
 def test_readable_tables_show_seeds_and_unknown_intervals():
-    t = statistics.readable(statistics.summarize(trials(gsb=[0.9, 0.9], bit=[0.5])), name="accuracy")
+    t = statistics.readable(statistics.summarize(trials(gsb=[0.9, 0.9], elastic=[0.5])), name="accuracy")
     assert list(t.columns) == ["scheme", "accuracy (%)", "95 % interval", "seeds"]
     assert t.iloc[0].tolist() == ["gsb", "90.0", "90.0 to 90.0", 2]
     assert t.iloc[1].tolist() == ["elastic", "50.0", "unknown", 1]
+
+
+def test_intervals_of_shares_end_at_0_and_1_and_verdicts_do_not_follow_from_that():
+    df = trials(gsb=[0.5, 1.0, 1.0])
+    row = statistics.summarize(df).iloc[0]
+    whole = statistics.estimate(df["test_accuracy"])
+    assert (row["low"], row["high"]) == (pytest.approx(max(whole.low, 0)), 1.0)
+    assert whole.high > 1
+    gap = statistics.summarize(df.rename(columns={"test_accuracy": "gap"}), value="gap").iloc[0]
+    assert gap["high"] == pytest.approx(whole.high)
+    assert claims.check_mean("It is good.", df, "gsb", 0.1).p == whole.p_values(0.1)

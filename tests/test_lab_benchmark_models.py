@@ -130,7 +130,17 @@ def test_claims_about_size_follow_the_audit():
     assert "rounded model's logits" in claims[1].sentence
     assert claims[0].evidence.startswith(f"{100 * rounded.share:.1f} % (at most 5 % demanded")
     assert f"{100 * counted.share:.1f} % with float32 vectors" in claims[0].evidence
-    assert efficiency.draw_bytes(counted).axes
+    (ax,) = efficiency.draw_bytes(counted).axes
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == "total"
+
+
+def test_growth_has_lines_of_reference():
+    rows = [("binvit gsb", kind, n, 0.001 * n) for kind in ("tokens", "width") for n in (64, 128, 256)]
+    growth = pd.DataFrame(rows, columns=["contender", "grows", "tokens", "seconds"]).assign(width=lambda t: t["tokens"])
+    ax = efficiency.draw_growth(growth).axes[0]
+    measured, linear, square = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_allclose(linear, measured)
+    np.testing.assert_allclose(square, [64, 256, 1024])
 
 
 def test_bench_writes_tables_and_refuses_bad_input(tmp_path, monkeypatch):

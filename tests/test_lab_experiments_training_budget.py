@@ -285,6 +285,8 @@ def test_figures_have_a_row_for_each_kind_of_images():
     noisy = noise_table({"float": (0.5, 0.6), "gsb": (0.7, 0.2)})
     figure = label_noise.draw(noisy)
     assert "class-conditional" in figure._supxlabel.get_text()
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert [line.get_xdata() for line in diamonds] == [[0.4], [0.4]]  # at their true share
     assert len(figure.axes) == 2
     matrix = pixel_confusion(load_data("digits").train, 10)
     assert len(confusion_map(matrix, [str(i) for i in range(10)]).axes[0].texts) > 10

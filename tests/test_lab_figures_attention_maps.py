@@ -45,6 +45,16 @@ def test_the_class_tokens_row_dyes_its_patch():
     assert {tuple(p) for p in dyed} == {(1, 1)}
 
 
+def test_equal_weights_have_equal_colours_on_any_picture():
+    picture = np.random.default_rng(0).random((8, 8, 3))
+    m = np.repeat([[0.0, 0.5, 0.5, 1.0]], 4, axis=0)
+    drawn = [attention_maps.attention_maps(p, {"gsb": m}, (4, 4)).axes[1].images[0] for p in (picture, 0 * picture)]
+    colors = np.asarray(drawn[0].get_array())
+    assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 3
+    np.testing.assert_array_equal(colors, np.asarray(drawn[1].get_array()))
+    assert drawn[0].get_extent() == [-0.5, 7.5, 7.5, -0.5]
+
+
 def test_without_a_class_token_all_queries_count():
     m = np.zeros((16, 16))
     m[3, 6] = 1.0

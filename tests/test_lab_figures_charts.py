@@ -26,7 +26,7 @@ def trials() -> pd.DataFrame:
         (scheme, samples, seed, base + 0.01 * samples + rng.normal(0, 0.01))
         for scheme, base in {"float": 0.8, "elastic": 0.7, "gsb": 0.79}.items()
         for samples in (5, 10)
-        for seed in range(3)
+        for seed in range(5)
     ]
     return pd.DataFrame(rows, columns=["scheme", "samples_per_class", "seed", "test_accuracy"])
 
@@ -55,10 +55,66 @@ def test_a_single_evaluation_is_drawn(history):
     assert any(line.get_marker() == "o" for line in fig.axes[0].lines)
 
 
+def test_few_seeds_are_points_without_intervals(trials):
+    few = trials[trials["seed"] < 4]
+    summary = statistics.summarize(few, by=["scheme", "samples_per_class"])
+    one = summary[summary["samples_per_class"] == 5]
+    for fig in (
+        charts.dots(one, trials=few[few["samples_per_class"] == 5]),
+        charts.heat(summary, "scheme", "samples_per_class"),
+        charts.lines(summary, "samples_per_class", trials=few),
+    ):
+        assert not any("±" in text or "interval" in text for text in texts(fig))
+        assert any("seeds and mean of 4 seeds" in text for text in texts(fig))
+    dots, curves = (
+        charts.dots(one, trials=few[few["samples_per_class"] == 5]),
+        charts.lines(summary, "samples_per_class", trials=few),
+    )
+    assert sum(len(line.get_xdata()) == 4 for line in dots.axes[0].lines) == 3
+    assert sum(len(line.get_xdata()) == 8 for line in curves.axes[0].lines) == 3
+    assert not curves.axes[0].collections
+
+
+def test_intervals_of_accuracies_end_at_0_and_100(trials):
+    wide = trials.assign(test_accuracy=trials["seed"].map({0: 0.0, 1: 1.0, 2: 0.9, 3: 1.0, 4: 1.0}))
+    summary = statistics.summarize(wide, by=["scheme", "samples_per_class"])
+    assert summary["high"].max() == 1
+    for fig in (
+        charts.dots(summary[summary["samples_per_class"] == 5]),
+        charts.lines(summary, "samples_per_class"),
+    ):
+        ends = [line.get_xdata() if len(line.get_xdata()) == 2 else [50] for line in fig.axes[0].lines]
+        bars = [bar.get_segments()[0][:, 1] for bar in fig.axes[0].collections]
+        assert all(0 <= x <= 100 for part in (*ends, *bars) for x in part)
+    low = summary["low"].iloc[0]
+    half = 100 * (summary["mean"].iloc[0] - low)
+    assert any(f"± {half:.1f}" in text for text in texts(charts.dots(summary[summary["samples_per_class"] == 5])))
+
+
+def test_two_points_are_no_curve(trials, history):
+    more = pd.concat([trials, trials[trials["samples_per_class"] == 5].assign(samples_per_class=20)])
+    for table, drawn_as in ((trials, "None"), (more, "-")):
+        fig = charts.lines(statistics.summarize(table, by=["scheme", "samples_per_class"]), "samples_per_class")
+        drawn = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
+        assert {line.get_linestyle() for line in drawn} == {drawn_as}
+    for epochs, drawn_as in ((3, "None"), (5, "-")):  # of which every second was evaluated
+        fig = charts.learning_curves(history[history["epoch"] <= epochs])
+        assert {line.get_linestyle() for line in fig.axes[0].lines} == {drawn_as}
+
+
+def test_a_scheme_with_bias_has_its_colour_and_dashes():
+    rows = [(s, n, k, 0.5) for s in ("gsb", "gsb + bias") for n in (1, 2, 3) for k in range(5)]
+    table = pd.DataFrame(rows, columns=["condition", "samples_per_class", "seed", "test_accuracy"])
+    summary = statistics.summarize(table, by=["condition", "samples_per_class"])
+    fig = charts.lines(summary, "samples_per_class", "condition")
+    assert {line.get_color() for line in fig.axes[0].lines} == {style.scheme_color("gsb")}
+    assert {line.get_linestyle() for line in fig.axes[0].lines} == {"-", "--"}
+
+
 def test_lines_name_themselves_and_their_seeds(trials):
     summary = statistics.summarize(trials, by=["scheme", "samples_per_class"])
     fig = charts.lines(summary, "samples_per_class", log_x=True)
-    assert {"float", "elastic", "gsb", "5", "10", "mean and 95 % interval over 3 seeds"} <= set(texts(fig))
+    assert {"float", "elastic", "gsb", "5", "10", "mean and 95 % interval over 5 seeds"} <= set(texts(fig))
     assert fig.axes[0].get_xscale() == "log"
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 MEASURED = ("test_accuracy", "train_accuracy", "seconds")  # what differs between trials without being a setting
+SHARES = ("test_accuracy", "train_accuracy", "clean_train_accuracy", "memorized", "flipped")  # from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def summarize(
         seed: the column that tells the trials of one group apart.
 
     Returns:
-        The columns of ``by``, then ``mean``, ``low``, ``high`` (NaN for one seed) and ``n``.
+        The columns of ``by``, then ``mean``, ``low``, ``high`` (NaN for one seed) and ``n``. Intervals of accuracies
+        and other shares end at 0 and 1.
 
     Raises:
         ValueError: if a column is missing, a value is not finite, or a seed occurs twice within a group, which would
@@ -132,7 +134,10 @@ def summarize(
         _refuse_duplicates(group, seed, ", ".join(f"{c} = {k!r}" for c, k in zip(by, key, strict=True)), by)
         e = estimate(group[value])
         rows.append((*key, e.mean, e.low, e.high, e.n))
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+    found = pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+    if value in SHARES:
+        found[["low", "high"]] = found[["low", "high"]].astype(float).clip(0, 1)
+    return found
 
 
 def paired_difference(

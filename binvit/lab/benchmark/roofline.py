@@ -50,7 +50,7 @@ def draw_roofline(kernels: pd.DataFrame, title: str | None = None) -> Figure:
     m, k, n = (kernels[c] for c in "mkn")
     moved = size * (m * k + n * k) + output * m * n
     points = pd.DataFrame({"family": kernels["contender"], "intensity": m * k * n / moved, "rate": kernels["rate"]})
-    points["name"] = ""
+    points["name"] = kernels.get("layer", "")
     threads = int(kernels["threads"].iloc[0])
     limits = {"population count": bits.popcount_limit(threads) / 1e9} if JIT else {}
     return roofline(points, limits, memory_bandwidth() / 1e9, title=title, colors=_COLORS)
@@ -103,7 +103,7 @@ def roofline(
             (6, -1),
             textcoords="offset points",
             va="center",
-            size=7.5,
+            size=6,
             color=readable(palette[family]),
         )
     ax.set(xscale="log", yscale="log", xlim=(left, right), xlabel=xlabel, ylabel=ylabel, title=title)

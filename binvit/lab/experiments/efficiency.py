@@ -12,6 +12,7 @@ from binvit.lab.analysis.claims import Claim, check_value
 from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, scheme_color, styled
 from binvit.packed.audit import Audit
 
+REFERENCES = {1: ":", 2: "--"}  # powers of growth -> line style
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 
 
@@ -54,7 +55,7 @@ def draw_latencies(models: pd.DataFrame, title: str | None = None) -> Figure:
 
 @styled
 def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
-    """Draw a model's bytes by part, in float32 and packed.
+    """Draw a model's bytes by part and in total, in float32 and packed.
 
     Args:
         audit: what `binvit.packed.audit.audit` returned.
@@ -65,6 +66,7 @@ def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
     """
     table = audit.table[["float32_bytes", "bytes"]]
     table = table[table.sum(axis=1) > 0].sort_values("bytes")
+    table.loc["total"] = table.sum()
     fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.26 * len(table)))
     for y, (part, row) in enumerate(table.iterrows()):
         if row["float32_bytes"] > 0:  # scales exist in packed models alone
@@ -91,7 +93,9 @@ def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
 
 @styled
 def draw_growth(growth: pd.DataFrame) -> Figure:
-    """Draw how the latency of one image grows with tokens and with width.
+    """Draw how the latency of one image grows with tokens and with width, with lines of reference.
+
+    The lines start at each contender's first point and show what growth in proportion and with the square would be.
 
     Args:
         growth: what `binvit.lab.benchmark.models.benchmark_growth` returned.
@@ -109,6 +113,9 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
             colors[name] = OURS if name.startswith("binvit") else THEIRS
             ax.plot(line[kind], 1000 * line["seconds"], color=colors[name], marker="o", mec="white", mew=0.8, ms=6)
             ends[name] = (line[kind].iloc[-1], 1000 * line["seconds"].iloc[-1])
+            for power, style in REFERENCES.items():
+                times = line["seconds"].iloc[0] * (line[kind] / line[kind].iloc[0]) ** power
+                ax.plot(line[kind], 1000 * times, color=GREY, lw=0.7, ls=style, zorder=1)
         ax.set(xscale="log", yscale="log", xlabel=kind)
         ticks = sorted(part[kind].unique())
         ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
@@ -116,7 +123,7 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
         ax.yaxis.set_minor_formatter(NullFormatter())
         label_ends(ax, ends, colors, {name: name for name in ends})
     axes[0, 0].set_ylabel("ms for one image")
-    caption(fig, "median")
+    caption(fig, "median; grey: growth in proportion (dotted) and with the square (dashed) from the first point")
     return fig
 
 

@@ -19,7 +19,16 @@ from binvit.lab.analysis.verdicts import LOSS_IS_ATTENTION, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.plan import Condition, Run
 from binvit.lab.figures.histogram import value_histogram
-from binvit.lab.figures.style import INK, SCHEME_COLORS, caption, interval_caption, readable, require_columns, styled
+from binvit.lab.figures.style import (
+    FEWEST,
+    INK,
+    SCHEME_COLORS,
+    caption,
+    interval_caption,
+    readable,
+    require_columns,
+    styled,
+)
 from binvit.lab.trials.trained import load_trained
 from binvit.lab.trials.trial import Trial
 
@@ -197,7 +206,11 @@ def _losses(ax: Axes, table: pd.DataFrame, measure: str, tensors: Sequence[str])
         pair = ((table["tensor"] == row["tensor"]) & (table["binarizer"] != row["binarizer"])).any()
         y = tensors.index(row["tensor"]) + pair * (0.19 if row["binarizer"] == "GSB" else -0.19)
         color = _BINARIZERS[row["binarizer"]]
-        ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.4)
+        if row["n"] >= FEWEST:
+            ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.4)
+        else:
+            own = table[(table["tensor"] == row["tensor"]) & (table["binarizer"] == row["binarizer"])][measure]
+            ax.plot(factor * own, [y] * len(own), "o", color=color, alpha=0.45, ms=2.6, mew=0)
         ax.plot(factor * row["mean"], y, "o", color=color, ms=5.5, mec="white", mew=0.8)
     ax.set_yticks(range(len(tensors)), tensors)
     ax.tick_params(axis="y", length=0, labelcolor=INK)

@@ -22,7 +22,7 @@ from binvit.lab.experiments.plan import Run, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import limit_to_shares, subplot_grid
-from binvit.lab.figures.style import caption, colors_of, styled
+from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 FITTED = 0.5  # share of the wrong labels that a model reproduces if it has fitted the noise
@@ -165,14 +165,13 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         alike = part["labels"] == "class-conditional"
         limit_to_shares(ax, summarize(part, ["scheme", "label_noise", "labels"], value))
         if not part[~alike].empty:
-            lines(summarize(part[~alike], ["scheme", "label_noise"], value), "label_noise", ylabel=panels[value], ax=ax)
-        if not part[alike].empty:
-            shift = 0.022 * (part["label_noise"].max() - part["label_noise"].min() or 1)
-            for i, row in enumerate(summarize(part[alike], ["scheme", "label_noise"], value).to_dict("records")):
-                x = row["label_noise"] + shift * (i % part["scheme"].nunique() + 1)
-                color = colors[row["scheme"]]
+            summary = summarize(part[~alike], ["scheme", "label_noise"], value)
+            lines(summary, "label_noise", ylabel=panels[value], trials=part[~alike], value=value, ax=ax)
+        for row in summarize(part[alike], ["scheme", "label_noise"], value).to_dict("records"):
+            color, x = colors[row["scheme"]], row["label_noise"]
+            if row["n"] >= FEWEST:
                 ax.plot([x, x], [100 * row["low"], 100 * row["high"]], color=color, lw=0.9)
-                ax.plot(x, 100 * row["mean"], "D", color="white", mec=color, mew=1.3, ms=5, zorder=3)
+            ax.plot(x, 100 * row["mean"], "D", color="none", mec=color, mew=1.3, ms=5, zorder=3)
 
     fig = subplot_grid(table, list(panels), panel, title)
     if (table["labels"] == "class-conditional").any():

@@ -182,6 +182,6 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         summary = summarize(part, ["condition", "samples_per_class"], value)
         if value == "test_accuracy":
             limit_to_shares(ax, summary)
-        lines(summary, "samples_per_class", "condition", ylabel=panels[value], log_x=True, ax=ax)
+        lines(summary, "samples_per_class", "condition", panels[value], log_x=True, trials=part, value=value, ax=ax)
 
     return subplot_grid(table, list(panels), panel, title)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from binvit.config import freeze
 from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
+from binvit.lab.figures.style import BIASED as WITH_BIAS
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.pool import run_trials
@@ -33,7 +34,6 @@ class Condition:
     recipe_options: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] = field(default_factory=dict)
 
 
-WITH_BIAS = " + bias"
 BIASES = ("none", "relative", "full")
 BOTH_BIASES = ("float", "elastic", "gsb", "reactnet", "bivit")  # shown with and without the bias of the map
 

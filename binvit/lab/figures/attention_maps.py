@@ -20,11 +20,11 @@ def attention_maps(
     names: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Lay attention maps over their images: one row per image, one column per map, the image itself first.
+    """Draw attention maps beside their images: one row per image, one column per map, the image itself first.
 
     Of a map over all tokens the class token's row is shown, or the mean over all rows if there is no such token. Each
     map is scaled by its own largest weight, so that what is compared is where a model looks and how many levels its
-    weights have.
+    weights have. Equal weights of a map have equal colours, whatever the image shows there.
 
     Args:
         images: (H, W, 3), (B, H, W, 3) or a sequence of B PIL images; floats from 0 to 1 or bytes.
@@ -56,7 +56,8 @@ def attention_maps(
     for row, picture in enumerate(pictures):
         axes[row, 0].imshow(picture)
         for ax, stack in zip(axes[row, 1:], columns.values(), strict=True):
-            ax.imshow(_overlay(picture, stack[row]))
+            height, width = picture.shape[:2]
+            ax.imshow(_colors(stack[row]), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -71,7 +72,7 @@ def attention_maps(
         )
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    caption(fig, "attention paid to each patch; full colour: the largest weight of the map")
+    caption(fig, "attention paid to each patch; grey: none, full colour: the largest weight of the map")
     return fig
 
 
@@ -116,14 +117,7 @@ def _patches(name: str, m: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return m
 
 
-def _overlay(picture: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """Return the picture in pale grey, dyed where the map is large."""
-    height, width = picture.shape[:2]
-    factor = max(1, round(224 / height))  # small images are enlarged, so that patches have sharp edges
-    grey = np.repeat(np.repeat(picture @ [0.299, 0.587, 0.114], factor, 0), factor, 1)
-    rows = np.arange(height * factor) * m.shape[0] // (height * factor)
-    columns = np.arange(width * factor) * m.shape[1] // (width * factor)
-    weight = (m / (m.max() or 1.0))[np.ix_(rows, columns)][..., None]
-    paper = 0.7 + 0.3 * grey[..., None]
-    dye = np.array(to_rgb(SCHEME_COLORS["gsb"])) * (0.78 + 0.22 * grey[..., None])
-    return (1 - 0.9 * weight) * paper + 0.9 * weight * dye
+def _colors(m: np.ndarray) -> np.ndarray:
+    """Return the map in colours that depend on nothing but the weight, (h, w, 3); pale grey is 0."""
+    weight = (m / (m.max() or 1.0))[..., None]
+    return (1 - weight) * 0.93 + weight * np.array(to_rgb(SCHEME_COLORS["gsb"]))

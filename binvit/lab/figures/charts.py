@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from binvit.lab.figures.style import (
+    BIASED,
     FEWEST,
     GREY,
     INK,
@@ -28,6 +29,7 @@ from binvit.lab.figures.style import (
     styled,
 )
 
+CURVE = 3  # points from which a line is drawn through them
 BLUES = LinearSegmentedColormap.from_list("blues", ["#f3f6f9", "#b5d0e6", "#5f9fcb", "#0072b2", "#013a5c"])
 
 
@@ -59,10 +61,11 @@ def learning_curves(
         factor = 100 if name.endswith("accuracy") else 1
         ends, texts = {}, {}
         for series, part in table.groupby(by, sort=False):
-            for _, run in part.groupby("seed"):
-                ax.plot(run["epoch"], factor * run[name], color=colors[series], lw=0.7, alpha=0.35)
             mean = factor * part.groupby("epoch")[name].mean()
-            ax.plot(mean.index, mean, color=colors[series], marker="o" if len(mean) == 1 else None, clip_on=False)
+            curve = {"ls": "-"} if len(mean) >= CURVE else {"ls": "none", "marker": "o"}
+            for _, run in part.groupby("seed"):
+                ax.plot(run["epoch"], factor * run[name], color=colors[series], lw=0.7, ms=2.6, alpha=0.35, **curve)
+            ax.plot(mean.index, mean, color=colors[series], clip_on=False, **curve)
             ends[series] = (mean.index[-1], mean.iloc[-1])
             texts[series] = f"{series} {mean.iloc[-1]:{'.1f' if factor == 100 else '.2f'}}"
         ax.set_xlim(min(history["epoch"].min(), history["epoch"].max() - 1), history["epoch"].max())
@@ -84,12 +87,15 @@ def lines(
     xlabel: str | None = None,
     percent: bool = True,
     log_x: bool = False,
+    trials: pd.DataFrame | None = None,
+    value: str = "test_accuracy",
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw means against a number, one line per series with its 95 % interval as a band, named where it ends.
 
-    A single number on the horizontal axis has no lines: then the intervals are bars side by side.
+    Fewer than three numbers on the horizontal axis have no lines: then the intervals are bars. Fewer than five seeds
+    have no intervals: then the single trials are faint dots. Series whose name ends with "+ bias" are dashed.
 
     Args:
         summary: the columns ``by``, ``x``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
@@ -99,6 +105,8 @@ def lines(
         xlabel: what ``x`` is; by default its name in words.
         percent: draw the mean in percent.
         log_x: space the horizontal axis logarithmically.
+        trials: single trials, with the columns ``by``, ``x`` and ``value``.
+        value: the column of the single trials to draw.
         title: what the figure says.
         ax: where to draw; by default a new figure.
 
@@ -110,16 +118,23 @@ def lines(
     colors, factor = colors_of(summary[by]), 100 if percent else 1
     ends, texts = {}, {}
     ticks, count = sorted(summary[x].unique()), summary[by].nunique()
-    single = len(ticks) == 1
+    single, curve = len(ticks) == 1, len(ticks) >= CURVE
     for number, (series, part) in enumerate(summary.groupby(by, sort=False)):
         part = part.sort_values(x)
         low, high, at = factor * part["low"], factor * part["high"], part[x]
         if single:
             at = at + 0.03 * (number - (count - 1) / 2)  # of an axis that is 1 wide
-            ax.vlines(at, low, high, color=colors[series], alpha=0.5, lw=1.6, zorder=1)
-        else:
-            ax.fill_between(at, low, high, color=colors[series], alpha=0.13, lw=0, zorder=1)
-        ax.plot(at, factor * part["mean"], color=colors[series], marker="o", mec="white", mew=0.8, ms=6)
+        if (part["n"] >= FEWEST).all():
+            if curve:
+                ax.fill_between(at, low, high, color=colors[series], alpha=0.13, lw=0, zorder=1)
+            else:
+                ax.vlines(at, low, high, color=colors[series], alpha=0.5, lw=1.6, zorder=1)
+        elif trials is not None:
+            own = trials[trials[by] == series]
+            places = own[x] + (at.iloc[0] - ticks[0] if single else 0)
+            ax.plot(places, factor * own[value], "o", color=colors[series], alpha=0.45, ms=2.6, mew=0)
+        style = ("--" if str(series).endswith(BIASED) else "-") if curve else "none"
+        ax.plot(at, factor * part["mean"], color=colors[series], ls=style, marker="o", mec="white", mew=0.8, ms=6)
         last = part[x].iloc[-1] + 0.03 * (count - 1) / 2 if single else part[x].iloc[-1]
         ends[series] = (last, factor * part["mean"].iloc[-1])
         texts[series] = str(series)
@@ -152,7 +167,7 @@ def dots(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw means as dots with 95 % intervals, one row each, the numbers written at the right.
+    """Draw means as dots, from five seeds on with 95 % intervals, one row each, the numbers written at the right.
 
     Args:
         summary: the columns ``label``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
@@ -204,9 +219,10 @@ def dots(
                 ms=2.6,
                 mew=0,
             )
-        ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.5)
+        if row["n"] >= FEWEST:
+            ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.5)
         ax.plot(factor * row["mean"], y, "o", color=color, ms=6.5, mec="white", mew=0.9)
-        half = factor * (row["high"] - row["low"]) / 2
+        half = factor * half_width(row) if row["n"] >= FEWEST else math.nan
         spec = ".1f" if percent else ".3g"
         sign = "+" if reference == "0" else ""
         text = f"{factor * row['mean']:{sign}{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
@@ -225,6 +241,11 @@ def dots(
     if title:
         ax.set_title(title)
     return fig
+
+
+def half_width(row: pd.Series) -> float:
+    """Return half the width of an interval that may be cut off at one end, where a share can go no further."""
+    return max(row["high"] - row["mean"], row["mean"] - row["low"])
 
 
 def mark(ax: Axes, x: float, name: str) -> None:
@@ -269,8 +290,7 @@ def heat(
     columns, rows = list(summary[x].unique()), list(summary[y].unique())
     fig, ax = figure_with(ax, 1.4 + 1.0 * len(columns), 0.9 + 0.5 * len(rows))
     factor, spec = (100, ".1f") if percent else (1, ".3g")
-    half = (summary["high"] - summary["low"]) / 2
-    half = half.where(summary["n"] >= FEWEST)
+    half = summary.apply(half_width, axis=1).where(summary["n"] >= FEWEST)
     spread = half.map(lambda h: "" if math.isnan(h) else f"\n± {factor * h:{spec}}")
     cells = summary.assign(text=summary["mean"].map(lambda mean: f"{factor * mean:{spec}}") + spread)
     means, texts = (

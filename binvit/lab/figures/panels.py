@@ -93,7 +93,7 @@ def dot_panels(
     scheme: str | None = None,
     xlabel: str = "test accuracy (%)",
 ) -> Figure:
-    """Draw means as dots with 95 % intervals and single seeds as faint ones, a panel for each kind of images.
+    """Draw means as dots with intervals and single seeds as faint ones, a panel for each kind of images.
 
     Args:
         summary: means of `statistics.summarize` by data, group and label.

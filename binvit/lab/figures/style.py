@@ -18,6 +18,7 @@ from binvit.files import atomic_write
 
 STYLE = Path(__file__).with_name("binvit.mplstyle")
 INK, GREY = "#222222", "#7a7a7a"
+BIASED = " + bias"  # ends the name of a scheme with a learned bias of the attention map
 FEWEST = 5  # seeds from which figures draw an interval; fewer are drawn as points with their mean
 
 # Chosen so that any two differ clearly, also with protanopia and deuteranopia (a test measures it).
@@ -73,7 +74,7 @@ def scheme_color(name: str) -> str:
 
 
 def colors_of(names: Iterable[object]) -> dict[object, str]:
-    """Return a colour for each name: the fixed one for schemes, the style's next free one for anything else.
+    """Return a colour for each name: the fixed one for schemes (+ bias), the style's next free one for anything else.
 
     Args:
         names: what is to be told apart by colour.
@@ -82,7 +83,10 @@ def colors_of(names: Iterable[object]) -> dict[object, str]:
         Name -> colour.
     """
     unique = list(dict.fromkeys(names))
-    found: dict[str, str] = {name: SCHEME_COLORS[name] for name in unique if name in SCHEME_COLORS}
+    schemes = {name: str(name).removesuffix(BIASED) for name in unique}
+    found: dict[object, str] = {
+        name: SCHEME_COLORS[scheme] for name, scheme in schemes.items() if scheme in SCHEME_COLORS
+    }
     with plt.style.context(STYLE):
         cycle = [f"#{c.lstrip('#')}" for c in mpl.rcParams["axes.prop_cycle"].by_key()["color"]]
     free = [c for c in cycle if c not in found.values()] or cycle
