@@ -132,9 +132,8 @@ def test_a_model_made_by_timm():
 def test_other_mlps_are_refused_in_a_sentence(layer):
     import timm.layers
 
-    model = binvit.binarize(
-        vit(depth=1, mlp_layer=getattr(timm.layers, layer)), binvit.scheme("gsb", components=("mhsa",), activation_limit=None)
-    )
+    scheme = binvit.scheme("gsb", components=("mhsa",), activation_limit=None)
+    model = binvit.binarize(vit(depth=1, mlp_layer=getattr(timm.layers, layer)), scheme)
     with pytest.raises(ValueError, match=r"Block 0 has (SwiGLU|GluMlp) as MLP.*only timm's Mlp has\.$"):
         binvit.pack(binvit.calibrate(model, X).eval())
 
