@@ -296,22 +296,23 @@ def change(
     return (sides[1] - sides[0]).dropna().rename(name).reset_index()
 
 
-def differences(table: pd.DataFrame, column: str, reference: str = "float") -> pd.DataFrame:
+def differences(table: pd.DataFrame, column: str, reference: str = "float", by: str = "scheme") -> pd.DataFrame:
     """Return how much more accurate each scheme is than a reference, setting by setting, paired by seed.
 
     Args:
         table: the result of `run`.
         column: the setting, such as "samples_per_class".
-        reference: a scheme.
+        reference: a value of the column ``by``.
+        by: the column that tells the sides apart.
 
     Returns:
-        data, the setting, scheme, mean, low, high and n; no rows if the reference was not run.
+        data, the setting, the column ``by``, mean, low, high and n; no rows if the reference was not run.
     """
-    columns = ["data", column, "scheme", "mean", "low", "high", "n"]
+    columns = ["data", column, by, "mean", "low", "high", "n"]
     parts = [
-        compare(part, reference).assign(data=data, **{column: at})
+        compare(part, reference, by).assign(data=data, **{column: at})
         for (data, at), part in table.groupby(["data", column], sort=False)
-        if reference in set(part["scheme"])
+        if reference in set(part[by])
     ]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
