@@ -114,7 +114,11 @@ def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
     places = {"MLP": "a 1-bit MLP", "MHSA": "a 1-bit MHSA", "both": "both 1-bit"}
     helps = [factor(f"Factors of weights and inputs help {words}.", name, both, none) for name, words in places.items()]
     found = confirm(ONE_COMPONENT, *[alone(component) for component in ("MLP", "MHSA")])
-    found += confirm(FACTORS_HELP, *helps, factor("They help the 1-bit patch embedding.", PATCHES, both, none))
+    found += confirm(
+        FACTORS_HELP,
+        *helps,
+        factor("Factors of weights and inputs help the 1-bit patch embedding.", PATCHES, both, none),
+    )
     for name, words in places.items():
         found += [
             factor(f"With {words}, a factor of the inputs helps beside that of the weights.", name, both, weights),

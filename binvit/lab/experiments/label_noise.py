@@ -21,7 +21,7 @@ from binvit.lab.experiments.parse import parse_changes, parse_images
 from binvit.lab.experiments.plan import Run, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
-from binvit.lab.figures.panels import limit_to_shares, subplot_grid
+from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
@@ -163,7 +163,6 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
             ax.set_axis_off()
             return
         alike = part["labels"] == "class-conditional"
-        limit_to_shares(ax, summarize(part, ["scheme", "label_noise", "labels"], value))
         if not part[~alike].empty:
             summary = summarize(part[~alike], ["scheme", "label_noise"], value)
             lines(summary, "label_noise", ylabel=panels[value], trials=part[~alike], value=value, ax=ax)

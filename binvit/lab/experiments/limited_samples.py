@@ -25,7 +25,7 @@ from binvit.lab.experiments.parse import Images, parse_changes, parse_images
 from binvit.lab.experiments.plan import Run, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
-from binvit.lab.figures.panels import limit_to_shares, subplot_grid
+from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
@@ -180,8 +180,6 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
         summary = summarize(part, ["condition", "samples_per_class"], value)
-        if value == "test_accuracy":
-            limit_to_shares(ax, summary)
         lines(summary, "samples_per_class", "condition", panels[value], log_x=True, trials=part, value=value, ax=ax)
 
     return subplot_grid(table, list(panels), panel, title)

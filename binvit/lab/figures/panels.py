@@ -17,14 +17,6 @@ from binvit.lab.figures.style import caption, interval_caption, save_figure, sty
 from binvit.lab.project import folder
 
 
-def limit_to_shares(ax: Axes, summary: pd.DataFrame) -> None:
-    """Keep an axis within 0 and 100 %, which the intervals of few seeds exceed."""
-    known = summary[["mean", "low", "high"]]
-    low, high = 100 * known.min(axis=None), 100 * known.max(axis=None)
-    room = 0.05 * (high - low) or 1.0
-    ax.set_ylim(max(low, 0) - room, min(high, 100) + room)
-
-
 def subplot_grid(
     table: pd.DataFrame, values: Sequence[str], draw: Callable[[pd.DataFrame, str, Axes], None], title: str | None
 ) -> Figure:
