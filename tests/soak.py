@@ -80,10 +80,11 @@ def run(folder: Path, jobs: int) -> int:
     return child
 
 
-def soak_kills(kills: int, folder: Path, draw: random.Random, until: float) -> list[str]:
+def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) -> list[str]:
     """Kill runs at random moments until that has been done so often; every tenth is a run of several children."""
     run_undisturbed = run(folder / "whole", 1)
     os.waitpid(run_undisturbed, 0)
+    until = time.monotonic() + seconds
     whole, faults, done, rounds, longest = content(folder / "whole"), [], 0, 0, 2.0
     if len(whole) != len(trials()):
         return ["the undisturbed run has not finished"]
@@ -96,7 +97,7 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, until: float) -> l
             time.sleep(draw.uniform(0, longest * (8 if several else 1)))
             ended, status = os.waitpid(child, os.WNOHANG)
             if not ended:
-                os.kill(child, signal.SIGKILL)  # its children live on, and finish what they train
+                os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 done += 1
             elif status:
@@ -171,7 +172,7 @@ def _parquet(folder: Path) -> Path:
 
 
 def _chaoyang(folder: Path) -> Path:
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     _picture().save(folder / "images" / "a.png")
     for split in ("train", "test"):
         entries = [{"name": "images/a.png", "label": label} for label in range(4)]
@@ -206,10 +207,10 @@ def damaged(whole: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, until: float) -> list[str]:
+def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seconds: float) -> list[str]:
     """Let a process read damaged files; each must be read or refused with a sentence."""
     path, read = reader
-    whole, faults, refused, done = path.read_bytes(), [], 0, 0
+    whole, faults, refused, done, until = path.read_bytes(), [], 0, 0, time.monotonic() + seconds
     warnings.simplefilter("ignore")
     for done in range(1, cases + 1):
         if time.monotonic() > until:
@@ -227,6 +228,7 @@ def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, unti
             faults.append(f"{name}: {error!r} for {kept}\n{traceback.format_exc()}")
         if len(faults) > 5:
             break
+    path.write_bytes(whole)  # for the next reader
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     if memory > MOST_MEMORY:
         faults.append(f"{name}: {memory / 2**20:.0f} MiB of memory")
@@ -256,21 +258,21 @@ def main(kills: int, cases: int, minutes: float, seed: int, only: tuple[str, ...
         chosen = [name for name in names if not only or name in only]
         for number, name in enumerate(chosen):
             share = (60 * minutes - (time.monotonic() - start)) / (len(chosen) - number)
-            code |= _apart(name, folder / name, kills, cases, random.Random(f"{seed} {name}"), time.monotonic() + share)
+            code |= _apart(name, folder, kills, cases, random.Random(f"{seed} {name}"), share)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, {'faults' if code else 'no faults'}")
     sys.exit(code)
 
 
-def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random, until: float) -> int:
+def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random, seconds: float) -> int:
     """Soak one part in a process of its own, whose memory is measured and whose crash is a fault."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             if name == "kills":
-                faults = soak_kills(kills, folder, draw, until)
+                faults = soak_kills(kills, folder / "kills", draw, seconds)
             else:
-                faults = soak_reader(name, readers(folder)[name], cases, draw, until)
+                faults = soak_reader(name, readers(folder / "readers")[name], cases, draw, seconds)
             print("\n".join(faults), end="\n" if faults else "", flush=True)
             code = int(bool(faults))
         except BaseException:

@@ -95,6 +95,13 @@ def test_jobs_are_spread_over_all_gpus(monkeypatch):
     assert devices.choose_device("cpu") == "cpu"
 
 
+def test_several_processes_without_accelerate_get_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need accelerate: pip install 'binvit\[cluster\]'"):
+        Team("cpu").share(1)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:12345", ""])
 def test_what_is_no_device_gets_one_sentence(name):
     with pytest.raises(ValueError, match="A device is cpu, cuda, mps or one GPU such as cuda:1"):

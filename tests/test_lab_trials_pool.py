@@ -296,9 +296,12 @@ def started(trials, results_dir, **options):
     command = program(*trials, results_dir=results_dir, jobs=2, **options)
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     states = [results_dir / ".running" / f"{trial.id}.state" for trial in trials]
-    until = time.monotonic() + 90
-    while not all(state.exists() for state in states) and parent.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + 200
+    while not all(state.exists() for state in states):
         time.sleep(0.02)
+        if parent.poll() is not None or time.monotonic() > until:
+            parent.kill()
+            raise AssertionError(f"The trials have not begun: {parent.communicate()[1]}")
     children = psutil.Process(parent.pid).children(recursive=True)
     return parent, [child for child in children if any("lock" in file.path for file in child.open_files())]
 
@@ -316,12 +319,13 @@ def test_a_killed_child_takes_only_its_trial_with_it(tmp_path):
     assert not psutil.wait_procs([second], timeout=20)[1]
 
 
-def test_an_interrupt_ends_all_children(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_the_parent_ends_all_children(tmp_path, number):
     parent, children = started([tiny("gsb", seed, epochs=5000, checkpoint_minutes=0.0) for seed in (0, 1)], tmp_path)
     everyone = psutil.Process(parent.pid).children(recursive=True)
     assert set(children) <= set(everyone)
-    parent.send_signal(signal.SIGINT)
-    parent.communicate(timeout=30)
+    parent.send_signal(number)
+    parent.communicate(timeout=60)
     assert not psutil.wait_procs(everyone, timeout=20)[1]
 
 

@@ -105,22 +105,25 @@ class Team:
         """Return the leading process's value, any object that pickles, in all processes."""
         if self.size == 1:
             return value
+        self._accelerator.wait_for_everyone()  # connects the processes at the first time
         from accelerate.utils import broadcast_object_list
 
-        self._accelerator.wait_for_everyone()  # connects the processes at the first time
         return broadcast_object_list([value])[0]
 
     def collect(self, value: Any) -> list[Any]:
         """Return the values of all processes, in order of rank."""
         if self.size == 1:
             return [value]
+        self._accelerator.wait_for_everyone()
         from accelerate.utils import gather_object
 
-        self._accelerator.wait_for_everyone()
         return list(gather_object([value]))
 
     @cached_property
     def _accelerator(self) -> Accelerator:
-        from accelerate import Accelerator
-
+        try:
+            from accelerate import Accelerator
+        except ModuleNotFoundError:
+            missing = "Several processes that train one model need accelerate: pip install 'binvit[cluster]'."
+            raise ModuleNotFoundError(missing) from None
         return Accelerator(cpu=self.device == "cpu")

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -45,7 +46,6 @@ class TrialsFailed(ValueError):
 
 
 _SECONDS_PER_REPORT = 2.0
-_SECONDS_IDLE = 10.0  # after which a child ends by itself, as when its parent was killed
 
 
 def run_trials(
@@ -219,8 +219,8 @@ class _Child:
             self.epochs, theirs = Pipe(duplex=False)
             names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
             environment = dict.fromkeys(names, str(self.threads))
-            begin = {"initializer": _begin, "initargs": (theirs, self.threads)}
-            self.pool = ProcessPoolExecutor(1, timeout=_SECONDS_IDLE, env=environment, **begin)
+            begin = {"initializer": _begin, "initargs": (theirs, self.threads, os.getpid())}
+            self.pool = ProcessPoolExecutor(1, env=environment, **begin)
         self.trial = trial
         self.future = self.pool.submit(_run, trial, results_dir, keep_model, wait, self.device)
 
@@ -253,12 +253,19 @@ class _Child:
 _epochs: Connection | None = None  # of a child: where it reports
 
 
-def _begin(epochs: Connection, threads: int) -> None:
-    """Prepare a child process."""
+def _begin(epochs: Connection, threads: int, parent: int) -> None:
+    """Prepare a child process, which ends when its parent does."""
     global _epochs
     _epochs = epochs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard's interrupt is for the parent, which ends its children
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # loky's own workers would wait for ever for a lock that a killed parent held
 
 
 def _report(done: int, total: int, record: object = None) -> None:
