@@ -108,10 +108,10 @@ def test_the_dependence_on_the_batch_is_measured(tmp_path):
     tiny = {"width": 16, "depth": 2, "heads": 2, "batch_size": 32, "epochs": 4}
     chosen = [c for c in design if c.name in ("reduction: over a row", "reduction: over the batch", "gradient: masked")]
     chosen = [plan.Condition(c.name, c.scheme, c.scheme_options, tiny) for c in chosen]
-    runs = plan.plan(chosen, "digits", [0], samples_per_class=4)
     kept = gsb_ablation.kept(chosen)
+    runs = plan.plan(chosen, "digits", [0], samples_per_class=4, keep_models=kept)
     assert kept == {"reduction: over a row", "reduction: over the batch"}
-    plan.train(runs, tmp_path, keep_models=kept, progress=False)
+    plan.train(runs, tmp_path, progress=False)
     found = gsb_ablation.measure_batches(runs, tmp_path, images=64, batch_size=8).set_index("level")
     assert found.index.tolist() == ["over a row", "over the batch"]
     assert (

@@ -1,5 +1,6 @@
 """Lost information over several seeds: the table is complete, its claims can fail, the pictures show single queries."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,9 @@ def test_conditions_are_the_float_model_and_each_tensor():
 
 def test_measured_losses_of_trained_models(tmp_path):
     short = {"width": 16, "depth": 1, "heads": 2, "epochs": 1, "warmup": 0}
-    runs = [
-        plan.Run("float", "digits", Trial("digits", "float", seed=seed, samples_per_class=5, recipe_options=short))
-        for seed in (0, 1)
-    ]
-    trained = plan.train(runs, tmp_path, keep_models=("float",), progress=False)
+    trial = Trial("digits", "float", samples_per_class=5, recipe_options=short)
+    runs = [plan.Run("float", "digits", dataclasses.replace(trial, seed=seed), keep_model=True) for seed in (0, 1)]
+    trained = plan.train(runs, tmp_path, progress=False)
     found = information_loss.measure(runs, trained, tmp_path, images=32)
     assert len(found) == 2 * len(information_loss.CASES)
     assert "trained_drop" not in found

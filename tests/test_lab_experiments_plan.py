@@ -69,8 +69,8 @@ def test_training_returns_the_plan_s_order_and_keeps_models(tmp_path):
         Condition("b", "float", {}, tiny),
         Condition("c", "elastic", {}, tiny),
     ]
-    runs = plan.plan(conditions, "digits", [1, 0], samples_per_class=4)
-    table = plan.train(runs, tmp_path, keep_models=("b", "c"), progress=False)
+    runs = plan.plan(conditions, "digits", [1, 0], samples_per_class=4, keep_models=("b", "c"))
+    table = plan.train(runs, tmp_path, progress=False)
     assert list(zip(table["condition"], table["seed"], strict=True)) == [(c, s) for c in "abc" for s in (1, 0)]
     assert list(table["scheme"]) == ["elastic"] * 2 + ["float"] * 2 + ["elastic"] * 2
     assert table["test_accuracy"][:2].tolist() == table["test_accuracy"][4:].tolist()

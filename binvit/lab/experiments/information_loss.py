@@ -17,7 +17,7 @@ from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import SUPERPOSED, TENSORS, one_tensor_at_a_time, single_tensor_options
 from binvit.lab.analysis.verdicts import LOSS_IS_ATTENTION, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.plan import Condition, Run
+from binvit.lab.experiments.plan import Condition, Run, notebook_runs
 from binvit.lab.figures.histogram import value_histogram
 from binvit.lab.figures.style import (
     FEWEST,
@@ -56,6 +56,11 @@ def conditions(train_each: bool, thresholds: Sequence[float] = (0.7, 0.9), reduc
         for tensor, binarizer in CASES
     ]
     return [Condition("float", "float"), *(single if train_each else [])]
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    return notebook_runs(conditions(p.train_each, p.thresholds, p.reduce), p, keep_models=("float",))
 
 
 def trial_data(trial: Trial) -> ImageData:

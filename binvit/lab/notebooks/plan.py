@@ -146,7 +146,7 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
 
     for job in jobs:
         try:
-            checked = _checked_values(job)
+            checked = checked_values(job)
             for images in parse_images(getattr(checked, "dataset", "digits")) if files else ():
                 folder = getattr(checked, "data_dir", "")
                 require_files(images.dataset, project_dir() / folder if folder else None)
@@ -154,7 +154,7 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
             raise type(error)(f"{job.notebook.name}: {error}") from None
 
 
-def _checked_values(job: Job) -> Any:
+def checked_values(job: Job) -> Any:
     """Run the notebook's parameters cell and its call of `check_parameters`, and return what this returns."""
     namespace = {"__name__": "__main__"}
     for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:

@@ -1,0 +1,148 @@
+"""Plans of notebooks: the same trials as the notebooks run, counted right, and trained one at a time."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import binvit.lab
+from binvit.__main__ import cli
+from binvit.lab.experiments import plan as experiments_plan
+from binvit.lab.experiments import training_budget
+from binvit.lab.notebooks import grid
+from binvit.lab.notebooks.plan import SIZES, Job, plan
+from binvit.lab.trials.store import read_results
+from binvit.lab.trials.trial import Trial
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+TINY = {"schemes": ["float", "gsb"], "seeds": [0], "epochs": 1, "changes": "width 8, depth 1, heads 1"}
+
+
+def jobs_on_digits(size: str, number: str) -> list[Job]:
+    """Return a job of a notebook with a size's parameters, on images that are here."""
+    (job,) = plan(NOTEBOOKS, size, [number])
+    elsewhere = {"dataset": "digits", "data_dir": "", "samples_per_class": [2, 5]}
+    given = dict(job.values)
+    values = {name: value for name, value in elsewhere.items() if name in given and size != "smoke"}
+    if number != "06":
+        values.pop("samples_per_class", None)
+    return plan(NOTEBOOKS, size, [number], values)
+
+
+def runs_of_cells(job: Job, monkeypatch) -> dict[str, bool]:
+    """Execute a notebook's cells up to its trainings; return the trials it would train and whether it keeps models."""
+    asked: dict[str, bool] = {}
+
+    def run_trials(trials, results_dir="results", jobs=1, keep_models=False, progress=True, **options):
+        trials = list(trials)
+        asked.update({trial.id: keep_models or asked.get(trial.id, False) for trial in trials})
+        return pd.DataFrame([{"seed": trial.seed, "noise": trial.noise} for trial in trials])
+
+    for module in (binvit.lab, experiments_plan, training_budget):
+        monkeypatch.setattr(module, "run_trials", run_trials)
+    monkeypatch.setattr("binvit.lab.figures.panels.save", lambda *values, **tables: None)
+    namespace = {"__name__": "__main__"}
+    for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or asked:
+            continue
+        trains = any(call in source for call in ("run_trials(", "plan.train(", "training_budget.run("))
+        try:
+            exec(source, namespace)
+        except Exception:  # nothing was trained, so what follows in the cell has nothing to show
+            if not (trains and asked):
+                raise
+        if "parameters" in cell["metadata"].get("tags", []):
+            namespace |= dict(job.values)
+    return asked
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07"])
+def test_plan_and_notebook_name_the_same_trials(size, number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (job,) = jobs_on_digits(size, number)
+    planned = {item.id: item for item in grid.grid([job])}
+    teachers = {teacher for item in planned.values() for teacher in item.needs}
+    asked = runs_of_cells(job, monkeypatch)
+    assert set(planned) == set(asked) | teachers
+    assert teachers or size != "paper"
+    for identity, item in planned.items():
+        assert item.keep_model == (asked.get(identity, False) or identity in teachers)
+        assert item.trial.id == identity
+
+
+def test_a_notebook_that_trains_nothing_has_no_trials():
+    assert grid.grid(plan(NOTEBOOKS, "smoke", ["08"])) == []
+
+
+def test_shared_trials_count_once_in_all():
+    jobs = plan(NOTEBOOKS, "smoke", ["01", "06"], {"seeds": [0], "changes": "width 8, heads 1"})
+    same = dict(jobs[0].values) | {"schemes": ["gsb"], "epochs": 24}
+    jobs.append(Job(jobs[0].notebook.with_name("04_methods.ipynb"), same))
+    table = grid.totals(grid.grid(jobs), teraflops=2.0)
+    assert table["trials"].to_dict() == {"01": 3, "04": 1, "06": 9, "all": 12}
+    assert table["GPU hours"]["all"] == pytest.approx(table["FLOP"]["all"] / 2e12 / 3600)
+
+
+def test_official_sets_that_are_absent_are_counted_and_not_written(tmp_path):
+    values = {"dataset": "cifar100", "data_dir": str(tmp_path / "data"), "seeds": [0]}
+    jobs = plan(NOTEBOOKS, "paper", ["07"], values)
+    trials = grid.grid(jobs)
+    assert len(trials) == 20  # five kinds of labels for three schemes, and a teacher for each kind
+    assert {item.id for item in trials} == {None}
+    with pytest.raises(FileNotFoundError, match=r"cifar-100-python .* does not exist"):
+        grid.write_plan(tmp_path / "plan.jsonl", jobs, trials)
+    with pytest.raises(FileNotFoundError, match=r"folder:no is not there, and how many images it has is not known"):
+        grid.grid(plan(NOTEBOOKS, "paper", ["04"], values | {"dataset": "folder:no"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def planned(tmp_path) -> Path:
+    jobs = plan(NOTEBOOKS, "smoke", ["01"], TINY)
+    assert grid.write_plan(tmp_path / "plan.jsonl", jobs, grid.grid(jobs))
+    assert not grid.write_plan(tmp_path / "plan.jsonl", jobs, grid.grid(jobs))  # as it was
+    return tmp_path / "plan.jsonl"
+
+
+def test_a_trial_of_a_plan_is_trained_and_read_back(planned, tmp_path):
+    head, *lines = map(json.loads, planned.read_text().splitlines())
+    assert (head["notebook"], head["parameters"]) == ("01", TINY)
+    chosen = lines[1]["id"]
+    arguments = ["train", "--trial", str(planned), "--id", chosen, "--out", str(tmp_path / "results")]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert "test accuracy" in done.output
+    (result,), _ = read_results(tmp_path / "results")
+    assert result.id == chosen
+    assert (tmp_path / "results" / f"{chosen}.safetensors").is_file()
+    trial, keep_model = grid.read_planned(tmp_path / "results" / f"{chosen}.json")
+    assert (trial.id, keep_model) == (chosen, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "holds 2 trials; name one with --id"),
+        (["--id", "gsb-smoke-0-0"], "holds no trial gsb-smoke-0-0"),
+        (["--seed", "0"], "says all about the trial; leave out seed"),
+    ],
+)
+def test_wrong_trials_are_refused(planned, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CliRunner().invoke(cli, ["train", "--trial", str(planned), *arguments], catch_exceptions=False)
+
+
+def test_a_plan_of_other_images_is_refused(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"id": "gsb-smoke-0-0123456789abcdef", "trial": Trial("digits").to_dict()}))
+    with pytest.raises(ValueError, match=r"is gsb-smoke-0-.* now: its images, recipe or scheme have changed"):
+        grid.read_planned(path)
+    path.write_text(json.dumps(Trial("digits").to_dict()))
+    assert grid.read_planned(path) == (Trial("digits"), True)
+    with pytest.raises(ValueError, match="needs the file of a plan"):
+        CliRunner().invoke(cli, ["train", "--id", "x"], catch_exceptions=False)
+    with pytest.raises(FileNotFoundError, match="no file of trials"):
+        grid.read_planned(tmp_path / "none")
