@@ -65,6 +65,45 @@ def reproduce(
 
 
 @cli.command()
+@click.argument("numbers", nargs=-1, metavar="[NN]...")
+@click.option("--size", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="Which parameters.")
+@click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
+              help="A parameter for all of these notebooks; lists as in YAML.")  # fmt: skip
+@click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
+@click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
+@click.option("--teraflops", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+              help="1e12 operations per second that a GPU sustains; an A100 has 19.5 at most in float32.")  # fmt: skip
+@click.option("--out", type=PATH, help="File of the plan, a line per trial; binvit train --trial reads it.")
+def plan(
+    numbers: tuple[str, ...],
+    size: str,
+    texts: tuple[tuple[str, str], ...],
+    files: tuple[Path, ...],
+    notebooks: Path | None,
+    teraflops: float,
+    out: Path | None,
+) -> None:
+    """Print what the trials of notebooks cost, and write them for other machines.
+
+    NN is the number of a notebook, such as 04; none means all. Where an official data set is not there, its published
+    number of images is counted, and no plan can be written.
+    """
+    from binvit.lab import project
+    from binvit.lab.notebooks import grid
+    from binvit.lab.notebooks import plan as plan_
+
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= plan_.read_values(file)
+    jobs = plan_.plan(notebooks or project.folder("notebooks"), size, numbers, values, dict(texts))
+    trials = grid.grid(jobs)
+    if out is not None:
+        grid.write_plan(out, jobs, trials)
+    click.echo(grid.written(grid.totals(trials, teraflops)))
+    click.echo(f"GPU hours at {teraflops:g}e12 FLOP a second.")
+
+
+@cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
 @click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")

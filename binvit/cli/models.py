@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from binvit.cli.group import PATH, cli
+
+if TYPE_CHECKING:
+    from binvit.lab.trials.trial import Trial
 
 
 @cli.command()
@@ -25,6 +30,8 @@ from binvit.cli.group import PATH, cli
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
 @click.option("--root", type=PATH, help="Folder of the data set's files.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
+@click.option("--trial", "file", type=PATH, help="File of a plan, a result or a trial, in place of all options above.")
+@click.option("--id", "identity", help="Which trial of the plan.")
 @click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
 def train(
     dataset: str,
@@ -40,18 +47,28 @@ def train(
     label_noise: float,
     root: Path | None,
     device: str | None,
+    file: Path | None,
+    identity: str | None,
     out: Path,
 ) -> None:
     """Train a model and keep it; a finished trial is read instead of trained again.
 
     Several processes train one model together: torchrun --nproc_per_node=N -m binvit train ...
     """
-    from binvit.lab.training.devices import Team
     from binvit.lab.training.recipes import parse_options
-    from binvit.lab.trials.pool import run_trials
-    from binvit.lab.trials.store import model_path
     from binvit.lab.trials.trial import Trial
 
+    if file is not None:
+        from binvit.lab.notebooks.grid import read_planned
+
+        context = click.get_current_context()
+        others = [name for name in context.params if name not in ("device", "file", "identity", "out")]
+        if told := [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
+            raise ValueError(f"The file {file} says all about the trial; leave out {', '.join(told)}.")
+        _train(*read_planned(file, identity), device, out)
+        return
+    if identity is not None:
+        raise ValueError(f"The identity {identity} needs the file of a plan, --trial FILE.")
     options = parse_options(settings)
     named = {"model": model, "weights": weights and str(weights), "pretrained": pretrained, "image_size": image_size}
     for name, value in named.items():
@@ -70,11 +87,20 @@ def train(
         root=None if root is None else str(root),
     )
     trial.get_scheme()  # refuses an unknown name before anything is written
-    row = run_trials([trial], out, keep_models=True, progress=sys.stderr.isatty(), device=device).iloc[0]
+    _train(trial, True, device, out)
+
+
+def _train(trial: Trial, keep_model: bool, device: str | None, out: Path) -> None:
+    from binvit.lab.training.devices import Team
+    from binvit.lab.trials.pool import run_trials
+    from binvit.lab.trials.store import model_path
+
+    row = run_trials([trial], out, keep_models=keep_model, progress=sys.stderr.isatty(), device=device).iloc[0]
     if not Team(device).leads:
         return
     click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
-    click.echo(f"The model is {model_path(trial, out)}.")
+    if keep_model:
+        click.echo(f"The model is {model_path(trial, out)}.")
 
 
 @cli.command()
