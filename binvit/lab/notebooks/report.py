@@ -9,6 +9,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from binvit.files import atomic_write
 from binvit.lab.notebooks import pages
 from binvit.lab.notebooks.run import Outcome
 
-__all__ = ["Summary", "summarize", "write_report"]
+__all__ = ["Summary", "join_reports", "summarize", "write_report"]
 
 _RECORDS = "outcomes.json"
 
@@ -131,3 +132,22 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
         index, pages.render("index.html.j2", title="binvit: the experiments", entries=entries, versions=versions)
     )
     return index
+
+
+def join_reports(folders: Sequence[Path], out: Path) -> Path:
+    """Write one report of notebooks that ran in folders of their own, as jobs of a cluster.
+
+    Args:
+        folders: what `write_report` has written.
+        out: the folder of the new report.
+
+    Returns:
+        The path of the index.
+    """
+    outcomes = []
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        for outcome in _earlier(folder).values():
+            copy = shutil.copy(outcome.executed, out / "notebooks")
+            outcomes.append(dataclasses.replace(outcome, executed=Path(copy)))
+    return write_report(outcomes, out)
