@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.verdicts import FACTORS_HELP, ONE_COMPONENT
-from binvit.lab.experiments.plan import Condition
+from binvit.lab.experiments.plan import Condition, Run, notebook_runs
 from binvit.lab.figures.charts import heat
 from binvit.lab.figures.panels import panels
 
@@ -52,6 +52,11 @@ def conditions(
             for factor in factors
         ),
     ]
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    return notebook_runs(conditions(p.components, p.factors), p)
 
 
 def with_factors(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from binvit.lab.analysis.claims import Claim, check_pair, check_value, confirm
 from binvit.lab.analysis.tensor_losses import sample_images
 from binvit.lab.analysis.verdicts import BEST, DISTILLATION_HELPS, GRADIENT_HELPS, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
-from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run
+from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run, notebook_runs
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage
 from binvit.lab.trials.trained import load_trained
@@ -100,6 +100,12 @@ def conditions(factors: Sequence[str] = ("all",)) -> list[Condition]:
 def kept(chosen: Sequence[Condition]) -> set[str]:
     """Return the names of the conditions whose models `measure_batches` needs."""
     return {condition.name for condition in chosen if condition.name.startswith("reduction: ")}
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    chosen = conditions(p.factors)
+    return notebook_runs(chosen, p, kept(chosen))
 
 
 def with_levels(table: pd.DataFrame) -> pd.DataFrame:

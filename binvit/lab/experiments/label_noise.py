@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from binvit.lab.analysis.claims import Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
-from binvit.lab.data.datasets import load_data
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.label_noise import pixel_confusion
 from binvit.lab.experiments.parse import parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, with_bias
+from binvit.lab.experiments.plan import Run, data_dir, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import subplot_grid
@@ -98,6 +98,7 @@ def conditions(
     samples_per_class: int = 0,
     data_dir: str | Path | None = None,
     bias: str = "none",
+    load: Callable[..., ImageData] = load_data,
 ) -> list[Run]:
     """Make the trials of accuracy against the share of wrong training labels.
 
@@ -114,6 +115,7 @@ def conditions(
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.
         bias: of the attention map, which every scheme gets: "none", "relative" or "full".
+        load: what loads the images to count and to compare.
 
     Returns:
         The trials, images by images.
@@ -127,7 +129,7 @@ def conditions(
     for part in parse_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
         kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
-        data = load_data(part.dataset, root=data_dir, image_size=given.image_size)
+        data = load(part.dataset, root=data_dir, image_size=given.image_size)
         each = part.samples_per_class or samples_per_class or None
         count = len(data.train) if each is None else each * len(data.classes)
         if any(confused_noises):
@@ -138,6 +140,12 @@ def conditions(
         for kind in kinds:
             runs += run_levels(part, part.title, compared, seeds, recipe, settings | kind)
     return runs
+
+
+def runs(p: Any, load: Callable[..., ImageData] = load_data) -> list[Run]:
+    """Return what the notebook trains with these parameters; `load` gives the images that are counted and compared."""
+    budget = p.seeds, p.recipe, p.changes, p.updates or None, p.samples_per_class, data_dir(p), p.bias
+    return conditions(p.dataset, p.schemes, p.label_noises, p.confused_noises, *budget, load=load)
 
 
 @styled

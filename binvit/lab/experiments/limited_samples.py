@@ -19,10 +19,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
-from binvit.lab.data.datasets import load_data
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.images import ImageSet
 from binvit.lab.experiments.parse import Images, parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, with_bias
+from binvit.lab.experiments.plan import Run, data_dir, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
@@ -74,6 +74,7 @@ def conditions(
     changes: str = "",
     updates: int | None = None,
     data_dir: str | Path | None = None,
+    load: Callable[..., ImageData] = load_data,
 ) -> list[Run]:
     """Make the trials of accuracy against the number of training images.
 
@@ -87,6 +88,7 @@ def conditions(
         changes: of the recipe; a text that `settings.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         data_dir: folder of data sets that are files.
+        load: what loads the images to count.
 
     Returns:
         The trials, images by images.
@@ -99,7 +101,7 @@ def conditions(
     compared = [with_bias(scheme, bias) for scheme in schemes for bias in biases]
     for part in parse_sampled_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
-        data = load_data(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
+        data = load(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
         most = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         counts = [count for count in samples_per_class if count <= most]
         if not counts:
@@ -112,6 +114,12 @@ def conditions(
             settings = {"samples_per_class": count, "recipe_options": options, "root": data_dir}
             runs += run_levels(part, _source_title(part), compared, seeds, recipe, settings)
     return runs
+
+
+def runs(p: Any, load: Callable[..., ImageData] = load_data) -> list[Run]:
+    """Return what the notebook trains with these parameters; `load` gives the images that are counted."""
+    counts, budget = sorted(p.samples_per_class), (p.recipe, p.changes, p.updates or None, data_dir(p))
+    return conditions(p.dataset, p.schemes, p.biases, counts, p.seeds, *budget, load=load)
 
 
 def parse_sampled_images(text: str) -> list[Images]:

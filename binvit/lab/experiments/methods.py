@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
-from binvit.lab.experiments.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, with_bias
+from binvit.lab.experiments.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
 
@@ -42,6 +43,11 @@ def conditions(schemes: Sequence[str], biased: bool = True) -> list[Condition]:
     schemes = sorted(binvit.list_schemes() if "all" in schemes else schemes, key=_place)
     levels = [("none", "full") if biased and name in BOTH_BIASES else ("none",) for name in schemes]
     return [with_bias(name, bias) for name, biases in zip(schemes, levels, strict=True) for bias in biases]
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    return notebook_runs(conditions(p.schemes, p.biased), p)
 
 
 def family(scheme: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from binvit.config import freeze
 from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
 from binvit.lab.figures.style import BIASED as WITH_BIAS
+from binvit.lab.project import folder
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.pool import run_trials
@@ -55,6 +56,8 @@ class Run:
     condition: str
     data: str
     trial: Trial
+    keep_model: bool = False
+    """Whether the experiment looks into the trained model."""
 
 
 def plan(
@@ -66,6 +69,7 @@ def plan(
     samples_per_class: int = 0,
     changes: str = "",
     data_dir: str | Path | None = None,
+    keep_models: Container[str] = (),
 ) -> list[Run]:
     """Make the trials of an experiment: every condition on all images with every seed.
 
@@ -81,6 +85,7 @@ def plan(
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         changes: of the recipe, for all conditions; a text that `parse_changes` understands.
         data_dir: folder of data sets that are files.
+        keep_models: names of the conditions whose trained models are kept.
 
     Returns:
         The trials in the order of images, conditions and seeds.
@@ -111,8 +116,21 @@ def plan(
                     root=str(data_dir) if data_dir else None,
                     **options,
                 )
-                runs.append(Run(condition.name, part.title, trial))
+                runs.append(Run(condition.name, part.title, trial, condition.name in keep_models))
     return runs
+
+
+def notebook_runs(conditions: Iterable[Condition], p: Any, keep_models: Container[str] = ()) -> list[Run]:
+    """Make the trials of a notebook's conditions from its checked parameters, as `plan` does."""
+    changes = getattr(p, "changes", "")
+    return plan(
+        conditions, p.dataset, p.seeds, p.recipe, p.epochs, p.samples_per_class, changes, data_dir(p), keep_models
+    )
+
+
+def data_dir(p: Any) -> Path | None:
+    """Return the folder of a notebook's data sets, None if its parameters name none."""
+    return folder(p.data_dir) if p.data_dir else None
 
 
 def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
@@ -120,23 +138,20 @@ def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
 
 
-def train(
-    runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, keep_models: Container[str] = (), progress: bool = True
-) -> pd.DataFrame:
+def train(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, progress: bool = True) -> pd.DataFrame:
     """Train what has not been trained yet and return the experiment's table.
 
     Args:
         runs: the result of `plan`.
         results_dir: folder of the results.
         jobs: trainings side by side.
-        keep_models: names of the conditions whose trained models are kept.
         progress: show a progress bar.
 
     Returns:
         One row per run: condition and data, then the columns of `run_trials`.
     """
-    kept = [run for run in runs if run.condition in keep_models]
-    others = [run for run in runs if run.condition not in keep_models]
+    kept = [run for run in runs if run.keep_model]
+    others = [run for run in runs if not run.keep_model]
     parts = []
     for part, keep in ((kept, True), (others, False)):  # in this order: a trial of both kinds is trained once
         if part:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from safetensors.torch import save as serialize
 from binvit.lab.analysis.claims import Claim, check_mean, check_pair, check_value, confirm
 from binvit.lab.analysis.verdicts import BEST, SUPERPOSITION_HELPS
 from binvit.lab.benchmark.timing import interleave
-from binvit.lab.experiments.plan import Condition, with_bias
+from binvit.lab.experiments.plan import Condition, Run, notebook_runs, with_bias
 from binvit.lab.training.evaluation import Classifier
 from binvit.packed import load, pack, save
 
@@ -29,6 +30,11 @@ def conditions(schemes: Sequence[str], bias: str = "none") -> list[Condition]:
         bias: "none", "relative" or "full".
     """
     return [dataclasses.replace(with_bias(scheme, bias), name=scheme) for scheme in schemes]
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    return notebook_runs(conditions(p.schemes, p.bias), p, keep_models=p.schemes)
 
 
 def claims(
