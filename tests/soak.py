@@ -85,7 +85,7 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) ->
     run_undisturbed = run(folder / "whole", 1)
     os.waitpid(run_undisturbed, 0)
     until = time.monotonic() + seconds
-    whole, faults, done, rounds, longest = content(folder / "whole"), [], 0, 0, 2.0
+    whole, faults, done, rounds, seen, longest = content(folder / "whole"), [], 0, 0, 0, 2.0
     if len(whole) != len(trials()):
         return ["the undisturbed run has not finished"]
     while done < kills and time.monotonic() < until:
@@ -105,6 +105,7 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) ->
             now = content(place)
             faults += [f"{name} was finished and is lost" for name in finished if now.get(name) != finished[name]]
             faults += [f"{name} differs from the undisturbed run" for name in now if now[name] != whole[name]]
+            seen += len(now) - len(finished)
             finished = now
             if faults or done >= kills:
                 break
@@ -112,7 +113,8 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) ->
         if faults:
             break
         shutil.rmtree(place, ignore_errors=True)
-    print(f"kills: {done} SIGKILLs in {rounds} rounds of {len(whole)} trials, {len(faults)} trials lost or changed")
+    told = f"{seen} trials finished among them, {len(faults)} faults"
+    print(f"kills: {done} SIGKILLs in {rounds} rounds, {told}")
     return faults
 
 
