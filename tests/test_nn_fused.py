@@ -9,7 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import binvit
-from binvit.nn.fused import autograd, elementwise
+from binvit.nn.convert import set_progress
+from binvit.nn.fused import autograd, elementwise, linear
 from binvit.nn.rules import Elastic
 
 
@@ -48,19 +49,19 @@ def run_with_two_threads(code: str) -> None:
         binvit.scheme("gsb", thresholds=(), attention_bias="none"),
         binvit.scheme("gsb", thresholds=(0.5,), attention_bias="relative", weight="bwn_channel"),
         binvit.scheme("gsb", thresholds=(0.3, 0.6, 0.95), shift=False, weight="bwn_unscaled"),
-        binvit.scheme("elastic"),
-        binvit.scheme("bivit"),
+        *(binvit.scheme(name) for name in binvit.list_schemes() if name not in ("float", "gsb")),
     ],
     ids=lambda s: f"{s.name}-{len(s.thresholds)}-{s.attention_bias}-{s.weight}",
 )
 def test_fused_step_equals_the_rules(scheme, monkeypatch):
     model = trained(scheme)
+    set_progress(model, 0.8)
     x = torch.randn(6, 3, 15, 15)
     used = []
     attention = autograd.attention_core
     monkeypatch.setattr(autograd, "attention_core", lambda *a: used.append(1) or attention(*a))
     y, grads = gradients(model, x)
-    assert bool(used) == (scheme.name != "bivit")  # BiViT's map has no fused form, its linear layers have
+    assert bool(used) == (scheme.name in ("gsb", "elastic"))
     monkeypatch.setattr(elementwise, "usable", lambda *tensors: False)
     expected, expected_grads = gradients(model, x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
@@ -77,12 +78,12 @@ def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatc
     rule_x = binvit.nn.schemes.INPUT_RULES["elastic_unsigned" if unsigned else "elastic"](binvit.scheme("elastic"))
     rule_w = binvit.scheme("elastic").rule("weight")
     x, w = torch.randn(shape), torch.randn(7, shape[-1])
-    arguments = (rule_x, rule_w, torch.tensor(0.7), (), torch.randn(shape[-1]), torch.randn(7))
+    scale, shift, bias = torch.tensor(0.7), torch.randn(shape[-1]), torch.randn(7)
     results = []
     for threshold in (0, 2**60):
-        monkeypatch.setattr(autograd, "_INT8_WORTHWHILE", threshold)
+        monkeypatch.setattr(linear, "INT8_WORTHWHILE", threshold)
         x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = autograd.elastic_linear(x_, w_, *arguments)
+        y = linear.binary_linear(x_, [linear.Part(rule_x, rule_w, [scale], (), w_, shift, bias)])
         y.square().sum().backward()
         results.append((y.detach(), x_.grad, w_.grad))
     for int8, float32 in zip(*results, strict=True):
@@ -94,28 +95,34 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 import numba
 import numpy as np
 from binvit.nn.fused import elementwise
+from binvit.nn.fused.ends import end_backward, end_forward
+from binvit.nn.rules import Form
 draw = np.random.default_rng(0).standard_normal
 x, g, shift = (draw(shape).astype(np.float32) for shape in ((633, 70), (633, 70), 70))
 results = []
 for threads in (1, 2):
     numba.set_num_threads(threads)
-    dx, dshift, signs = g.copy(), np.empty(70, np.float32), np.empty_like(x)
-    dscale = elementwise.elastic_backward(x, shift, dx, np.float32(1), np.float32(0.5), False, dshift)
-    results.append((dx, dshift, dscale, elementwise.centred_signs(x, signs), signs))
+    dx, dshift, signs, means = g.copy(), np.empty(70, np.float32), np.empty_like(x), np.ones(0, np.float32)
+    one, form = np.float32(1), elementwise.numbers(Form(low=-0.5, high=0.5))
+    sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift)
+    vectors = np.stack([shift] * 8)
+    ends, dvectors = [np.empty_like(x) for _ in range(3)], np.empty_like(vectors)
+    ends_of = x, g, vectors, 2, np.float32(1e-5), 2
+    end_forward(*ends_of, ends[0])
+    end_backward(x, g, x, vectors, 2, np.float32(1e-5), 2, *ends[1:], dvectors)
+    results.append((dx, dshift, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors))
 assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 """)
 
 
 def test_double_precision_and_exotic_rules_take_the_formulas():
-    signed = binvit.scheme("elastic").rule("input")
-    assert not autograd.takes_linear(
-        signed, binvit.scheme("elastic").rule("weight"), torch.zeros(2, 2, dtype=torch.float64)
-    )
-    assert not autograd.takes_linear(binvit.scheme("bnn").rule("input"), binvit.scheme("elastic").rule("weight"))
-    gsb = binvit.scheme("gsb", reduce="batch")
-    assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
-    gsb = binvit.scheme("gsb", gradient="masked")
-    assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+    signed, weight = binvit.scheme("elastic").rule("input"), binvit.scheme("elastic").rule("weight")
+    assert linear.takes_linear(signed, weight, torch.zeros(2, 2))
+    assert not linear.takes_linear(signed, weight, torch.zeros(2, 2, dtype=torch.float64))
+    assert not linear.takes_linear(binvit.scheme("bivit-head").rule("query"), weight)
+    assert not linear.takes_linear(signed, binvit.scheme("elastic").rule("head_weight"))
+    for gsb in (binvit.scheme("gsb", reduce="batch"), binvit.scheme("gsb", gradient="masked")):
+        assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
 
 
 STARTS = {

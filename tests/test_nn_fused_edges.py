@@ -1,5 +1,6 @@
 """The compiled training step on data made of zeros and window edges, against the rules in float64."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -11,9 +12,11 @@ from nn_helpers import arrays, values
 
 import binvit
 from binvit.nn import products, rules
-from binvit.nn.fused import autograd
+from binvit.nn.block_parts import LayerEnd
+from binvit.nn.fused import autograd, elementwise
+from binvit.nn.fused.linear import Part, binary_linear, takes_linear
 from binvit.nn.rules import GsbAttention, GsbValue
-from binvit.nn.schemes import WEIGHT_RULES
+from binvit.nn.schemes import INPUT_RULES, WEIGHT_RULES
 
 scale = st.sampled_from([0.25, 0.5, 1.0, 2.0])
 shifts = st.none() | arrays((3, 1, 4), st.sampled_from([0.0, 0.25, -0.5]))
@@ -40,25 +43,73 @@ def compare(run, arrays_):
             torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6 * size)
 
 
-@pytest.mark.parametrize("weight", ["sign", "sign_mean", "bwn", "bwn_channel", "bwn_unscaled", "sign_learned_centred"])
-@pytest.mark.parametrize("unsigned", [False, True])
-@settings(max_examples=20)
+@pytest.mark.parametrize("weight", [name for name in WEIGHT_RULES if name not in ("float", "int8", "int8_channel")])
+@pytest.mark.parametrize("inputs", [name for name in INPUT_RULES if name not in ("float", "int8")])
+@settings(max_examples=6)
 @given(data=st.data())
-def test_linear_layers(weight, unsigned, data):
-    rule_x, rule_w = rules.Elastic(lo=0 if unsigned else -1), WEIGHT_RULES[weight](binvit.scheme("gsb"))
-    x, w = data.draw(arrays((2, 3, 8))), data.draw(arrays((5, 8)))
-    shift = data.draw(st.none() | arrays((8,), st.sampled_from([0.0, 0.25, -0.5])))
-    bias = data.draw(st.none() | arrays((5,)))
-    pw = [np.full((5, 1), data.draw(scale)) for _ in rule_w.parameters]
+def test_linear_layers(inputs, weight, data):
+    """One layer and two side by side, against the rules."""
+    gsb = binvit.scheme("gsb")
+    rule_x, rule_w = INPUT_RULES[inputs](gsb), WEIGHT_RULES[weight](gsb)
+    x, k = data.draw(arrays((2, 3, 8))), 8
+    given_parts = []
+    for n in (5, 3)[: data.draw(st.integers(1, 2))]:
+        shift = data.draw(st.none() | arrays((k,), st.sampled_from([0.0, 0.25, -0.5])))
+        bias = data.draw(st.none() | arrays((n,)))
+        px = [np.array(data.draw(scale)) for _ in rule_x.parameters]
+        pw = [np.full(rule_w.parameter_shape(channels=n), data.draw(scale)) for _ in rule_w.parameters]
+        given_parts.append([data.draw(arrays((n, k))), shift, bias, *px, *pw])
 
     def run(dtype, tensors):
-        x, w, shift, bias, a, *pw = tensors
+        x, *rest = tensors
+        size, count = len(given_parts[0]), len(rule_x.parameters)
+        parts = []
+        for start in range(0, len(rest), size):
+            w, shift, bias, *parameters = rest[start : start + size]
+            parts.append(Part(rule_x, rule_w, parameters[:count], parameters[count:], w, shift, bias))
         if dtype == torch.float32:
-            assert autograd.takes_linear(rule_x, rule_w, x, w, shift, bias)
-            return autograd.elastic_linear(x, w, rule_x, rule_w, a, pw, shift, bias)
-        return products.binary_product(x, w, rule_x, rule_w, [a], pw, shift, bias)
+            assert all(takes_linear(rule_x, rule_w, x, p.w, p.shift, p.bias) for p in parts)
+            return binary_linear(x, parts)
+        products_ = [
+            products.binary_product(x, p.w, rule_x, rule_w, p.parameters_x, p.parameters_w, p.shift, p.bias)
+            for p in parts
+        ]
+        return torch.cat(products_, -1)
 
-    compare(run, [x, w, shift, bias, np.array(data.draw(scale)), *pw])
+    compare(run, [x, *(tensor for part in given_parts for tensor in part)])
+
+
+@pytest.mark.parametrize("activation", ["none", "clip", "rprelu"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_layer_ends(activation, data):
+    """The fused form of what follows a product, NaN included, against the module's own steps in float64."""
+    out, ratio, parts = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    out *= parts
+    inputs, outputs = (out, out * ratio) if data.draw(st.booleans()) else (out * ratio, out)
+    switches = {name: data.draw(st.booleans()) for name in ("factor", "norm", "own_input", "scale")}
+    fused = LayerEnd(inputs, outputs, parts=parts, activation=activation, **switches)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    for parameter in fused.parameters():
+        parameter.data = torch.tensor(rng.uniform(0.5, 2, parameter.shape), dtype=torch.float32)
+    y, x = (torch.tensor(rng.standard_normal((2, 3, n)), dtype=torch.float32) for n in (outputs, inputs))
+    if data.draw(st.booleans()):
+        y[0, 0] = torch.nan
+    plain = copy.deepcopy(fused).double()
+    assert elementwise.usable(y, x)
+    assert not elementwise.usable(y.double())
+    results = []
+    for module, dtype in ((fused, torch.float32), (plain, torch.float64)):
+        y_, x_ = (t.detach().to(dtype, copy=True).requires_grad_() for t in (y, x))
+        z = module(y_, x_)
+        g = torch.linspace(-1, 1, z.numel(), dtype=dtype).view_as(z)
+        torch.where(y.isnan().any(-1, keepdim=True), 0, z * g).sum().backward()
+        finite = ~y.isnan()
+        tensors = [z, y_.grad[finite], *([] if x_.grad is None else [x_.grad])]
+        grads = [p.grad for p in module.parameters()] if finite.all() else []
+        results.append([t.detach().double() for t in tensors + grads])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])

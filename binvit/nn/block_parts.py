@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from binvit.nn.fused import elementwise
+from binvit.nn.fused.ends import End, layer_end
+
 LAYER_ACTIVATIONS = ("none", "clip", "rprelu")
 BRANCHES = ("none", "pool", "shift")
 
 
 def clip(x: Tensor, limit: float = 1.0) -> Tensor:
-    """Return x clipped to [-limit, limit], with the gradient g 1[|x| < limit] whatever torch does at the bounds."""
-    return torch.where(x.abs() < limit, x, x.detach().clamp(-limit, limit))
+    """Return x clipped to [-limit, limit], with the gradient g 1[|x| < limit]: none at the bounds, unlike a clamp's."""
+    return F.hardtanh(x, -limit, limit)
 
 
 class RPReLU(nn.Module):
@@ -136,6 +139,19 @@ class LayerEnd(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """Map a product (..., out_features) and the layer's input x (..., in_features) to (..., out_features)."""
+        own = x if self.own_input else None
+        if self.training and elementwise.usable(y, own):
+            norm, act, scale = self.norm, self.activation, self.scale
+            end = End(
+                0 if norm is None else getattr(norm, "parts", 1),
+                0.0 if norm is None else norm.eps,
+                "rprelu" if act is not None else "clip" if self.clips else "none",
+            )
+            vectors: list[Tensor | None] = [self.factor]
+            vectors += [None, None] if norm is None else [norm.weight, norm.bias]
+            vectors += [None] * 3 if act is None else [act.shift_in, act.slope, act.shift_out]
+            vectors += [None, None] if scale is None else [scale.alpha, scale.beta]
+            return layer_end(y, own, end, vectors)
         if self.factor is not None:
             y = y * self.factor
         if self.norm is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from binvit.nn.block_parts import LayerEnd
-from binvit.nn.fused import autograd
+from binvit.nn.fused.linear import Part, binary_linear, takes_linear
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.products import ReplaceValue, binary_product
 from binvit.nn.rules import Rule
@@ -113,18 +113,19 @@ class BinaryLinear(nn.Module):
 
     def products(self, x: Tensor) -> Tensor:
         """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
-        products = []
         weights = self.constrained().chunk(self.parts)
         biases: Sequence[Tensor | None] = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
-        for *places, w, shift, bias in zip(
-            self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
-        ):
-            rules = places[0].rule, places[1].rule
-            px, pw = places[0].values(x, shift), places[1].values(w)
-            if self.training and autograd.takes_linear(*rules, x, w, shift, bias):
-                products.append(autograd.elastic_linear(x, w, *rules, *px, pw, shift, bias))
-            else:
-                products.append(binary_product(x, w, *rules, px, pw, shift, bias))
+        parts = [
+            Part(b_x.rule, b_w.rule, b_x.values(x, shift), b_w.values(w), w, shift, bias)
+            for b_x, b_w, w, shift, bias in zip(
+                self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
+            )
+        ]
+        if self.training and all(takes_linear(p.rule_x, p.rule_w, x, p.w, p.shift, p.bias) for p in parts):
+            return binary_linear(x, parts)
+        products = [
+            binary_product(x, p.w, p.rule_x, p.rule_w, p.parameters_x, p.parameters_w, p.shift, p.bias) for p in parts
+        ]
         return products[0] if self.parts == 1 else torch.cat(products, -1)
 
     def forward(self, x: Tensor) -> Tensor:

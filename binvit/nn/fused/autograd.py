@@ -1,7 +1,6 @@
-"""Fused forms of the two hot places of a training step, for the rules that GSB and its one-group baseline train with.
+"""The fused form of attention in a training step, for the rules that GSB and its one-group baseline train with.
 
-They give what `binvit.nn.products` gives, up to float rounding, in fewer passes over memory: products of levels in
-int8, and compiled kernels around them (`binvit.nn.fused.elementwise` and `binvit.nn.fused.attention`).
+It gives what the layer's own steps give, up to float rounding, in fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import attention, elementwise
 from binvit.nn.precision import full_precision
-from binvit.nn.rules import Bwn, Elastic, GsbAttention, GsbValue, Rule
-
-_INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
-_BWN = Bwn()
+from binvit.nn.rules import Elastic, GsbAttention, GsbValue, Rule
 
 
 def elastic_kind(rule: Rule) -> str | None:
@@ -27,12 +23,6 @@ def elastic_kind(rule: Rule) -> str | None:
     if type(rule) is not Elastic or rule.per != "tensor" or rule.gradient != "official":
         return None
     return {(-1, 1): "signed", (0, 1): "unsigned"}.get((rule.lo, rule.hi))
-
-
-def takes_linear(rule_x: Rule, rule_w: Rule, *tensors: Tensor | None) -> bool:
-    """Tell whether `elastic_linear` covers a linear layer with these rules and tensors."""
-    binary = (rule_w.lowest, rule_w.highest) == (-1, 1) and not rule_w.is_float
-    return elastic_kind(rule_x) is not None and binary and elementwise.usable(*tensors)
 
 
 def takes_attention(rule_q: Rule, rule_k: Rule, rule_a: Rule, rule_v: Rule, *tensors: Tensor | None) -> bool:
@@ -46,102 +36,6 @@ def takes_attention(rule_q: Rule, rule_k: Rule, rule_a: Rule, rule_v: Rule, *ten
     )
     maps, values = by_row or elastic_kind(rule_a) == "unsigned", by_head or elastic_kind(rule_v) == "signed"
     return signs and maps and values and elementwise.usable(*tensors)
-
-
-class _ElasticLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rule_x: Elastic,
-        rule_w: Rule,
-        x: Tensor,
-        w: Tensor,
-        shift: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        n, k = w.shape
-        unsigned = rule_x.lo == 0
-        # torch._int_mm was seen to return garbage for inner dimensions of a few elements.
-        large = x.numel() * n >= _INT8_WORTHWHILE and k >= 16
-        dtype = torch.int8 if large else torch.float32
-        gain, gains = 1.0, None  # scales of the weights: one number, or (N, 1)
-        if rule_w == _BWN:
-            levels_w = w.new_empty(n, k, dtype=dtype)
-            gain = float(elementwise.centred_signs(elementwise.rows_of(w), levels_w.numpy()))
-        else:
-            ((levels_w, scale_w, _),) = rule_w.planes(w, *parameters)
-            levels_w = levels_w.to(dtype)
-            if scale_w is not None and scale_w.numel() == 1:
-                gain = scale_w.item()
-            else:
-                gains = scale_w
-        rows, size = elementwise.rows_of(x), scale.item()
-        levels = x.new_empty(rows.shape, dtype=dtype)
-        elementwise.elastic_levels(rows, elementwise.vector(shift, k), np.float32(0.5 * size), unsigned, levels.numpy())
-        product = torch._int_mm(levels, levels_w.t()) if large else levels @ levels_w.t()
-        y = x.new_empty(product.shape) if large else product
-        factor = np.full(n, size * gain, np.float32) if gains is None else elementwise.vector(size * gains, n)
-        elementwise.scale_product(product.numpy(), factor, elementwise.vector(bias, n), y.numpy())
-        ctx.unsigned, ctx.rule_w, ctx.size, ctx.gain = unsigned, rule_w, np.float32(size), np.float32(gain)
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, w, shift, levels, levels_w, gains, *parameters)
-        return y.view(*x.shape[:-1], n)
-
-    @staticmethod
-    @once_differentiable
-    @full_precision
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, w, shift, levels, levels_w, gains, *parameters = ctx.saved_tensors
-        g = g.reshape(-1, w.shape[0])
-        weights = levels_w.float() if gains is None else levels_w * gains
-        dx, dshift = g @ weights, np.empty(w.shape[1], np.float32)
-        constants = ctx.gain, ctx.size, ctx.unsigned
-        rows, shifts = elementwise.rows_of(x), elementwise.vector(shift, w.shape[1])
-        dscale = elementwise.elastic_backward(rows, shifts, dx.numpy(), *constants, dshift)
-        dw = (g.mT @ levels.float()).mul_(float(ctx.size))
-        dw, *dparameters = ctx.rule_w.backward(w, dw, *parameters)
-        return (
-            None,
-            None,
-            dx.view(x.shape),
-            dw,
-            None if shift is None else torch.from_numpy(dshift),
-            g.sum(0) if ctx.has_bias else None,
-            w.new_tensor(dscale / x.numel() ** 0.5),
-            *dparameters,
-        )
-
-
-@torch.compiler.disable  # compiled by numba
-@full_precision
-def elastic_linear(
-    x: Tensor,
-    w: Tensor,
-    rule_x: Elastic,
-    rule_w: Rule,
-    scale: Tensor,
-    parameters_w: Sequence[Tensor],
-    shift: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Compute `binvit.nn.products.binary_product` for a linear layer with elastic inputs.
-
-    Args:
-        x: (..., K), float32 on the CPU.
-        w: (N, K).
-        rule_x: A rule with an `elastic_kind`.
-        rule_w: A rule with levels -1 and +1.
-        scale: Parameter of rule_x, shape ().
-        parameters_w: Parameters of rule_w.
-        shift: (K,) or None.
-        bias: (N,) or None.
-
-    Returns:
-        (..., N).
-    """
-    return _ElasticLinear.apply(rule_x, rule_w, x, w, shift, bias, scale, *parameters_w)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> np.ndarray:

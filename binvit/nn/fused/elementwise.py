@@ -1,8 +1,7 @@
-"""Compiled CPU kernels of the training step: several element-wise passes over memory in one.
+"""Compiled CPU kernels of the 1-bit linear layers' training step: several element-wise passes over memory in one.
 
-They compute what the rules in `binvit.nn.rules` and `binvit.nn.rules` define, for the rules that GSB and its
-one-group baseline train with, on float32 CPU tensors; everything else takes the rules' own tensor formulas. Sums are
-formed in blocks of fixed size, so that results do not depend on the number of threads.
+They compute what a rule's `binvit.nn.rules.Form` says, on float32 CPU tensors; everything else takes the rules' own
+tensor formulas. Sums are formed in blocks of fixed size, so that results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ from numba import prange
 from torch import Tensor
 
 from binvit.jit import JIT, get_threads, kernel
+from binvit.nn.rules import Form
 
 BLOCK = 32  # rows that are summed together
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+SLOPES = {"step": 0, "approx": 1, "ede": 2}
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -25,9 +27,18 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
 
 
+def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool]:
+    """Return a form as the kernels take it: slope, low, high, threshold, whether the levels are {0, 1}."""
+    threshold = np.float32(0 if form.threshold is None else form.threshold)
+    return SLOPES[form.slope], np.float32(form.low), np.float32(form.high), threshold, form.threshold is not None
+
+
 @kernel(parallel=True, reorder=True)
-def elastic_levels(x, shift, threshold, unsigned, out):
-    """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1."""
+def binary_levels(x, shift, threshold, unsigned, means, out):
+    """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1.
+
+    means (M,), which may be empty, takes the mean size of every row.
+    """
     rows, k = x.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
@@ -37,6 +48,11 @@ def elastic_levels(x, shift, threshold, unsigned, out):
             else:
                 for j in range(k):
                     out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
+            if means.size:
+                total = ZERO
+                for j in range(k):
+                    total += abs(x[r, j] + shift[j])
+                means[r] = total / np.float32(k)
 
 
 @kernel(parallel=True, reorder=True)
@@ -57,49 +73,84 @@ def centred_signs(w, out):
     return np.float32(sizes.sum() / w.size)
 
 
-@kernel(parallel=True, reorder=True)
-def elastic_backward(x, shift, g, gain, scale, unsigned, dshift):
-    """Gradients of an elastic binarizer of x + shift, (M, K) with a shift of (K,).
+@kernel(reorder=True)
+def ede_slope(x, t):
+    """IR-Net's slope k t (1 - tanh^2(t x)), k = max(1 / t, 1), written so that it becomes vector code."""
+    u = max(np.float32(-2.885390082) * abs(t * x), np.float32(-120))  # base-2 logarithm of e^(-2 |t x|)
+    whole = np.floor(u + np.float32(0.5))
+    f = (u - whole) * np.float32(0.6931471806)
+    e = ONE + f * (ONE + f * (np.float32(1 / 2) + f * (np.float32(1 / 6) + f * (np.float32(1 / 24)
+        + f * (np.float32(1 / 120) + f * (np.float32(1 / 720) + f * np.float32(1 / 5040)))))))  # fmt: skip
+    e *= np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return max(ONE, t) * np.float32(4) * e / ((ONE + e) * (ONE + e))
 
-    g is the gradient of the binarized tensor divided by `gain`, and becomes the gradient of x in place; dshift (K,)
-    takes the gradient of the shift. Returns the gradient of the scale before its division by a root of the size.
+
+@kernel(parallel=True, reorder=True)
+def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, passed, means, add, out, dshift):
+    """Gradients of a binarizer of x + shift, (M, K) with a shift of (K,).
+
+    `gain` g is the gradient of the levels' sum before the factors of the form; times `passed`, the row's mean (M,) and
+    the slope it is the gradient of x, which is written to `out` (which may be g) or added to it; dshift (K,) takes the
+    gradient of the shift. Returns the sums of g level and of x dx.
     """
     rows, k = x.shape
-    low = np.float32(0) if unsigned else -scale
     blocks = (rows + BLOCK - 1) // BLOCK
-    sums, columns = np.empty(blocks), np.zeros((blocks, k), np.float32)
+    levels, ramps, columns = np.empty(blocks), np.empty(blocks), np.zeros((blocks, k), np.float32)
     for block in prange(blocks):
-        total = 0.0
+        total, ramped = 0.0, 0.0
+        row = np.empty(k, np.float32)
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            level, ramp = np.float32(0), np.float32(0)
+            level, ramp = ZERO, ZERO
+            factor = passed * means[r] if means.size else passed
+            if slope == 0:
+                for j in range(k):
+                    v = x[r, j] + shift[j]
+                    up = g[r, j] * gain
+                    if unsigned:
+                        level += up if v > threshold else ZERO
+                    else:
+                        level += up if v >= 0 else -up
+                    d = up * factor if (v >= low) and (v <= high) else ZERO
+                    ramp += v * d
+                    row[j] = d
+            elif slope == 1:
+                for j in range(k):
+                    size = abs(x[r, j] + shift[j])
+                    row[j] = g[r, j] * gain * factor * (TWO - TWO * size) if size <= ONE else ZERO
+            else:
+                for j in range(k):
+                    row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j], high)
             for j in range(k):
-                v = x[r, j] + shift[j]
-                up = g[r, j] * gain
-                if unsigned:
-                    level += up if v > np.float32(0.5) * scale else np.float32(0)
-                else:
-                    level += up if v >= 0 else -up
-                d = up if (v >= low) and (v <= scale) else np.float32(0)
-                ramp += v * d
-                columns[block, j] += d
-                g[r, j] = d
-            total += level - ramp / scale
-        sums[block] = total
+                columns[block, j] += row[j]
+            if add:
+                for j in range(k):
+                    out[r, j] += row[j]
+            else:
+                for j in range(k):
+                    out[r, j] = row[j]
+            total += level
+            ramped += ramp
+        levels[block], ramps[block] = total, ramped
     dshift[:] = 0
     for block in range(blocks):
         for j in range(k):
             dshift[j] += columns[block, j]
-    return np.float32(sums.sum())
+    return levels.sum(), ramps.sum()
 
 
 @kernel(parallel=True, reorder=True)
-def scale_product(product, scale, bias, out):
-    """Write product * scale + bias, (M, N) with vectors of (N,), into out, which may be the product."""
+def scale_product(product, scale, means, bias, start, out):
+    """Write product * scale * means + bias, (M, N) with vectors (N,), (M,) or empty, (N,), into out from a column on.
+
+    out may be the product.
+    """
     rows, n = product.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
+            mean = means[r] if means.size else ONE
+            row = out[r, start : start + n]
             for j in range(n):
-                out[r, j] = np.float32(product[r, j]) * scale[j] + bias[j]
+                row[j] = np.float32(product[r, j]) * (scale[j] * mean) + bias[j]
 
 
 def rows_of(x: Tensor) -> np.ndarray:
@@ -107,10 +158,10 @@ def rows_of(x: Tensor) -> np.ndarray:
     return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
 
 
-def vector(values: Tensor | None, size: int) -> np.ndarray:
-    """Return float32 values for `size` columns as an array: a vector, one number for all of them, or None for zeros."""
+def vector(values: Tensor | None, size: int, default: float = 0.0) -> np.ndarray:
+    """Return float32 values for `size` columns as an array: a vector, one number for all, None for the default."""
     if values is None:
-        return np.zeros(size, np.float32)
+        return np.full(size, default, np.float32)
     if values.numel() == 1:
         return np.full(size, values.item(), np.float32)
-    return values.detach().reshape(size).numpy()
+    return values.detach().reshape(size).contiguous().numpy()

@@ -9,7 +9,7 @@ Notation in the docstrings: g is the gradient with respect to the binarized tens
 elements, a the scale. sign(0) = +1 everywhere.
 """
 
-from binvit.nn.rules.base import SMALLEST_SCALE, Float, Plane, Rule, reduce_to, sign
+from binvit.nn.rules.base import SMALLEST_SCALE, Float, Form, Plane, Rule, reduce_to, sign
 from binvit.nn.rules.elastic import Bwn, Elastic
 from binvit.nn.rules.gsb import REDUCTIONS, Gsb, GsbAttention, GsbValue, check_thresholds, largest
 from binvit.nn.rules.maps import HeadSign, MapEde, MapLearned, MapThreshold, ScoreSign, ThreeMaps
@@ -22,6 +22,7 @@ __all__ = [
     "Ede",
     "Elastic",
     "Float",
+    "Form",
     "Gsb",
     "GsbAttention",
     "GsbValue",

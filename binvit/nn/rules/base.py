@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,34 @@ class Plane(NamedTuple):
     def integers(self) -> Tensor:
         """Return levels - offset, of the shape of the levels."""
         return self.levels if self.offset is None else self.levels - self.offset
+
+
+BELOW_ONE = 1.0 - 2.0**-24  # the float32 number before 1: |x| < 1 is |x| <= BELOW_ONE
+
+
+class Form(NamedTuple):
+    """What the compiled training step needs to know of a rule that binarizes every number by itself, into one plane.
+
+    The plane is mean * scale * level(x), with the level 1[x > threshold], or sign(x) without a threshold; the gradient
+    is dx = g * mean * gain * slope(x).
+
+    Attributes:
+        scale: Constant factor of the levels.
+        gain: Constant factor of the gradient.
+        slope: "step" 1[low <= x <= high], "approx" (2 - 2|x|) 1[|x| <= 1] or "ede" k t (1 - tanh^2(t x)), t = high.
+        low: Lower end of the window.
+        high: Upper end of the window.
+        threshold: Above it the level is 1 and elsewhere 0; None for signs.
+        mean: Mean of |x| over each "row" (last dimension) or "head" (last two) as a further factor, or "none" for 1.
+    """
+
+    scale: float = 1.0
+    gain: float = 1.0
+    slope: str = "step"
+    low: float = -1.0
+    high: float = 1.0
+    threshold: float | None = None
+    mean: str = "none"
 
 
 def sign(x: Tensor) -> Tensor:
@@ -81,6 +109,21 @@ class Rule:
     def backward(self, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients to x and to each parameter for the gradient g of the binarized tensor."""
         raise NotImplementedError
+
+    def form(self, *numbers: float) -> Form | None:
+        """Return the compiled form for parameters of one value each, None if the rule has none."""
+        return None
+
+    def parameter_gradients(self, level: Any, ramp: Any, size: int, *parameters: Any) -> tuple[Any, ...]:
+        """Return the gradients of the parameters of a rule with a form.
+
+        Args:
+            level: The sum of g level(x).
+            ramp: The sum of x dx.
+            size: Number of elements of x.
+            parameters: The parameters.
+        """
+        return (None,) * len(parameters)
 
     def _mean(self, x: Tensor) -> Tensor:
         """Mean of x over everything that shares one parameter value, in the parameter's shape."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from binvit.nn.rules.base import SMALLEST_SCALE, Plane, Rule, reduce_to, sign
+from binvit.nn.rules.base import SMALLEST_SCALE, Form, Plane, Rule, reduce_to, sign
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,23 @@ class Elastic(Rule):
             outside = (x < self.lo * scale) | (x > self.hi * scale)
         dx = g.masked_fill(outside, 0.0)
         levels = self.levels(x, scale)
-        bit = self.gradient == "bit" and (self.lo, self.hi) == (-1, 1)
         if scale.dim() == 0:
-            dscale = torch.dot(levels.flatten(), g.flatten())
-            dscale = dscale if bit else dscale - torch.dot(x.flatten(), dx.flatten()) / scale
+            level, ramp = torch.dot(levels.flatten(), g.flatten()), torch.dot(x.flatten(), dx.flatten())
         else:
-            dscale = reduce_to(levels * g, scale.shape)
-            dscale = dscale if bit else dscale - reduce_to(x * dx, scale.shape) / scale
-        return dx, dscale if self.gradient == "sum" else dscale / (max(x.numel(), 1) * self.hi) ** 0.5
+            level, ramp = reduce_to(levels * g, scale.shape), reduce_to(x * dx, scale.shape)
+        return dx, *self.parameter_gradients(level, ramp, x.numel(), scale)
+
+    def form(self, *numbers: float) -> Form | None:
+        if self.per != "tensor" or self.hi != 1 or self.lo not in (-1, 0):
+            return None
+        (scale,) = numbers
+        threshold = 0.5 * scale if self.lo == 0 else None
+        return Form(scale=scale, low=self.lo * scale, high=scale, threshold=threshold)
+
+    def parameter_gradients(self, level: Any, ramp: Any, size: int, *parameters: Any) -> tuple[Any, ...]:
+        if self.gradient != "bit" or (self.lo, self.hi) != (-1, 1):
+            level = level - ramp / parameters[0]
+        return (level if self.gradient == "sum" else level / (max(size, 1) * self.hi) ** 0.5,)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from binvit.nn.rules.base import Plane, Rule, reduce_to, sign
+from binvit.nn.rules.base import BELOW_ONE, Form, Plane, Rule, reduce_to, sign
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Sign(Rule):
             dx = dx + levels * (levels * g).mean(-1, keepdim=True)
         return (centred(dx) if self.center else dx,)
 
+    def form(self, *numbers: float) -> Form | None:
+        if self.center or (self.scale != "none" and self.factor != "constant"):
+            return None
+        if self.window == "approx":
+            return Form(slope="approx", mean=self.scale)
+        high = {"open": BELOW_ONE, "closed": 1.0, "through": math.inf}[self.window]
+        return Form(low=-high, high=high, mean=self.scale)
+
 
 def centred(x: Tensor) -> Tensor:
     """Return x minus its mean over the last dimension; the gradient through it is the same operation."""
@@ -98,6 +107,14 @@ class LearnedOutput(Rule):
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return g * scale * window(x, "open"), reduce_to(g * sign(x), scale.shape)
+
+    def form(self, *numbers: float) -> Form | None:
+        if self.per != "tensor":
+            return None
+        return Form(scale=numbers[0], gain=numbers[0], low=-BELOW_ONE, high=BELOW_ONE)
+
+    def parameter_gradients(self, level: Any, ramp: Any, size: int, *parameters: Any) -> tuple[Any, ...]:
+        return (level,)
 
 
 @dataclass(frozen=True)
@@ -181,3 +198,6 @@ class Ede(Rule):
         # Through (W - mean)/std with the unbiased std: remove the mean and the part along the standardized row.
         along = (d * standard).sum(-1, keepdim=True) / (x.shape[-1] - 1)
         return (d - d.mean(-1, keepdim=True) - standard * along) / std, None
+
+    def form(self, *numbers: float) -> Form | None:
+        return None if self.standardize else Form(slope="ede", high=numbers[0])

@@ -1,0 +1,168 @@
+"""The fused form of a 1-bit linear layer's product: levels in int8, one compiled pass each before and after.
+
+It gives what `binvit.nn.products.binary_product` gives, up to float rounding, for every input rule with a
+`binvit.nn.rules.Form` and every weight rule with levels -1 and +1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from binvit.nn.fused import elementwise
+from binvit.nn.precision import full_precision
+from binvit.nn.rules import Bwn, Rule
+
+INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
+_BWN = Bwn()
+
+
+class Part(NamedTuple):
+    """One of the layers whose outputs stand side by side: its rules, their parameters, weights, shift and bias."""
+
+    rule_x: Rule
+    rule_w: Rule
+    parameters_x: Sequence[Tensor]
+    parameters_w: Sequence[Tensor]
+    w: Tensor  # (N, K)
+    shift: Tensor | None  # (K,)
+    bias: Tensor | None  # (N,)
+
+
+def takes_linear(rule_x: Rule, rule_w: Rule, *tensors: Tensor | None) -> bool:
+    """Tell whether `binary_linear` covers a linear layer with these rules and tensors."""
+    binary = (rule_w.lowest, rule_w.highest) == (-1, 1) and not rule_w.is_float
+    form = rule_x.form(*rule_x.default())
+    return binary and form is not None and form.mean in ("none", "row") and elementwise.usable(*tensors)
+
+
+class _Weights(NamedTuple):
+    levels: Tensor
+    gain: float  # scales of the weights: one number, or (N, 1)
+    gains: Tensor | None
+
+
+def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> _Weights:
+    if rule == _BWN:
+        levels = w.new_empty(w.shape, dtype=dtype)
+        return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
+    ((levels, scale, _),) = rule.planes(w.detach(), *parameters)
+    single = scale is not None and scale.numel() == 1
+    return _Weights(levels.to(dtype), scale.item() if single else 1.0, None if single else scale)
+
+
+class _BinaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layout: list[tuple[Rule, Rule, int]], x: Tensor, *tensors: Tensor) -> Tensor:
+        rows = elementwise.rows_of(x)
+        k, parts = x.shape[-1], _split(layout, tensors)
+        width = sum(len(part.w) for part in parts)
+        # torch._int_mm was seen to return garbage for inner dimensions of a few elements.
+        large = rows.size * width >= INT8_WORTHWHILE * len(parts) and k >= 16
+        dtype = torch.int8 if large else torch.float32
+        y = x.new_empty(len(rows), width) if large or len(parts) > 1 else None
+        kept: list[Tensor | None] = []
+        ctx.forms, start = [], 0
+        for part in parts:
+            n = len(part.w)
+            form: Any = part.rule_x.form(*(p.item() for p in part.parameters_x))
+            weights = _weights(part.rule_w, part.w, part.parameters_w, dtype)
+            levels = x.new_empty(rows.shape, dtype=dtype)
+            means = np.empty(len(rows) if form.mean == "row" else 0, np.float32)
+            _, _, _, threshold, unsigned = elementwise.numbers(form)
+            shift = elementwise.vector(part.shift, k)
+            elementwise.binary_levels(rows, shift, threshold, unsigned, means, levels.numpy())
+            product = torch._int_mm(levels, weights.levels.t()) if large else levels @ weights.levels.t()
+            y = product if y is None else y
+            gain = form.scale * weights.gain
+            factor = elementwise.vector(None if weights.gains is None else weights.gains * gain, n, gain)
+            bias = elementwise.vector(part.bias, n)
+            elementwise.scale_product(product.numpy(), factor, means, bias, start, y.numpy())
+            ctx.forms.append((form, weights.gain, means))
+            kept += [levels, weights.levels, weights.gains]
+            start += n
+        ctx.layout = layout
+        ctx.save_for_backward(x, *tensors, *kept)
+        return y.view(*x.shape[:-1], width)  # type: ignore[union-attr]
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        count = 3 * len(ctx.layout)
+        x, *tensors = saved[: len(saved) - count]
+        kept = saved[len(saved) - count :]
+        rows, k = elementwise.rows_of(x), x.shape[-1]
+        g = g.reshape(len(rows), -1)
+        dx: Any = None
+        gradients: list[Any] = []
+        start = 0
+        for i, part in enumerate(_split(ctx.layout, tensors)):
+            form, gain, means = ctx.forms[i]
+            levels, levels_w, gains = kept[3 * i : 3 * i + 3]
+            up, start = g[:, start : start + len(part.w)], start + len(part.w)
+            weights = levels_w.float() if gains is None else levels_w * gains
+            d, dshift = up @ weights, np.empty(k, np.float32)
+            dx = d if dx is None else dx
+            sums = elementwise.binary_backward(
+                rows,
+                elementwise.vector(part.shift, k),
+                d.numpy(),
+                np.float32(gain),
+                *elementwise.numbers(form),
+                np.float32(form.gain),
+                means,
+                i > 0,
+                dx.numpy(),
+                dshift,
+            )
+            binary = levels.float() if means.size == 0 else levels * torch.from_numpy(means)[:, None]
+            dw = (up.mT @ binary).mul_(form.scale)
+            dw, *dpw = part.rule_w.backward(part.w, dw, *part.parameters_w)
+            numbers = [p.item() for p in part.parameters_x]
+            dpx = part.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
+            gradients += [dw, None if part.shift is None else torch.from_numpy(dshift)]
+            gradients += [None if part.bias is None else up.sum(0)]
+            gradients += [None if d is None else x.new_tensor(float(d)) for d in dpx]
+            gradients += dpw
+        return None, dx.view(x.shape), *gradients
+
+
+def _split(layout: list[tuple[Rule, Rule, int]], tensors: Sequence[Any]) -> list[Part]:
+    """Give each part the tensors that belong to it."""
+    parts, start = [], 0
+    for rule_x, rule_w, count in layout:
+        (w, shift, bias, *parameters), start = tensors[start : start + count], start + count
+        n = len(rule_x.parameters)
+        parts.append(Part(rule_x, rule_w, parameters[:n], parameters[n:], w, shift, bias))
+    return parts
+
+
+@torch.compiler.disable  # compiled by numba
+@full_precision
+def _binary_linear(x: Tensor, layout: list[tuple[Rule, Rule, int]], tensors: list[Tensor]) -> Tensor:
+    return _BinaryLinear.apply(layout, x, *tensors)
+
+
+def binary_linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Compute `binvit.nn.products.binary_product` for a linear layer, or for several of the same input.
+
+    Args:
+        x: (..., K), float32 on the CPU.
+        parts: the layers, all of whose rules `takes_linear` accepts.
+
+    Returns:
+        (..., sum of N).
+    """
+    layout, tensors = [], []
+    for part in parts:
+        given = [part.w, part.shift, part.bias, *part.parameters_x, *part.parameters_w]
+        layout.append((part.rule_x, part.rule_w, len(given)))
+        tensors += given
+    return _binary_linear(x, layout, tensors)
