@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from binvit.nn.fused import planes
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Plane, Rule
 
 LARGEST_EXACT = 2**24  # integers below are exact in float32
 
 
-def superpose(planes: Sequence[Plane]) -> Tensor:
+def superpose(terms: Sequence[Plane]) -> Tensor:
     """Return the sum of scale * (levels - offset) over the planes."""
     total: Any = None
-    for plane in planes:
+    for plane in terms:
         term = plane.integers if plane.scale is None else plane.integers * plane.scale
         total = term if total is None else total + term
     return total
@@ -30,14 +31,14 @@ class _Binarize(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.rule = rule
         ctx.save_for_backward(x, *parameters)
-        return superpose(rule.planes(x, *parameters))
+        return superpose(planes.planes(rule, x, *parameters))
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
-        return None, *ctx.rule.backward(x, g, *parameters)
+        return None, *planes.backward(ctx.rule, x, g, *parameters)
 
 
 @full_precision
@@ -121,8 +122,8 @@ class _BinaryProduct(torch.autograd.Function):
         if shift is not None:
             x = x + shift
         px, pw = parameters[:n_x], parameters[n_x:]
-        (plane_x,) = rule_x.planes(x, *px)
-        (plane_w,) = rule_w.planes(w, *pw)
+        (plane_x,) = planes.planes(rule_x, x, *px)
+        (plane_w,) = planes.planes(rule_w, w, *pw)
         y = scaled_product(plane_x, plane_w, rule_x, rule_w)
         if bias is not None:
             y.add_(bias)
@@ -143,10 +144,10 @@ class _BinaryProduct(torch.autograd.Function):
         dx: Tensor | None = None
         dpx: list[Tensor | None] = [None] * len(px)
         if need_x:
-            dx, *dpx = rule_x.backward(x, g @ superpose(rule_w.planes(w, *pw)), *px)
-        xb = superpose(rule_x.planes(x, *px))
+            dx, *dpx = planes.backward(rule_x, x, g @ superpose(planes.planes(rule_w, w, *pw)), *px)
+        xb = superpose(planes.planes(rule_x, x, *px))
         gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
-        dw, *dpw = rule_w.backward(w, gw, *pw)
+        dw, *dpw = planes.backward(rule_w, w, gw, *pw)
         dshift = None if dx is None or ctx.shift_shape is None else dx.sum_to_size(ctx.shift_shape)
         dbias = g.flatten(0, -2).sum(0) if ctx.has_bias else None
         return None, None, dx, dw, dshift, dbias, *dpx, *dpw

@@ -21,20 +21,31 @@ SLOPES = {"step": 0, "approx": 1, "ede": 2}
 
 def usable(*tensors: Tensor | None) -> bool:
     """Tell whether the kernels can take these tensors: float32 on the CPU, and numba compiles."""
-    if not JIT:
+    if not JIT or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     get_threads()  # starts them: numba may take torch's OpenMP runtime over, and the number that torch uses with it
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
 
 
-def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool]:
-    """Return a form as the kernels take it: slope, low, high, threshold, whether the levels are {0, 1}."""
+def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool, np.float32]:
+    """Return a form as the kernels take it: slope, low, high, threshold, whether the levels are {0, 1}, share."""
     threshold = np.float32(0 if form.threshold is None else form.threshold)
-    return SLOPES[form.slope], np.float32(form.low), np.float32(form.high), threshold, form.threshold is not None
+    low, high, share = np.float32(form.low), np.float32(form.high), np.float32(form.share)
+    return SLOPES[form.slope], low, high, threshold, form.threshold is not None, share
+
+
+@kernel(reorder=True)
+def _share_of_largest(x, shift, share):
+    if share == 0:
+        return ZERO
+    top = x[0] + shift[0]
+    for j in range(x.size):
+        top = max(top, x[j] + shift[j])
+    return share * top
 
 
 @kernel(parallel=True, reorder=True)
-def binary_levels(x, shift, threshold, unsigned, means, out):
+def binary_levels(x, shift, threshold, unsigned, share, means, out):
     """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1.
 
     means (M,), which may be empty, takes the mean size of every row.
@@ -42,9 +53,10 @@ def binary_levels(x, shift, threshold, unsigned, means, out):
     rows, k = x.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
+            limit = _share_of_largest(x[r], shift, share)
             if unsigned:
                 for j in range(k):
-                    out[r, j] = 1 if x[r, j] + shift[j] > threshold else 0
+                    out[r, j] = 1 if x[r, j] + shift[j] - limit > threshold else 0
             else:
                 for j in range(k):
                     out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
@@ -86,7 +98,7 @@ def ede_slope(x, t):
 
 
 @kernel(parallel=True, reorder=True)
-def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, passed, means, add, out, dshift):
+def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift):
     """Gradients of a binarizer of x + shift, (M, K) with a shift of (K,).
 
     `gain` g is the gradient of the levels' sum before the factors of the form; times `passed`, the row's mean (M,) and
@@ -101,10 +113,11 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, pa
         row = np.empty(k, np.float32)
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
             level, ramp = ZERO, ZERO
+            limit = _share_of_largest(x[r], shift, share)
             factor = passed * means[r] if means.size else passed
             if slope == 0:
                 for j in range(k):
-                    v = x[r, j] + shift[j]
+                    v = x[r, j] + shift[j] - limit
                     up = g[r, j] * gain
                     if unsigned:
                         level += up if v > threshold else ZERO
@@ -115,11 +128,11 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, pa
                     row[j] = d
             elif slope == 1:
                 for j in range(k):
-                    size = abs(x[r, j] + shift[j])
+                    size = abs(x[r, j] + shift[j] - limit)
                     row[j] = g[r, j] * gain * factor * (TWO - TWO * size) if size <= ONE else ZERO
             else:
                 for j in range(k):
-                    row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j], high)
+                    row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j] - limit, high)
             for j in range(k):
                 columns[block, j] += row[j]
             if add:

@@ -74,9 +74,8 @@ class _BinaryLinear(torch.autograd.Function):
             weights = _weights(part.rule_w, part.w, part.parameters_w, dtype)
             levels = x.new_empty(rows.shape, dtype=dtype)
             means = np.empty(len(rows) if form.mean == "row" else 0, np.float32)
-            _, _, _, threshold, unsigned = elementwise.numbers(form)
-            shift = elementwise.vector(part.shift, k)
-            elementwise.binary_levels(rows, shift, threshold, unsigned, means, levels.numpy())
+            shift, limits = elementwise.vector(part.shift, k), elementwise.numbers(form)[3:]
+            elementwise.binary_levels(rows, shift, *limits, means, levels.numpy())
             product = torch._int_mm(levels, weights.levels.t()) if large else levels @ weights.levels.t()
             y = product if y is None else y
             gain = form.scale * weights.gain

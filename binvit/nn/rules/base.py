@@ -30,11 +30,14 @@ class Plane(NamedTuple):
         return self.levels if self.offset is None else self.levels - self.offset
 
 
+BELOW_ZERO = -(2.0**-126)  # next to 0, so that x > BELOW_ZERO is x >= 0 but for numbers without weight
 BELOW_ONE = 1.0 - 2.0**-24  # the float32 number before 1: |x| < 1 is |x| <= BELOW_ONE
 
 
 class Form(NamedTuple):
     """What the compiled training step needs to know of a rule that binarizes every number by itself, into one plane.
+
+    With a share, x stands for x minus that share of its row's maximum, and the level at 0 is 1.
 
     The plane is mean * scale * level(x), with the level 1[x > threshold], or sign(x) without a threshold; the gradient
     is dx = g * mean * gain * slope(x).
@@ -47,6 +50,7 @@ class Form(NamedTuple):
         high: Upper end of the window.
         threshold: Above it the level is 1 and elsewhere 0; None for signs.
         mean: Mean of |x| over each "row" (last dimension) or "head" (last two) as a further factor, or "none" for 1.
+        share: Share of the largest value of a row (last dimension).
     """
 
     scale: float = 1.0
@@ -56,11 +60,12 @@ class Form(NamedTuple):
     high: float = 1.0
     threshold: float | None = None
     mean: str = "none"
+    share: float = 0.0
 
 
 def sign(x: Tensor) -> Tensor:
     """Return +1 where x >= 0 and -1 elsewhere, in the type of x."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)  # torch.where with two numbers is several times slower
 
 
 def reduce_to(x: Tensor, shape: torch.Size) -> Tensor:

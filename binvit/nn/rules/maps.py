@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from binvit.nn.rules.base import SMALLEST_SCALE, Plane, Rule, reduce_to, sign
+from binvit.nn.rules.base import BELOW_ONE, BELOW_ZERO, SMALLEST_SCALE, Form, Plane, Rule, reduce_to, sign
 from binvit.nn.rules.signs import Ede, window
 
 
@@ -47,6 +48,12 @@ class MapThreshold(Rule):
             dx = dx * self._mean_kept(x, (x >= self._threshold(x)).to(x.dtype))
         return (dx,)
 
+    def form(self, *numbers: float) -> Form | None:
+        high = {"open": BELOW_ONE, "closed": 1.0, "approx": 1.0, "through": math.inf}[self.window]
+        slope = "approx" if self.window == "approx" else "step"
+        form = Form(slope=slope, low=-high, high=high, threshold=BELOW_ZERO, share=self.share)
+        return None if self.mean_scale else form
+
 
 @dataclass(frozen=True)
 class MapEde(MapThreshold):
@@ -69,6 +76,9 @@ class MapEde(MapThreshold):
     def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, None]:
         return g * Ede.slope(x - self._threshold(x), sharpness), None
 
+    def form(self, *numbers: float) -> Form | None:
+        return Form(slope="ede", high=numbers[0], threshold=BELOW_ZERO, share=self.share)
+
 
 @dataclass(frozen=True)
 class MapLearned(MapThreshold):
@@ -88,6 +98,13 @@ class MapLearned(MapThreshold):
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return g * scale, (g * (x >= self._threshold(x))).sum()
+
+    def form(self, *numbers: float) -> Form | None:
+        form = super().form()
+        return None if form is None else form._replace(scale=numbers[0], gain=numbers[0])
+
+    def parameter_gradients(self, level: Any, ramp: Any, size: int, *parameters: Any) -> tuple[Any, ...]:
+        return (level,)
 
 
 @dataclass(frozen=True)
@@ -185,3 +202,6 @@ class ScoreSign(Rule):
 
     def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         return (g * (x.abs() < 1),)
+
+    def form(self, *numbers: float) -> Form | None:
+        return Form(low=-BELOW_ONE, high=BELOW_ONE, threshold=0.0)
