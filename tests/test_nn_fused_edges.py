@@ -13,10 +13,11 @@ from nn_helpers import arrays, values
 import binvit
 from binvit.nn import products, rules
 from binvit.nn.block_parts import LayerEnd
-from binvit.nn.fused import autograd, elementwise
+from binvit.nn.fused import autograd, elementwise, planes
 from binvit.nn.fused.linear import Part, binary_linear, takes_linear
+from binvit.nn.products import superpose
 from binvit.nn.rules import GsbAttention, GsbValue
-from binvit.nn.schemes import INPUT_RULES, WEIGHT_RULES
+from binvit.nn.schemes import INPUT_RULES, PLACES, WEIGHT_RULES
 
 scale = st.sampled_from([0.25, 0.5, 1.0, 2.0])
 shifts = st.none() | arrays((3, 1, 4), st.sampled_from([0.0, 0.25, -0.5]))
@@ -171,3 +172,35 @@ def test_thresholds_are_compared_alike():
         )
         want = 1e-3 * products.binarize(v.transpose(1, 2), rule_v, *scales_v).sum(2)
         torch.testing.assert_close(y[0, 0], want[0, 0], rtol=1e-5, atol=1e-6)
+
+
+FORMED = sorted(
+    {
+        (place, name)
+        for place in ("input", "query", "attention", "value")
+        for name, make in PLACES[place].items()
+        if make(binvit.scheme("gsb")).form(*make(binvit.scheme("gsb")).default()) is not None
+    }
+)
+
+
+@pytest.mark.parametrize(("place", "name"), FORMED, ids=["-".join(pair) for pair in FORMED])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_planes_of_every_rule_with_a_form(place, name, data):
+    """Levels and scales to the last bit, gradients against the rule in float64; transposed tensors, too."""
+    rule = PLACES[place][name](binvit.scheme("gsb"))
+    shape = data.draw(st.sampled_from([(1, 1, 1, 1), (2, 3, 5, 4), (1, 2, 3, 17), (2, 1, 33, 3)]))
+    x = torch.tensor(data.draw(arrays(shape)), dtype=torch.float32)
+    x = x.mT if data.draw(st.booleans()) else x
+    parameters = [torch.tensor(data.draw(scale)) for _ in rule.parameters]
+    g = torch.tensor(np.random.default_rng(0).standard_normal(x.shape), dtype=torch.float32)
+    for fast, plain in zip(planes.planes(rule, x, *parameters), rule.planes(x, *parameters), strict=True):
+        assert torch.equal(fast.levels, plain.levels)
+        assert torch.equal(superpose([fast]), superpose([plain]))
+    fast = planes.backward(rule, x, g, *parameters)
+    slow = rule.backward(x.double(), g.double(), *(p.double() for p in parameters))
+    for a, b in zip(fast, slow, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6 * max(1.0, b.abs().max().item()))

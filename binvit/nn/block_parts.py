@@ -140,7 +140,8 @@ class LayerEnd(nn.Module):
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """Map a product (..., out_features) and the layer's input x (..., in_features) to (..., out_features)."""
         own = x if self.own_input else None
-        if self.training and elementwise.usable(y, own):
+        known = self.norm is None or type(self.norm) in (nn.LayerNorm, PartNorm)
+        if self.training and known and elementwise.usable(y, own):
             norm, act, scale = self.norm, self.activation, self.scale
             end = End(
                 0 if norm is None else getattr(norm, "parts", 1),
