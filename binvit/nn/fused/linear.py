@@ -52,8 +52,9 @@ def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor], dtype: torch.d
         levels = w.new_empty(w.shape, dtype=dtype)
         return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
     ((levels, scale, _),) = rule.planes(w.detach(), *parameters)
-    single = scale is not None and scale.numel() == 1
-    return _Weights(levels.to(dtype), scale.item() if single else 1.0, None if single else scale)
+    if scale is not None and scale.numel() == 1:
+        return _Weights(levels.to(dtype), scale.item(), None)
+    return _Weights(levels.to(dtype), 1.0, scale)
 
 
 class _BinaryLinear(torch.autograd.Function):
