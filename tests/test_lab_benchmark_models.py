@@ -13,6 +13,7 @@ from binvit.__main__ import cli, main
 from binvit.lab.benchmark import memory, peers, roofline, run, timing
 from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
+from binvit.lab.benchmark.steps import benchmark_steps
 from binvit.lab.experiments import efficiency
 from binvit.packed import pack
 from binvit.packed.audit import audit
@@ -92,6 +93,18 @@ def test_training_steps_are_compared_with_the_float_step():
     assert list(table["contender"]) == ["timm float32", "binvit gsb"]
     assert table["times"].iloc[0] == 1
     assert (table["seconds"] > 0).all()
+
+
+def test_steps_of_schemes_are_compared_at_each_size():
+    table = benchmark_steps(["smoke"], ["float", "xnor"], threads=1, rounds=1, batch=2)
+    assert table[["size", "scheme", "batch", "threads"]].to_numpy().tolist() == [
+        ["smoke", "float", 2, 1],
+        ["smoke", "xnor", 2, 1],
+    ]
+    assert table["times"].iloc[0] == 1
+    assert (table[["first_ms", "ms"]] > 0).all().all()
+    with pytest.raises(ValueError, match="Unknown size 'huge'; valid are smoke, cpu, DeiT-S"):
+        benchmark_steps(["huge"])
 
 
 def test_memory_is_measured_in_processes_of_their_own():

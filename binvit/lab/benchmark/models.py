@@ -11,10 +11,9 @@ import pandas as pd
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from binvit.lab.benchmark.peers import PEERS, NotAvailable
+from binvit.lab.benchmark.steps import training_step
 from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.nn import binarize, calibrate, scheme
 from binvit.nn.convert import VECTORS
@@ -160,10 +159,10 @@ def benchmark_training(
     model.set_distilled_training(True)
     images, labels = torch.randn(batch, 3, image_size, image_size), torch.arange(batch) % 100
     with use_threads(threads) as threads:
-        contenders = {"timm float32": _training_step(model, images, labels)}
+        contenders = {"timm float32": training_step(model, images, labels)}
         for name in variants:
             binary = binarize(model, scheme(**VARIANTS[name]))
-            contenders[name] = _training_step(binary, images, labels)
+            contenders[name] = training_step(binary, images, labels)
         times = interleave(contenders, least=rounds, most=rounds)
     medians = {name: float(np.median(t)) for name, t in times.items()}
     rows = [
@@ -171,15 +170,3 @@ def benchmark_training(
         for name, t in medians.items()
     ]
     return pd.DataFrame(rows)
-
-
-def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def run() -> None:
-        loss = torch.stack([F.cross_entropy(logits, labels) for logits in model(images)]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return run

@@ -13,8 +13,9 @@ from binvit import bits
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.memory import benchmark_memory
-from binvit.lab.benchmark.models import benchmark_growth, benchmark_models, benchmark_training
+from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
+from binvit.lab.benchmark.steps import benchmark_steps
 from binvit.lab.figures.style import save_figure
 
 PARTS = ("kernels", "models", "growth", "memory", "training")
@@ -33,7 +34,7 @@ def run_benchmarks(
     Args:
         parts: elements of `PARTS`.
         out: folder of the tables and of the roofline figure; made if it is missing.
-        batches: images per run; by default 1, 8 and 32, and 8 for a training step.
+        batches: images per run; by default 1, 8 and 32, and those of each size for a training step.
         threads: threads of every contender.
         seconds: time per measurement, roughly.
         say: takes every line of text.
@@ -59,7 +60,7 @@ def run_benchmarks(
         "models": lambda: benchmark_models(batches or (1, 8, 32), say=say, **options),
         "growth": lambda: benchmark_growth(**options),
         "memory": lambda: pd.concat([benchmark_memory(batch) for batch in batches or (1, 8)], ignore_index=True),
-        "training": lambda: pd.concat([benchmark_training(b, threads=threads) for b in batches or (8,)]),
+        "training": lambda: pd.concat([benchmark_steps(batch=b, threads=threads) for b in batches or (None,)]),
     }
     tables = {}
     for part in parts:
