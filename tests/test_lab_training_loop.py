@@ -221,6 +221,14 @@ def test_teacher_is_trained_or_loaded(tmp_path):
         train_trial(tiny("elastic", distillation="hard", teacher=str(tmp_path / "missing")))
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_similarities_of_the_first_batch_are_heard_once(accumulate):
+    # The first batch sets the scales by a pass of its own.
+    result = train_trial(tiny("gsb", similarity=0.5, teacher_epochs=1, accumulate=accumulate))
+    plain = train_trial(tiny("gsb", accumulate=accumulate))
+    assert result.history[0]["train_loss"] > plain.history[0]["train_loss"]
+
+
 def test_schedules_of_rules_are_driven(monkeypatch):
     driven = []
     monkeypatch.setattr(Binarizer, "set_progress", lambda self, progress: driven.append(progress))

@@ -124,7 +124,7 @@ def test_identity_is_of_values_and_not_of_spelling():
         ({"noise": [[1, 2]]}, "square confusion matrix"),
         ({"noise": [[1, float("nan")], [1, 2]]}, "square confusion matrix of numbers from 0"),
         ({"root": 3}, "root must be a text, got 3"),
-        ({"scheme_options": {"reduced": "row"}}, "Unknown scheme field 'reduced'; valid are"),
+        ({"scheme_options": {"reduced": "row"}}, "Unknown scheme field 'reduced'; valid fields are"),
         ({"scheme_options": 3}, "scheme_options must be a mapping"),
         ({"recipe_options": {"epoch": 3}}, "Unknown recipe field 'epoch'; valid fields are"),
         ({"recipe_options": {"name": "mine"}}, "registered name"),

@@ -235,8 +235,9 @@ class Training:
         Every part counts as many times as it has images, so that the parts' number changes nothing but rounding.
         """
         if self.wrapped is None:
-            if self.team.size * len(self.parts) > 1 and not self.position.epoch:
-                # Scales of the whole batch, which every process has, and not of the part that comes first.
+            if not self.position.epoch:
+                # Scales of the whole batch, which every process has, and not of the part that comes first; before
+                # `recorded` listens, which would hear the model twice.
                 calibrate(self.model, images, all_processes=False)
             self.wrapped = self.team.wrap(self.model)
         found, penalty = torch.zeros(2, dtype=torch.float32, device=self.device), self.recipe.weight_penalty
