@@ -79,12 +79,15 @@ def start_slurm(stack: ExitStack, folder: Path) -> None:
         wait_for("munge", lambda: answers("munge", "-n"), 30)
     for name in ("spool", "state"):
         (folder / name).mkdir()
-    conf = folder / "slurm.conf"
+    conf = Path("/etc/slurm/slurm.conf")  # where jobs look: the executor drops SLURM_CONF from their environment
+    if conf.exists():
+        raise SystemExit(f"There is a Slurm already: {conf}.")
+    stack.callback(conf.unlink)
     conf.write_text(CONF.format(host=socket.gethostname(), folder=folder, cores=os.cpu_count()))
-    os.environ["SLURM_CONF"] = str(conf)
     for daemon in ("slurmctld", "slurmd"):
         log = stack.enter_context((folder / f"{daemon}.log").open("w"))
         stack.enter_context(running(daemon, "-D", "-f", str(conf), stdout=log, stderr=log))
+    stack.callback(subprocess.run, ["scancel", "--user", "root"])  # before the daemons end
     wait_for("Slurm", lambda: answers("srun", "true"), 60)
 
 
@@ -131,7 +134,7 @@ def main() -> None:
         code = grid.wait(1800)
         text = (folder / "snakemake.log").read_text()
         if code:
-            raise SystemExit(text)
+            raise SystemExit(text + "".join(path.read_text() for path in folder.glob(".snakemake/slurm_logs/**/*.log")))
         planned = [json.loads(line) for line in (folder / "report" / "plan.jsonl").read_text().splitlines()]
         trials = [line["id"] for line in planned if "id" in line]
         missing = [trial for trial in trials if not (folder / "results" / f"{trial}.json").is_file()]
