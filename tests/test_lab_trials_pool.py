@@ -462,7 +462,7 @@ def test_killed_run_continues_with_the_same_bits(tmp_path, options):
     trial = tiny("gsb", epochs=100, checkpoint_minutes=0.0, eval_every=100, **options)
     child = subprocess.Popen(program(trial, results_dir=tmp_path), stdout=subprocess.DEVNULL)
     state = tmp_path / ".running" / f"{trial.id}.state"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not state.exists() and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
