@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def _copy_of(parameter: Tensor) -> nn.Parameter:
 
 def each(binarizer: Binarizer | nn.ModuleList) -> list[Binarizer]:
     """Return a layer's binarizer, or that of each of its parts, as a list."""
-    return [module for module in binarizer.modules() if isinstance(module, Binarizer)]
+    return cast("list[Binarizer]", list(binarizer) if isinstance(binarizer, nn.ModuleList) else [binarizer])
 
 
 class BinaryLinear(nn.Module):
