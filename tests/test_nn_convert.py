@@ -352,7 +352,8 @@ def test_the_released_reduction_lets_images_depend_on_each_other():
 def test_evaluation_gives_training_up_to_rounding(name):
     """Levels may tip over at a threshold where sums are rounded differently; with this seed none does.
 
-    A norm after sums of signs makes exact zeros, whose sign is that of the rounding.
+    With seeds 1, 2, 3, 4 and 7 bnn and xnor++ differ by 0.09 to 0.33, and with 5 and 6 not; that exact zeros after the
+    norm of a sum of signs are the cause has not been shown.
     """
     x = images(4)
     model = calibrated(tiny_vit(False, seed=5), name, x)
