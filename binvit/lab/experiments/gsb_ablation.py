@@ -19,6 +19,7 @@ from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run, notebook_ru
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage
 from binvit.lab.trials.trained import load_trained
+from binvit.lab.trials.tune import equal_terms
 
 GSB = "GSB as published"
 ROUNDING = 1e-5  # of logits: what float sums in another order may change
@@ -41,7 +42,8 @@ def _gsb(name: str, **scheme_options: Any) -> Condition:
     return Condition(name, "gsb", scheme_options)
 
 
-# What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once.
+# What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once. The schemes
+# stand on equal terms instead, as in every comparison: the bias as said, no limit.
 FACTORS: dict[str, tuple[Condition, ...]] = {
     "groups": (
         Condition("1", "elastic"),
@@ -68,6 +70,7 @@ FACTORS: dict[str, tuple[Condition, ...]] = {
         _gsb("relative", attention_bias="relative"),
         _gsb("none", attention_bias="none"),
     ),
+    "limit of activations": (_gsb("10", activation_limit=10.0), _gsb("none", activation_limit=None)),
     "distillation": tuple(
         Condition(kind, "gsb", recipe_options={"distillation": kind}) for kind in ("none", "soft", "hard")
     ),
@@ -76,7 +79,7 @@ FACTORS: dict[str, tuple[Condition, ...]] = {
         Condition("two stages", "gsb", recipe_options=_two_stages),
     ),
     "scheme": tuple(
-        Condition(f"{name}, {words} bias", name, {"attention_bias": bias})
+        Condition(f"{name}, {words} bias", name, equal_terms(bias))
         for name in BOTH_BIASES
         for words, bias in (("without", "none"), ("with", "full"))
     ),

@@ -16,6 +16,7 @@ from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial
+from binvit.lab.trials.tune import equal_terms
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ BOTH_BIASES = ("float", "elastic", "gsb", "reactnet", "bivit")  # shown with and
 
 
 def with_bias(scheme: str, bias: str = "none") -> Condition:
-    """Return a scheme with a learned bias of the attention map, or without one, whatever was published with it.
+    """Return a scheme on equal terms: with a learned bias of the map or without one, and no limit of activations.
+
+    What was published with a scheme does not matter here: a comparison gives such extras to all schemes or to none.
 
     Args:
         scheme: a name of `binvit.list_schemes`.
         bias: "none", "relative" or "full", as the scheme's field attention_bias.
     """
-    return Condition(scheme + (WITH_BIAS if bias != "none" else ""), scheme, {"attention_bias": bias})
+    return Condition(scheme + (WITH_BIAS if bias != "none" else ""), scheme, equal_terms(bias))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,15 @@ SEEDS = (0, 1)
 WIDEST = 3  # how often the grid may grow at each end
 
 
+def equal_terms(bias: str = "none") -> dict[str, Any]:
+    """Return the fields of a scheme that every comparison sets alike, `float` included.
+
+    Args:
+        bias: learned bias of the attention map: "none", "full" or "relative".
+    """
+    return {"attention_bias": bias, "activation_limit": None}
+
+
 def tune(
     schemes: Iterable[str],
     dataset: str = "digits",
@@ -67,7 +76,7 @@ def tune(
             scheme,
             recipe,
             seed,
-            scheme_options={"attention_bias": bias},
+            scheme_options=equal_terms(bias),
             recipe_options={**(recipe_options or {}), "lr": rate},
             root=None if root is None else str(root),
             evaluate_on="val",
