@@ -109,7 +109,8 @@ def test_layer_ends(activation, data):
         tensors = [z, y_.grad[finite], *([] if x_.grad is None else [x_.grad])]
         grads = [p.grad for p in module.parameters()] if finite.all() else []
         results.append([t.detach().double() for t in tensors + grads])
-    for fast, slow in zip(*results, strict=True):  # a norm of nearly equal values has large gradients, and large roundings
+    for fast, slow in zip(*results, strict=True):
+        # A norm of nearly equal values has large gradients, and large roundings.
         size = max([1.0, *slow.nan_to_num().abs().flatten().tolist()])
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4 * size, equal_nan=True)
 

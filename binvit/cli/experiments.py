@@ -106,7 +106,7 @@ def plan(
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
-@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="How to train.")
+@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|paper]", help="How to train.")
 @click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
               show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
