@@ -10,9 +10,8 @@ from PIL.Image import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from binvit.images import resize_square
+from binvit.images import normalize, to_pixels
 from binvit.lab.data.loader import Batches
-from binvit.lab.data.transforms import eval_transform
 from binvit.lab.training.devices import Team
 from binvit.packed import PackedViT, pack
 
@@ -84,10 +83,12 @@ class Classifier:
 
     def tensor(self, pictures: Sequence[Image]) -> Tensor:
         """Turn RGB pictures into the model's input, float32 (B, 3, S, S)."""
-        if isinstance(self.model, PackedViT):
-            return self.model.preprocess(pictures)
-        transform = eval_transform(self.image_size, self.mean, self.std)
-        return transform.batch(np.stack([np.asarray(resize_square(picture, self.image_size)) for picture in pictures]))
+        size, resize, interpolation = (self.image_size, self.image_size), None, "bicubic"
+        if isinstance(self.model, PackedViT):  # it may read oblong images, or more of a picture than its centre square
+            plan = self.model.blueprint
+            size, resize, interpolation = plan.vit.img_size, plan.resize, plan.interpolation
+        pixels = [to_pixels(picture, len(self.mean), size, resize, interpolation) for picture in pictures]
+        return normalize(np.stack(pixels), self.mean, self.std)
 
     def probabilities(self, pictures: Sequence[Image]) -> Tensor:
         """Return how likely the model finds each class, float32 (B, classes)."""
