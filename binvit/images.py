@@ -61,7 +61,7 @@ def open_image(source: str | Path | bytes, place: str | None = None) -> Image.Im
         place: what an error calls the image, by default its path.
 
     Returns:
-        the decoded image; grayscale and palette images are converted, transparency is dropped. 16-bit images keep
+        The decoded image; grayscale and palette images are converted, transparency is dropped. 16-bit images keep
         their eight high bits; floats and longer integers are scaled from [0, 1] (floats) or [0, 255] if they lie
         within, else from their own smallest to their own largest value.
 

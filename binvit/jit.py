@@ -237,7 +237,7 @@ def _say_damaged(path: str, error: Exception) -> None:
 
 
 def vector_code(twin: Callable | None) -> Callable:
-    """Makes an intrinsic of LLVM vector code, with a plain Python twin that gives the same integers without JIT.
+    """Make an intrinsic of LLVM vector code, with a plain Python twin that gives the same integers without JIT.
 
     Args:
         twin: a Python function with the arguments of the intrinsic, without the typing context.
@@ -249,7 +249,7 @@ def vector_code(twin: Callable | None) -> Callable:
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """Allocates an uninitialized array that starts at a multiple of 64 bytes.
+    """Allocate an uninitialized array that starts at a multiple of 64 bytes.
 
     Args:
         shape: the array's shape.
@@ -266,7 +266,7 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> n
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Sets how many threads the calling thread's parallel kernels use from now on.
+    """Set how many threads the calling thread's parallel kernels use from now on.
 
     torch's thread count is a different one, and stays as it is.
 
@@ -293,7 +293,7 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def check_threads(threads: int) -> int:
-    """Checks a number of threads.
+    """Check a number of threads.
 
     Args:
         threads: what should be a whole number of at least 1.
@@ -310,7 +310,7 @@ def check_threads(threads: int) -> int:
 
 
 def get_threads() -> int:
-    """Returns how many threads the calling thread's parallel kernels use.
+    """Return how many threads the calling thread's parallel kernels use.
 
     Returns:
         The number set by `set_threads`, by default all that numba started with.
@@ -334,7 +334,7 @@ def _start_threads() -> None:
 
 @contextmanager
 def use_threads(threads: int | None) -> Iterator[int]:
-    """Uses a number of threads inside a ``with`` block and restores the previous one afterwards.
+    """Use a number of threads inside a ``with`` block and restore the previous one afterwards.
 
     Args:
         threads: as for `set_threads`, but None keeps the current number.

@@ -105,7 +105,7 @@ class LayerEnd(nn.Module):
         scale: end with a `ChannelScale`.
 
     Raises:
-        ValueError: If the own input is to be added and neither width divides the other.
+        ValueError: if the own input is to be added and neither width divides the other.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Branches(nn.Module):
         """Map tokens (B, H * W, C) to the same shape.
 
         Raises:
-            ValueError: If the tokens are not the grid's.
+            ValueError: if the tokens are not the grid's.
         """
         if x.shape[1] != self.grid[0] * self.grid[1]:
             raise ValueError(

@@ -9,7 +9,7 @@ from binvit.nn.schemes import Scheme, check_name
 
 
 def _everywhere(rule: str, **fields: Any) -> dict[str, Any]:
-    """Fields of a scheme that treats all inputs, the query and the key alike."""
+    """Return the fields of a scheme that treats all inputs, the query and the key alike."""
     return dict.fromkeys(("input", "hidden", "query", "key"), rule) | fields
 
 
@@ -217,10 +217,10 @@ def scheme(name: str, **overrides: Any) -> Scheme:
 
     Args:
         name: A name from `list_schemes()`.
-        overrides: Fields of `Scheme` with their new values.
+        overrides: fields of `Scheme` with their new values.
 
     Raises:
-        ValueError: If the name, a field or a value is unknown; the sentence lists the valid ones.
+        ValueError: if the name, a field or a value is unknown; the sentence lists the valid ones.
     """
     check_name("scheme", name, CATALOGUE)
     return dataclasses.replace(CATALOGUE[name], **overrides)

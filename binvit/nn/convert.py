@@ -38,7 +38,7 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
         attention, MLP, patch embedding and heads are replaced as the scheme's components say.
 
     Raises:
-        ValueError: If the model is no such vision transformer, or has a part that has no binarized form.
+        ValueError: if the model is no such vision transformer, or has a part that has no binarized form.
     """
     scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
     if not isinstance(scheme, Scheme):
@@ -149,7 +149,7 @@ def round_vectors(model: VisionTransformer) -> VisionTransformer:
         model: A model that `binarize` returned, trained; its parameters keep the type float32.
 
     Raises:
-        ValueError: If the model is not binarized.
+        ValueError: if the model is not binarized.
     """
     if getattr(model, "scheme", None) is None:
         raise ValueError(f"round_vectors() takes a model made by binvit.binarize(), got {type(model).__name__}.")

@@ -14,8 +14,8 @@ def elastic_signed(x: Tensor, scale: Tensor) -> Tensor:
     """Binarize x to a sign(x) with a learned scale; see `binvit.nn.rules.Elastic` for the gradients.
 
     Args:
-        x: Any shape.
-        scale: One positive value, shape ().
+        x: any shape.
+        scale: one positive value, shape ().
     """
     return binarize(x, Elastic(), scale)
 
@@ -24,8 +24,8 @@ def elastic_unsigned(x: Tensor, scale: Tensor) -> Tensor:
     """Binarize x to a round(clip(x/a, 0, 1)) with a learned scale; see `binvit.nn.rules.Elastic` for the gradients.
 
     Args:
-        x: Any shape.
-        scale: One positive value, shape ().
+        x: any shape.
+        scale: one positive value, shape ().
     """
     return binarize(x, Elastic(lo=0), scale)
 
@@ -35,11 +35,11 @@ def binarize_weight(w: Tensor, scale: str = "tensor", center: bool | str = True)
 
     Args:
         w: (out, in).
-        scale: Factor: "none", one per "tensor" or one per "channel" (output row).
-        center: Mean to subtract before the sign: False or "none", True or "tensor" (as released), or "channel".
+        scale: factor: "none", one per "tensor" or one per "channel" (output row).
+        center: mean to subtract before the sign: False or "none", True or "tensor" (as released), or "channel".
 
     Raises:
-        ValueError: If `scale` or `center` is unknown.
+        ValueError: if `scale` or `center` is unknown.
     """
     _choice("scale", scale, ("none", "tensor", "channel"))
     if isinstance(center, bool):
@@ -58,14 +58,14 @@ def gsb_attention(
     """Binarize an attention map by GSB; see `binvit.nn.rules.GsbAttention`.
 
     Args:
-        a: Attention map after the softmax and its bias, (B, H, N, N).
-        scales: One scale per group, each of shape ().
-        thresholds: One share of the maximum per group after the first, increasing, in (0, 1).
-        reduce: The set of the maximum: "batch", "sample", "head" or "row".
+        a: attention map after the softmax and its bias, (B, H, N, N).
+        scales: one scale per group, each of shape ().
+        thresholds: one share of the maximum per group after the first, increasing, in (0, 1).
+        reduce: the set of the maximum: "batch", "sample", "head" or "row".
         gradient: "official" or "masked".
 
     Raises:
-        ValueError: If a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
+        ValueError: if a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
     """
     return _binarize_gsb(GsbAttention, a, scales, thresholds, reduce, gradient)
 
@@ -80,14 +80,14 @@ def gsb_value(
     """Binarize a value tensor by GSB; see `binvit.nn.rules.GsbValue`.
 
     Args:
-        v: Value, (B, H, N, d).
-        scales: One scale per group, each of shape ().
-        thresholds: One share of the maximum (and of the minimum) per group after the first, increasing, in (0, 1).
-        reduce: The set of the maximum: "batch", "sample", "head" or "row" (for the value the same as "head").
+        v: value, (B, H, N, d).
+        scales: one scale per group, each of shape ().
+        thresholds: one share of the maximum (and of the minimum) per group after the first, increasing, in (0, 1).
+        reduce: the set of the maximum: "batch", "sample", "head" or "row" (for the value the same as "head").
         gradient: "official" or "masked".
 
     Raises:
-        ValueError: If a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
+        ValueError: if a choice is unknown, the numbers of scales and thresholds do not fit, or a shape is another.
     """
     return _binarize_gsb(GsbValue, v, scales, thresholds, reduce, gradient)
 

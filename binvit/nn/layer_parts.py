@@ -17,9 +17,9 @@ class Binarizer(nn.Module):
     """A rule together with its parameters, which are set from the first batch seen in training mode.
 
     Args:
-        rule: The rule.
-        channels: Output channels, for rules with parameters per channel.
-        heads: Attention heads, for rules with parameters per head.
+        rule: the rule.
+        channels: output channels, for rules with parameters per channel.
+        heads: attention heads, for rules with parameters per head.
 
     Attributes:
         initialized: 0 before the parameters are set and 1 afterwards. An exponential moving average of a copy made
@@ -157,9 +157,9 @@ class AttentionBias(nn.Module):
         kind: "full" (one value per head and pair of tokens) or "relative" (one per head and relative position of two
             patches; the row of a prefix token, which has no position, in full; one per prefix token as a key of
             patches).
-        heads: Number of heads.
-        grid: Patches along height and width.
-        prefix: Number of tokens before the patches (class, distillation, registers).
+        heads: number of heads.
+        grid: patches along height and width.
+        prefix: number of tokens before the patches (class, distillation, registers).
     """
 
     index: Tensor
@@ -176,7 +176,7 @@ class AttentionBias(nn.Module):
 
     @staticmethod
     def table_size(grid: tuple[int, int], prefix: int) -> int:
-        """Number of values per head of a relative bias."""
+        """Return the number of values per head of a relative bias."""
         h, w = grid
         return (2 * h - 1) * (2 * w - 1) + prefix * (prefix + h * w) + prefix
 
@@ -226,7 +226,7 @@ class BiasedAttention(Attention):
         """Map tokens (B, N, D) to (B, N, D).
 
         Raises:
-            ValueError: If a mask is given, or the learned bias is for another number of tokens.
+            ValueError: if a mask is given, or the learned bias is for another number of tokens.
         """
         self.bias.check(x, attn_mask, is_causal)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
@@ -249,8 +249,8 @@ class LimitedActivation(nn.Module):
     """An activation clipped to [-limit, limit].
 
     Args:
-        act: The activation.
-        limit: The largest size.
+        act: the activation.
+        limit: the largest size.
     """
 
     def __init__(self, act: nn.Module, limit: float) -> None:

@@ -26,12 +26,12 @@ class BinaryAttention(nn.Module):
 
     Args:
         attention: timm's attention layer; its weights are copied.
-        scheme: What is binarized and how.
-        grid: Patches along height and width.
-        prefix: Number of tokens before the patches.
+        scheme: what is binarized and how.
+        grid: patches along height and width.
+        prefix: number of tokens before the patches.
 
     Attributes:
-        record: Keep the tensors of the last forward pass in `last_attention`: "scores", "map" (softmax and bias),
+        record: keep the tensors of the last forward pass in `last_attention`: "scores", "map" (softmax and bias),
             "binary" (what multiplies the value), "query", "key", "value" (before binarization) and "value_binary".
     """
 
@@ -99,7 +99,7 @@ class BinaryAttention(nn.Module):
         """Map tokens (B, N, D) to (B, N, D).
 
         Raises:
-            ValueError: If a mask is given, which has no meaning for a binarized map, or the learned bias is for another
+            ValueError: if a mask is given, which has no meaning for a binarized map, or the learned bias is for another
                 number of tokens.
         """
         if attn_mask is not None or is_causal:
@@ -131,7 +131,7 @@ class BinaryAttention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def _can_fuse(self, qkv: Tensor) -> bool:
-        """The fused core is for training; the first batch goes step by step, since it sets the scales."""
+        """Return whether the fused core takes the batch: in training, but not the first one, which sets the scales."""
         binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
         plain = self.training and self.softmax and not (self.record or self.context_end or self.attn_drop.p)
         plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
@@ -163,8 +163,8 @@ class BinaryMlp(nn.Module):
 
     Args:
         mlp: timm's MLP; its weights are copied.
-        scheme: What is binarized and how.
-        grid: Patches along height and width, if the tokens are those patches alone; None leaves the scheme's branches
+        scheme: what is binarized and how.
+        grid: patches along height and width, if the tokens are those patches alone; None leaves the scheme's branches
             out.
     """
 

@@ -29,18 +29,18 @@ class BinaryLinear(nn.Module):
     """Linear layer with binarized weights and inputs: y = end(b_x(x + shift) b_w(W)^T + bias, x).
 
     Args:
-        linear: The float layer (`nn.Linear`, or a convolution seen as one by `BinaryPatchConv`); its weights are
+        linear: the float layer (`nn.Linear`, or a convolution seen as one by `BinaryPatchConv`); its weights are
             copied.
-        weight: Rule of the weights.
-        input: Rule of the inputs.
-        shift: Learn a shift per input feature, added before the inputs are binarized.
+        weight: rule of the weights.
+        input: rule of the inputs.
+        shift: learn a shift per input feature, added before the inputs are binarized.
         linear_bias: "keep" the float layer's bias or lack of one, have one "always" or "never".
-        parts: The outputs are those of so many layers of equal width (query, key and value), each with binarizers and a
+        parts: the outputs are those of so many layers of equal width (query, key and value), each with binarizers and a
             shift of its own.
-        latent: What happens to the latent weights before every training step's forward pass, for good: "free" nothing,
+        latent: what happens to the latent weights before every training step's forward pass, for good: "free" nothing,
             "clipped" to [-1, 1], "centred" over each row's fan-in, then clipped.
-        norm: Normalize the inputs first.
-        post: What follows, a `LayerEnd`.
+        norm: normalize the inputs first.
+        post: what follows, a `LayerEnd`.
     """
 
     weight_binarizer: Any  # one, or a ModuleList of one per part
@@ -150,13 +150,13 @@ def scheme_linear(
     """Return a linear layer of a block with the parts that the scheme names.
 
     Args:
-        linear: The float layer.
-        scheme: What is binarized and how.
-        weight: Which of the scheme's places holds for the weights.
-        input: Which of them holds for the inputs.
-        parts: Number of equal parts of the output: 3 for query, key and value.
-        normed: The block itself normalizes the inputs.
-        last: The layer ends a branch of the block, so that a scale of the branch belongs here.
+        linear: the float layer.
+        scheme: what is binarized and how.
+        weight: which of the scheme's places holds for the weights.
+        input: which of them holds for the inputs.
+        parts: number of equal parts of the output: 3 for query, key and value.
+        normed: the block itself normalizes the inputs.
+        last: the layer ends a branch of the block, so that a scale of the branch belongs here.
     """
     outputs, inputs = linear.weight.shape
     ends: dict[str, Any] = {
@@ -186,9 +186,9 @@ class BinaryPatchConv(BinaryLinear):
     In evaluation mode every image is multiplied by itself, so that float rounding cannot depend on the batch.
 
     Args:
-        conv: Convolution whose stride equals its kernel.
-        weight: Rule of the weights.
-        input: Rule of the patches; a mean over a patch is XNOR-Net's box filter, since patches do not overlap.
+        conv: convolution whose stride equals its kernel.
+        weight: rule of the weights.
+        input: rule of the patches; a mean over a patch is XNOR-Net's box filter, since patches do not overlap.
     """
 
     def __init__(self, conv: nn.Conv2d, weight: Rule, input: Rule) -> None:

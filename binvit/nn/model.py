@@ -61,7 +61,7 @@ class Binarized:
         """Take images of another size.
 
         Raises:
-            ValueError: If a binarized patch embedding would get other patches, or a learned attention bias, which has
+            ValueError: if a binarized patch embedding would get other patches, or a learned attention bias, which has
                 its values by pairs of tokens, other tokens.
         """
         embed = self.patch_embed  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def _group_of_wrapper() -> Any:
     """Return the process group of the `DistributedDataParallel` whose forward pass is running, None without processes.
 
     Raises:
-        ValueError: If there are several processes and no such wrapper, so that every one would set its own scales.
+        ValueError: if there are several processes and no such wrapper, so that every one would set its own scales.
     """
     if not several_processes():
         return None
@@ -237,11 +237,11 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
     Args:
         model: A binarized model; it ends in the mode (training or evaluation) it came in.
         images: A batch, float32 (B, 3, H, W), normalized like training images.
-        all_processes: In a torch.distributed job the first images of all processes count, so that scales are the same
+        all_processes: in a torch.distributed job the first images of all processes count, so that scales are the same
             in all of them: every process must call. False sets this process's scales alone.
 
     Raises:
-        ValueError: If the model is not binarized, there are no images, or pixels or the scales that follow from them
+        ValueError: if the model is not binarized, there are no images, or pixels or the scales that follow from them
             are not finite.
     """
     if not isinstance(model, Binarized):

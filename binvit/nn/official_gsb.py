@@ -69,14 +69,14 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
 
     Args:
         path: A file that `torch.load(..., weights_only=True)` reads, with the key "model".
-        reduce: The set over which the group maxima run; "batch" is what the released code does.
+        reduce: the set over which the group maxima run; "batch" is what the released code does.
 
     Returns:
         A `VisionTransformerDistilled` with the scheme "gsb"; its forward gives the mean of both heads' logits.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated or no such checkpoint; names the first missing or unexpected key.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or no such checkpoint; names the first missing or unexpected key.
     """
     state = _read(Path(path))
     # Counted, since a block's number may claim anything.

@@ -46,9 +46,9 @@ def binarize(x: Tensor, rule: Rule, *parameters: Tensor) -> Tensor:
     """Binarize x by a rule.
 
     Args:
-        x: Any tensor the rule accepts.
+        x: any tensor the rule accepts.
         rule: A `binvit.nn.rules.Rule`.
-        parameters: The rule's parameters, in the order of `rule.parameters`.
+        parameters: the rule's parameters, in the order of `rule.parameters`.
 
     Returns:
         The sum of the rule's planes, of the shape of x.
@@ -66,9 +66,9 @@ def integer_product(x: Tensor, w: Tensor, exact: bool = True) -> Tensor:
     """Multiply two tensors of integer levels, x (..., M, K) and w (..., N, K) or (N, K), into (..., M, N), exactly.
 
     Args:
-        x: Levels stored as floats.
-        w: Levels stored as floats.
-        exact: The sums fit into float32; otherwise they are formed in float64.
+        x: levels stored as floats.
+        w: levels stored as floats.
+        exact: the sums fit into float32; otherwise they are formed in float64.
     """
     if not exact:
         return integer_product(x.double(), w.double()).to(x.dtype)
@@ -81,7 +81,7 @@ def apply_scales(product: Tensor, sx: Tensor | None, sw: Tensor | None) -> Tenso
     The order of the operations is part of the contract: the packed model repeats it to the last bit.
 
     Args:
-        product: The integer product, overwritten.
+        product: the integer product, overwritten.
         sx: None, one value, or (..., M, 1).
         sw: None, one value, or (..., N, 1).
     """
@@ -171,9 +171,9 @@ def binary_product(
         w: (N, K), or (..., N, K) with the leading dimensions of x.
         rule_x: A rule with one plane.
         rule_w: A rule with one plane.
-        parameters_x: Parameters of rule_x.
-        parameters_w: Parameters of rule_w.
-        shift: Added to x before it is binarized; broadcasts against x.
+        parameters_x: parameters of rule_x.
+        parameters_w: parameters of rule_w.
+        shift: added to x before it is binarized; broadcasts against x.
         bias: (N,), added to the product.
 
     Returns:
@@ -225,11 +225,11 @@ def attention_product(
     Args:
         attention: (B, H, N, N).
         value: (B, H, N, d).
-        rule_a: Rule of the map.
-        rule_v: Rule of the value.
-        parameters_a: Parameters of rule_a.
-        parameters_v: Parameters of rule_v.
-        exact: Form the products plane by plane in integers, as bits do; otherwise, with several planes, in one float
+        rule_a: rule of the map.
+        rule_v: rule of the value.
+        parameters_a: parameters of rule_a.
+        parameters_v: parameters of rule_v.
+        exact: form the products plane by plane in integers, as bits do; otherwise, with several planes, in one float
             product, which is faster to train with and differs by rounding.
 
     Returns:

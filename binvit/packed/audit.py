@@ -29,10 +29,10 @@ class Audit:
     """Bytes and operations of one image's forward pass, by part.
 
     Attributes:
-        table: One row per part with the columns of `COLUMNS`. A multiply-add, an addition, a comparison, an exponential
+        table: one row per part with the columns of `COLUMNS`. A multiply-add, an addition, a comparison, an exponential
             is one operation; a product of 1-bit numbers and its addition is one binary operation.
-        file_bytes: Size of the packed file.
-        float32_file_bytes: Size of a file with all parameters of the trained model in float32.
+        file_bytes: size of the packed file.
+        float32_file_bytes: size of a file with all parameters of the trained model in float32.
     """
 
     table: pd.DataFrame
@@ -41,7 +41,7 @@ class Audit:
 
     @property
     def totals(self) -> pd.Series:
-        """Sums of the table, and OPs = binary_ops / 64 + float_ops, as binary networks are compared."""
+        """Sum of the table, and OPs = binary_ops / 64 + float_ops, as binary networks are compared."""
         sums = self.table.sum().to_dict()
         return pd.Series(sums | {"ops": sums["binary_ops"] / 64 + sums["float_ops"]})
 
@@ -181,7 +181,7 @@ def _count_end(end: LayerEnd, inputs: int, outputs: int, floats: Counter) -> Non
 
 
 def _branch_operations(branches: Branches) -> int:
-    """Operations of all branches for one number of the map: sums and means, scales and offsets, the additions."""
+    """Return the operations of the branches for a number of the map: sums, means, scales, offsets, additions."""
     axes = 2 * sum(size + 1 for size in branches.SIZES)
     return axes + 3 * len(branches.scales)
 

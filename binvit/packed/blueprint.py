@@ -89,7 +89,7 @@ class Blueprint(Config):
         """Return the binarized model in evaluation mode, its trained tensors on the "meta" device, without values.
 
         Raises:
-            ValueError: If the fields do not fit each other.
+            ValueError: if the fields do not fit each other.
         """
         try:
             return self._build()
@@ -132,10 +132,10 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
     """Return the arguments that rebuild a binarized model, for `Vit`.
 
     Args:
-        model: What `binvit.binarize` returned.
+        model: what `binvit.binarize` returned.
 
     Raises:
-        ValueError: If the model has a part that the arguments cannot describe.
+        ValueError: if the model has a part that the arguments cannot describe.
     """
     block = model.blocks[0]
     embed, attention, mlp = model.patch_embed, block.attn, block.mlp
@@ -185,7 +185,7 @@ def describe(model: VisionTransformer) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The MLP ratio of which timm, which truncates, makes the hidden width."""
+    """Return the MLP ratio of which timm, which truncates, makes the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -194,11 +194,11 @@ def check_same(model: nn.Module, rebuilt: nn.Module) -> None:
     """Check that a rebuilt model computes what the model computes.
 
     Args:
-        model: The model to pack.
-        rebuilt: What its blueprint builds.
+        model: the model to pack.
+        rebuilt: what its blueprint builds.
 
     Raises:
-        ValueError: If layers, shapes or options differ; the sentence names the first place.
+        ValueError: if layers, shapes or options differ; the sentence names the first place.
     """
     theirs, ours = dict(model.named_modules()), dict(rebuilt.named_modules())
     for name in theirs | ours:

@@ -47,9 +47,9 @@ class PackedLinear(nn.Module):
     """`BinaryLinear` with weights of one bit, eight bits or, where the scheme leaves them so, 32.
 
     Args:
-        layer: The layer to stand in for; its weights are not used.
+        layer: the layer to stand in for; its weights are not used.
         weight: uint64 words (out, words) of the signs, int8 levels (out, in), or float32 (out, in).
-        scale: The weights' scale, or None for 1.
+        scale: the weights' scale, or None for 1.
     """
 
     def __init__(self, layer: BinaryLinear, weight: Tensor, scale: Tensor | None) -> None:
@@ -168,8 +168,8 @@ class RelativeBias(AttentionBias):
     """A relative `AttentionBias` without an index per pair of tokens: a small file may claim many tokens.
 
     Attributes:
-        grid: Patches along height and width.
-        prefix: Number of tokens before the patches.
+        grid: patches along height and width.
+        prefix: number of tokens before the patches.
     """
 
     grid: tuple[int, int]
@@ -193,12 +193,12 @@ def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTr
     """Rebuild the evaluation-mode model of a packed file on packed weights.
 
     Args:
-        blueprint: The file's header.
-        tensors: The file's tensors: the model's state, with the weights of binarized layers as words or int8 levels
+        blueprint: the file's header.
+        tensors: the file's tensors: the model's state, with the weights of binarized layers as words or int8 levels
             and their scales as `weight_scale`.
 
     Raises:
-        ValueError: If the blueprint cannot be built, or if a tensor is missing, unexpected, of another shape or type
+        ValueError: if the blueprint cannot be built, or if a tensor is missing, unexpected, of another shape or type
             than the blueprint says, not finite, or has bits set past the end of a row.
     """
     blueprint.vit.check_sizes(tensors)

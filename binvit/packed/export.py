@@ -37,15 +37,15 @@ def export_onnx(model: PackedViT, path: str | Path) -> Path:
     """Write a packed model as ONNX: input "images", float32 (batch, C, H, W), output "logits".
 
     Args:
-        model: What `binvit.pack` or `binvit.load` returned.
-        path: The file; readers see either the old one or all of the new one.
+        model: what `binvit.pack` or `binvit.load` returned.
+        path: the file; readers see either the old one or all of the new one.
 
     Returns:
         The path.
 
     Raises:
-        ModuleNotFoundError: If the packages of the extra `export` are not installed.
-        ValueError: If the model is not packed, or larger than an ONNX file may be.
+        ModuleNotFoundError: if the packages of the extra `export` are not installed.
+        ValueError: if the model is not packed, or larger than an ONNX file may be.
     """
     if not isinstance(model, PackedViT):
         raise ValueError(f"export_onnx() writes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")

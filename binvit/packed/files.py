@@ -38,14 +38,14 @@ def save(model: PackedViT, path: str | Path) -> Path:
     """Write a packed model to one safetensors file.
 
     Args:
-        model: What `pack` or `load` returned.
-        path: The file; missing folders are made, and a reader sees either the old file or all of the new one.
+        model: what `pack` or `load` returned.
+        path: the file; missing folders are made, and a reader sees either the old file or all of the new one.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the model is not packed.
+        ValueError: if the model is not packed.
     """
     if not isinstance(model, PackedViT):
         raise ValueError(f"save() writes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")
@@ -67,8 +67,8 @@ def checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Compute the CRC-32 of everything that a packed file says.
 
     Args:
-        content: The header's entries but version and checksum.
-        tensors: The file's tensors.
+        content: the header's entries but version and checksum.
+        tensors: the file's tensors.
 
     Returns:
         Eight hexadecimal digits.
@@ -84,15 +84,15 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
     """Read a packed model that `save` has written; nothing depends on the file afterwards.
 
     Args:
-        path: The file.
-        exact: Take the exact path (True) or the fast one (False); by default what the model was packed with.
+        path: the file.
+        exact: take the exact path (True) or the fast one (False); by default what the model was packed with.
 
     Returns:
         The packed model.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated or damaged, no packed model, of another format version, or contradicts
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or damaged, no packed model, of another format version, or contradicts
             itself.
     """
     path = Path(path)
@@ -112,12 +112,12 @@ def from_bytes(data: bytes, exact: bool | None = None, name: str = "given as byt
     """Make a packed model of what `to_bytes` returned.
 
     Args:
-        data: The bytes of a packed file.
-        exact: As for `load`.
-        name: What errors call the bytes.
+        data: the bytes of a packed file.
+        exact: as for `load`.
+        name: what errors call the bytes.
 
     Raises:
-        ValueError: As for `load`.
+        ValueError: as for `load`.
     """
     try:
         tensors = deserialize(data)

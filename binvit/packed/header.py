@@ -85,7 +85,7 @@ class Vit(Config):
             tensors: A packed file's tensors by name.
 
         Raises:
-            ValueError: If the depth, the width or the number of patches is another.
+            ValueError: if the depth, the width or the number of patches is another.
         """
         blocks = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
         sizes = {"depth": len(blocks), "embed_dim": _last(tensors, "blocks.0.norm1.weight", -1)}

@@ -42,17 +42,17 @@ def pack(
     or where `images` show that it changes no prediction.
 
     Args:
-        model: What `binvit.binarize` returned, trained or calibrated.
-        exact: Do every float step as the evaluation-mode model does, so that logits are equal bit for bit, instead of
+        model: what `binvit.binarize` returned, trained or calibrated.
+        exact: do every float step as the evaluation-mode model does, so that logits are equal bit for bit, instead of
             the fast path's fused steps.
-        classes: Class names.
-        mean: Channel means that the images were normalized with; by default mean and standard deviations of timm's
+        classes: class names.
+        mean: channel means that the images were normalized with; by default mean and standard deviations of timm's
             pretrained configuration, if it has them for the model's channels.
-        std: Channel standard deviations; required with the means.
-        resize: Pixels of an image's short side before its centre is cut out; by default that of timm's pretrained
+        std: channel standard deviations; required with the means.
+        resize: pixels of an image's short side before its centre is cut out; by default that of timm's pretrained
             configuration if the means come from there, else the short side of what the model reads.
-        interpolation: How images are resized, "bilinear" or "bicubic".
-        card: What people want to know of the model, a `Card` or its fields: data, recipe, accuracy, seeds, licence.
+        interpolation: how images are resized, "bilinear" or "bicubic".
+        card: what people want to know of the model, a `Card` or its fields: data, recipe, accuracy, seeds, licence.
         images: float32 (B, C, H, W), normalized; all must keep their prediction when one kind of vector after the other
             is rounded to float16. Without them, and for `exact`, only what are float16 numbers already become float16.
 
@@ -60,7 +60,7 @@ def pack(
         The packed model.
 
     Raises:
-        ValueError: If the model is not binarized, has never seen a batch (so that its scales have no values), has a
+        ValueError: if the model is not binarized, has never seen a batch (so that its scales have no values), has a
             part without a packed form or weights that are not finite float32 numbers, or if class names, means and
             standard deviations, sizes or the card do not fit it.
     """
@@ -96,7 +96,7 @@ def pack(
 
 
 def _halves(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors rounded to float16, one dictionary for each kind; those beyond its range are left out."""
+    """Return the tensors rounded to float16, one dictionary for each kind; those beyond its range are left out."""
     rounded = [{name: t.half() for name, t in tensors.items() if name.endswith(ends)} for ends in VECTORS]
     return [{name: half for name, half in some.items() if half.isfinite().all()} for some in rounded]
 
@@ -145,7 +145,7 @@ def _tuple(values: Iterable[Any], kind: Callable[[Any], Any], name: str) -> tupl
 
 
 def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of timm's pretrained configuration, empty unless it has both for every channel."""
+    """Return the mean and std of timm's pretrained configuration, empty unless it has both for every channel."""
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (_tuple(config.get(name) or (), float, name) for name in ("mean", "std"))
     return (mean, std) if len(mean) == len(std) == channels else ((), ())
@@ -154,7 +154,7 @@ def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[
 def _pretrained_resize(
     model: VisionTransformer, side: int, interpolation: Interpolation
 ) -> tuple[int | None, Interpolation]:
-    """Resizing of timm's pretrained configuration, which cuts out the centre of what it resizes."""
+    """Return the resizing of timm's pretrained configuration, which cuts out the centre of what it resizes."""
     config = getattr(model, "pretrained_cfg", None) or {}
     share, mode = config.get("crop_pct") or 1.0, config.get("interpolation")
     if config.get("crop_mode", "center") != "center" or mode not in ("bilinear", "bicubic"):

@@ -17,8 +17,8 @@ def bit_product(x: Tensor, w: Tensor) -> Tensor:
     """Multiply levels x (B, H, M, K) in {-1, +1} or {0, 1} with levels w (B, H, N, K) in {-1, 0, +1}, from bits.
 
     Args:
-        x: Levels stored as floats, either signs or, with any zero in them, {0, 1}.
-        w: Levels stored as floats.
+        x: levels stored as floats, either signs or, with any zero in them, {0, 1}.
+        w: levels stored as floats.
 
     Returns:
         float32 (B, H, M, N), exact integers.
@@ -45,9 +45,9 @@ def plane_product(x: Plane, w: Plane, multiply: Callable[[Tensor, Tensor], Tenso
     """Multiply the integers of two planes, (B, H, M, K) and (B, H, N, K) with offsets per head.
 
     Args:
-        x: The rows.
-        w: The columns.
-        multiply: Multiplies levels as `bit_product` does.
+        x: the rows.
+        w: the columns.
+        multiply: multiplies levels as `bit_product` does.
 
     Returns:
         float32 (B, H, M, N), exact integers.

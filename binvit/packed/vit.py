@@ -42,15 +42,15 @@ class PackedViT:
     """A packed binary vision transformer; `pack` makes it of a model, `load` of a file.
 
     Args:
-        blueprint: What is no tensor.
-        tensors: The tensors as a packed file holds them.
-        exact: Take the exact path.
+        blueprint: what is no tensor.
+        tensors: the tensors as a packed file holds them.
+        exact: take the exact path.
 
     Attributes:
-        blueprint: What is no tensor: scheme, shape, class names, normalization.
-        tensors: Everything else, by name.
-        exact: The logits equal the evaluation-mode model's bit for bit.
-        reason: Why the fast path takes generic steps for this model; empty if it does not.
+        blueprint: what is no tensor: scheme, shape, class names, normalization.
+        tensors: everything else, by name.
+        exact: the logits equal the evaluation-mode model's bit for bit.
+        reason: why the fast path takes generic steps for this model; empty if it does not.
     """
 
     @on_cpu()
@@ -86,14 +86,14 @@ class PackedViT:
 
         Args:
             images: float32 (B, C, H, W), a torch tensor or a numpy array.
-            threads: How many threads the kernels use; by default as many as torch, which follows OMP_NUM_THREADS, and
+            threads: how many threads the kernels use; by default as many as torch, which follows OMP_NUM_THREADS, and
                 not more than `binvit.bits.set_threads` said.
 
         Returns:
             float32 (B, classes), of the same kind; NaN for an image with pixels that are not finite.
 
         Raises:
-            ValueError: If the images have another shape or type.
+            ValueError: if the images have another shape or type.
         """
         with bits.use_threads(threads):
             return self._logits(images, torch_threads() if threads is None else threads)
@@ -129,14 +129,14 @@ class PackedViT:
         """Turn images into what the model reads, as training did: decoded, resized, cut and normalized.
 
         Args:
-            images: One image or several: PIL images, paths, encoded bytes, or uint8 arrays (H, W) or (H, W, 3).
+            images: one image or several: PIL images, paths, encoded bytes, or uint8 arrays (H, W) or (H, W, 3).
 
         Returns:
             float32 (B, C, height, width).
 
         Raises:
-            FileNotFoundError: If an image is missing.
-            ValueError: If something is no image, or the model does not say how its images are normalized.
+            FileNotFoundError: if an image is missing.
+            ValueError: if something is no image, or the model does not say how its images are normalized.
         """
         plan, (channels, *size) = self.blueprint, self.blueprint.image_shape
         if not plan.mean or channels not in (1, 3):
@@ -156,16 +156,16 @@ class PackedViT:
         """Find the likeliest classes of images.
 
         Args:
-            images: What a call takes, float32 (B, C, H, W), or what `preprocess` takes.
-            top: How many classes to return for an image.
-            threads: As for a call.
+            images: what a call takes, float32 (B, C, H, W), or what `preprocess` takes.
+            top: how many classes to return for an image.
+            threads: as for a call.
 
         Returns:
             For every image its `top` classes, likeliest first, as pairs of name and probability.
 
         Raises:
-            FileNotFoundError: If an image is missing.
-            ValueError: If the images do not fit or hold pixels that are not finite, or the model has no classes.
+            FileNotFoundError: if an image is missing.
+            ValueError: if the images do not fit or hold pixels that are not finite, or the model has no classes.
         """
         count = self.blueprint.vit.num_classes
         if not isinstance(top, int | np.integer) or isinstance(top, bool) or top < 1:
@@ -234,8 +234,8 @@ def part_of(name: str, tensor: Tensor) -> str:
     """Return the part of the model, an element of `PARTS`, that a tensor belongs to.
 
     Args:
-        name: The tensor's name in the packed model, which is its name in the trained one.
-        tensor: The tensor.
+        name: the tensor's name in the packed model, which is its name in the trained one.
+        tensor: the tensor.
     """
     last = name.rpartition(".")[2]
     if name.startswith("patch_embed."):

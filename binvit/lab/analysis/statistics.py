@@ -82,7 +82,7 @@ class Difference(Estimate):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and 95 % t interval of independent numbers.
+    """Return the mean and 95 % t interval of independent numbers.
 
     Args:
         values: one number per seed.
@@ -111,7 +111,7 @@ def estimate(values: Iterable[float]) -> Estimate:
 def summarize(
     df: pd.DataFrame, by: str | Sequence[str] = "scheme", value: str = "test_accuracy", seed: str = "seed"
 ) -> pd.DataFrame:
-    """Mean, 95 % interval and number of seeds of each group of trials.
+    """Return the mean, 95 % interval and number of seeds of each group of trials.
 
     Args:
         df: one row per trial.
@@ -148,7 +148,7 @@ def paired_difference(
     pair: str | Sequence[str] = "seed",
     value: str = "test_accuracy",
 ) -> Difference:
-    """Mean and 95 % interval of ``a - b``, each trial of ``a`` paired with the trial of ``b`` that shares its seed.
+    """Return the mean and 95 % interval of ``a - b``, trials of ``a`` paired with those of ``b`` of the same seed.
 
     Args:
         df: one row per trial.
@@ -191,7 +191,7 @@ def compare(
     pair: str | Sequence[str] = "seed",
     value: str = "test_accuracy",
 ) -> pd.DataFrame:
-    """Difference of every other side to one reference, paired by seed.
+    """Return the difference of every other side to one reference, paired by seed.
 
     Args:
         df: one row per trial.

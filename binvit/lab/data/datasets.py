@@ -120,7 +120,7 @@ def load_data(
             images, the same for every seed and not trained on; the test images are not loaded then.
 
     Returns:
-        the data set.
+        The data set.
 
     Raises:
         ValueError: an argument is out of range, or the data are damaged.

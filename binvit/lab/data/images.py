@@ -91,7 +91,7 @@ class ImageSet(Dataset):
         return width if len(sizes) == 1 and width == height else None
 
     def fits_in_memory(self) -> bool:
-        """Whether the decoded images may be kept: they have one size and take at most half a gigabyte."""
+        """Return whether the decoded images may be kept: they have one size and take at most half a gigabyte."""
         return self.image_size is not None and len(self) * 3 * self.image_size**2 <= CACHE_BYTES
 
     def pixels(self) -> np.ndarray:

@@ -25,7 +25,7 @@ def pixel_confusion(train: ImageSet, classes: int, side: int = 8) -> Matrix:
         side: thumbnails have side x side pixels.
 
     Returns:
-        a row-stochastic matrix: row i holds the shares of class i's images that are nearest to each class. `load_data`
+        A row-stochastic matrix: row i holds the shares of class i's images that are nearest to each class. `load_data`
         takes it as `noise`, which makes class-conditional label noise (Patrini et al. 2017) of it.
     """
     labels = train.clean_labels

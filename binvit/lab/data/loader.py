@@ -72,7 +72,7 @@ class Batches:
         return {**self.__dict__, "_loader": None}
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches of an epoch."""
         count = len(self.dataset)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
@@ -89,7 +89,7 @@ class Batches:
             every: distance from a batch to the next one wanted, so that several processes can share an epoch.
 
         Returns:
-            an iterator of images float32 (B, 3, S, S), labels int64 (B,) and indices into the data set int64 (B,).
+            An iterator of images float32 (B, 3, S, S), labels int64 (B,) and indices into the data set int64 (B,).
 
         Raises:
             ValueError: an image cannot be decoded.

@@ -77,7 +77,7 @@ def divided(source: Source, seed: int) -> Source:
         seed: decides which images.
 
     Returns:
-        the source with the splits "train" and "test".
+        The source with the splits "train" and "test".
 
     Raises:
         ValueError: no class has two images.

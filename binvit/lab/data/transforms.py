@@ -49,7 +49,7 @@ def eval_transform(image_size: int, mean: Sequence[float], std: Sequence[float])
         std: of each channel, as in `ImageData.std`.
 
     Returns:
-        a callable: RGB image -> float32 (3, image_size, image_size).
+        A callable: RGB image -> float32 (3, image_size, image_size).
     """
     return Normalize(image_size, mean, std)
 
@@ -77,7 +77,7 @@ def train_transform(
         interpolation: how crops are resized, "bilinear" or "bicubic".
 
     Returns:
-        a callable: RGB image -> float32 (3, image_size, image_size).
+        A callable: RGB image -> float32 (3, image_size, image_size).
 
     Raises:
         ValueError: timm does not know the augmentation string.

@@ -174,7 +174,7 @@ def interval_caption(n: pd.Series) -> str:
 
 
 def count_seeds(n: pd.Series) -> str:
-    """How many seeds there are, as text; a range if groups differ."""
+    """Return how many seeds there are, as text; a range if groups differ."""
     low, high = int(n.min()), int(n.max())
     return f"{low} seed{'' if high == 1 else 's'}" if low == high else f"{low} to {high} seeds"
 

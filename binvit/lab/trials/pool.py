@@ -140,7 +140,7 @@ def _tell_changes(results: list[TrialResult], team: Team, jobs: int) -> None:
 
 
 def _length(trial: Trial) -> int:
-    """How long a training takes, roughly: epochs of all stages, twice as many for 1-bit models."""
+    """Return how long a training takes, roughly: epochs of all stages, twice as many for 1-bit models."""
     recipe = trial.get_recipe()
     epochs = recipe.epochs + sum(stage.epochs for stage in recipe.stages)
     return epochs if trial.scheme == "float" else 2 * epochs

@@ -15,9 +15,9 @@ class Plane(NamedTuple):
     """One term `scale * (levels - offset)` of a binarized tensor.
 
     Attributes:
-        levels: Integer values stored as floats, of the shape of the input.
+        levels: integer values stored as floats, of the shape of the input.
         scale: A tensor that broadcasts against `levels`, or None for 1.
-        offset: Whole numbers that broadcast against `levels`, or None for 0.
+        offset: whole numbers that broadcast against `levels`, or None for 0.
     """
 
     levels: Tensor
@@ -43,14 +43,14 @@ class Form(NamedTuple):
     is dx = g * mean * gain * slope(x).
 
     Attributes:
-        scale: Constant factor of the levels.
-        gain: Constant factor of the gradient.
+        scale: constant factor of the levels.
+        gain: constant factor of the gradient.
         slope: "step" 1[low <= x <= high], "approx" (2 - 2|x|) 1[|x| <= 1] or "ede" k t (1 - tanh^2(t x)), t = high.
-        low: Lower end of the window.
-        high: Upper end of the window.
-        threshold: Above it the level is 1 and elsewhere 0; None for signs.
-        mean: Mean of |x| over each "row" (last dimension) or "head" (last two) as a further factor, or "none" for 1.
-        share: Share of the largest value of a row (last dimension).
+        low: lower end of the window.
+        high: upper end of the window.
+        threshold: above it the level is 1 and elsewhere 0; None for signs.
+        mean: mean of |x| over each "row" (last dimension) or "head" (last two) as a further factor, or "none" for 1.
+        share: share of the largest value of a row (last dimension).
     """
 
     scale: float = 1.0
@@ -78,7 +78,7 @@ class Rule:
     """How one tensor is binarized.
 
     Attributes:
-        per: What one value of each parameter covers: the whole "tensor", an output "channel" (first dimension of a
+        per: what one value of each parameter covers: the whole "tensor", an output "channel" (first dimension of a
             weight) or a "head" of an attention tensor (B, H, N, d).
     """
 
@@ -97,15 +97,15 @@ class Rule:
         return {"tensor": (), "channel": (channels, 1), "head": (heads, 1, 1)}[self.per]
 
     def default(self) -> tuple[float, ...]:
-        """Parameter values of a rule that has not seen data."""
+        """Return the parameter values of a rule that has not seen data."""
         return (1.0,) * len(self.parameters)
 
     def initial(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Parameter values drawn from the first training batch x."""
+        """Return the parameter values drawn from the first training batch x."""
         return ()
 
     def first_forward(self, initial: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Parameter values that the very first forward pass uses (the official GSB code differs there)."""
+        """Return the parameter values that the very first forward pass uses (the official GSB code differs there)."""
         return initial
 
     def planes(self, x: Tensor, *parameters: Tensor) -> list[Plane]:
@@ -123,15 +123,15 @@ class Rule:
         """Return the gradients of the parameters of a rule with a form.
 
         Args:
-            level: The sum of g level(x).
-            ramp: The sum of x dx.
-            size: Number of elements of x.
-            parameters: The parameters.
+            level: the sum of g level(x).
+            ramp: the sum of x dx.
+            size: number of elements of x.
+            parameters: the parameters.
         """
         return (None,) * len(parameters)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """Mean of x over everything that shares one parameter value, in the parameter's shape."""
+        """Return the mean of x over everything that shares one parameter value, in the parameter's shape."""
         if self.per == "tensor":
             return x.mean()
         if self.per == "channel":

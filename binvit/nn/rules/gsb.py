@@ -25,8 +25,8 @@ class Gsb(Rule):
     """What both superpositions share: thresholds t_1 < ... < t_{G-1}, reduction, gradient and initialization.
 
     Attributes:
-        thresholds: Shares of the maximum above which groups 2, 3, ... start; () is the elastic baseline.
-        reduce: The set over which the maximum runs, one of `REDUCTIONS`.
+        thresholds: shares of the maximum above which groups 2, 3, ... start; () is the elastic baseline.
+        reduce: the set over which the maximum runs, one of `REDUCTIONS`.
         gradient: "official", or "masked": each group's straight-through window is multiplied by the group's own mask.
         init: "stacked", or "official": the released code subtracts the lower levels in the first forward pass only and
             stores the unsubtracted values.
@@ -66,7 +66,7 @@ class Gsb(Rule):
         return self._stack(list(initial)) if self.init == "official" else initial
 
     def masks(self, x: Tensor) -> list[Tensor]:
-        """Boolean masks of groups 2, 3, ...; nested, of the shape of x."""
+        """Return boolean masks of groups 2, 3, ...; nested, of the shape of x."""
         raise NotImplementedError
 
     def _raw_levels(self, x: Tensor) -> list[Tensor]:

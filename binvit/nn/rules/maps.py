@@ -67,7 +67,7 @@ class MapEde(MapThreshold):
 
     @staticmethod
     def progress(done: float) -> float:
-        """Sharpness t after the share `done` (0 to 1) of training."""
+        """Return the sharpness t after the share `done` (0 to 1) of training."""
         return Ede.progress(done)
 
     def planes(self, x: Tensor, sharpness: Tensor) -> list[Plane]:

@@ -24,8 +24,8 @@ class Sign(Rule):
             "head" (mean over tokens and channels of one head of one image); of x itself, also where it is centred.
         window: "closed" 1[|x| <= 1] (Hubara et al. 2016), "open" 1[|x| < 1], "approx" (2 - 2|x|) 1[|x| <= 1] (Liu et
             al. 2018) or "through" 1.
-        center: The sign is that of c = x - mean over the last dimension, whose gradient h gives dx = h - mean h.
-        factor: How s enters the gradient: "constant" dx = g s w; "bare" dx = g w, as Bi-Real Net, ReActNet, BiBERT and
+        center: the sign is that of c = x - mean over the last dimension, whose gradient h gives dx = h - mean h.
+        factor: how s enters the gradient: "constant" dx = g s w; "bare" dx = g w, as Bi-Real Net, ReActNet, BiBERT and
             BinaryViT do for their weights; "exact" dx = g s w + sign(x)/n sum(sign(x) g), the derivative of a mean
             over the row, here that of |c|; "xnor" dx = g (s w + 1/n)(1 - 1/n), the released code of XNOR-Net.
     """
@@ -163,7 +163,7 @@ class Ede(Rule):
 
     @staticmethod
     def progress(done: float) -> float:
-        """Sharpness t after the share `done` (0 to 1) of training."""
+        """Return the sharpness t after the share `done` (0 to 1) of training."""
         return 10.0 ** (-3.0 + 4.0 * done)
 
     def default(self) -> tuple[float, ...]:
@@ -171,7 +171,7 @@ class Ede(Rule):
 
     @staticmethod
     def slope(x: Tensor, sharpness: Tensor) -> Tensor:
-        """Derivative that the estimator uses for sign(x)."""
+        """Return the derivative that the estimator uses for sign(x)."""
         return torch.clamp(1 / sharpness, min=1.0) * sharpness * (1 - torch.tanh(sharpness * x) ** 2)
 
     @staticmethod

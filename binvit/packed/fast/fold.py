@@ -49,11 +49,11 @@ def fold_block(block: Block, grid: tuple[int, int], prefix: int) -> dict[str, An
 
     Args:
         block: A block of what `binvit.packed.exact.build_exact` returned.
-        grid: Patches along height and width.
-        prefix: Number of tokens before the patches.
+        grid: patches along height and width.
+        prefix: number of tokens before the patches.
 
     Raises:
-        NotFoldable: If the block has a step that the kernels do not know.
+        NotFoldable: if the block has a step that the kernels do not know.
     """
     attention, mlp = block.attn, block.mlp
     _require(isinstance(attention, PackedAttention), "attention is float")
@@ -132,7 +132,7 @@ def _rprelu(post: LayerEnd) -> list[np.ndarray]:
 
 
 def _affine(linear: PackedLinear, input_scale: Tensor | None) -> np.ndarray:
-    """Scale and bias per output channel, float32 (2, N)."""
+    """Return the scale and bias per output channel, float32 (2, N)."""
     scales = [s for s in (input_scale, linear.scale) if s is not None]
     scale = scales[0] * scales[1] if len(scales) == 2 else scales[0] if scales else None
     return np.stack([_vector(scale, linear.out_features, 1.0), _vector(linear.bias, linear.out_features)])
@@ -143,7 +143,7 @@ def _padded(affine: np.ndarray) -> np.ndarray:
 
 
 def _outputs(linear: PackedLinear, input_scale: Tensor | None) -> Tensor:
-    """The layer's output for every integer that the product of in_features signs can take, (in_features + 1, N)."""
+    """Return the layer's output for every integer that in_features signs can sum up to, (in_features + 1, N)."""
     length = linear.in_features
     numbers = torch.arange(-length, length + 1, 2, dtype=torch.float32)
     return linear.finish(numbers[:, None].repeat(1, linear.out_features), input_scale)
@@ -257,7 +257,7 @@ def over_batch(block: Block) -> bool:
 
 
 def _fold_map(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
+    """Return constant thresholds (H, G), thresholds as shares of the maximum (G,), scales (H, G)."""
     rule: Any = binarizer.rule
     if isinstance(rule, ThreeMaps):
         scale, offset = (getattr(binarizer, name).flatten() for name in ("scale", "offset"))
@@ -299,7 +299,7 @@ def _ordered(place: int) -> float:
 
 
 def _fold_value(binarizer: Binarizer, heads: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Scales (H, G), thresholds of the higher groups (G - 1,), and whether the scale is the mean size of the head."""
+    """Return scales (H, G), thresholds of the higher groups (G - 1,), and whether a scale is its head's mean size."""
     rule = binarizer.rule
     if isinstance(rule, GsbValue):
         scales = [_vector(getattr(binarizer, name), 1)[0] for name in rule.parameters]

@@ -249,14 +249,14 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
     """Run images from pixels to the last block, one at a time, while other threads take others.
 
     Args:
-        s: The folded blocks.
+        s: the folded blocks.
         biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
         patches: `binvit.packed.patches.Patches`; without weights, x holds the tokens already.
         images: float32 (B, C, H, W).
         x: float32 (B, T, D), the residual stream, overwritten.
-        c: From `make_scratch`.
-        heads: From `make_scratch`.
-        task: Which task's memory to use.
+        c: from `make_scratch`.
+        heads: from `make_scratch`.
+        task: which task's memory to use.
         counter: int64 (1,), the next image that nobody has taken.
     """
     image = take_next(counter, 0)
@@ -272,15 +272,15 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
     """Run one image from pixels to the last block together with other threads that call the same.
 
     Args:
-        s: The folded blocks; no maximum may run over all heads.
+        s: the folded blocks; no maximum may run over all heads.
         biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
-        patches: As for `run_images`.
+        patches: as for `run_images`.
         image: float32 (C, H, W).
         x: float32 (T, D), the residual stream, overwritten.
-        c: From `make_scratch`, for one task with one slot per thread.
-        heads: From `make_scratch`.
-        task: This thread's number.
-        tasks: Number of threads.
+        c: from `make_scratch`, for one task with one slot per thread.
+        heads: from `make_scratch`.
+        task: this thread's number.
+        tasks: number of threads.
         gates: int64 (3 L + 1,) zeros, where threads meet and share heads.
     """
     tokens, blocks = x.shape[0], s.norms.shape[0]

@@ -30,7 +30,7 @@ def _fused_twin(a, b, c):
 
 @vector_code(twin=_fused_twin)
 def fused(typing_context, a, b, c):
-    """Returns a * b + c of three float32, rounded once."""
+    """Return a * b + c of three float32, rounded once."""
     real = types.float32
     signature = real(real, real, real)
 
@@ -57,7 +57,7 @@ def _fused_array(a, b, c):
 
 @vector_code(twin=_chunk_twin)
 def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squares, level):
-    """Writes the running means and squared deviations of `steps` vectors of eight rows, from column `first` on."""
+    """Write the running means and squared deviations of `steps` vectors of eight rows, from column `first` on."""
     floats = types.float32
     check_arrays("chunk_moments", {"x": (x, floats, 2), "shares": (shares, floats, 1)})
     check_arrays("chunk_moments", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
@@ -106,7 +106,7 @@ def _normalized_twin(x, row, start, mean, inverse, gamma, beta, shift):
 
 @vector_code(twin=_normalized_twin)
 def normalized_signs(typing_context, x, row, start, mean, inverse, gamma, beta, shift):
-    """Returns the word of fma((x - mean) * inverse, gamma, beta) + shift >= 0 for 64 floats of a row."""
+    """Return the word of fma((x - mean) * inverse, gamma, beta) + shift >= 0 for 64 floats of a row."""
     floats = types.float32
     vectors = {"gamma": (gamma, floats, 1), "beta": (beta, floats, 1), "shift": (shift, floats, 1)}
     check_arrays("normalized_signs", {"x": (x, floats, 2), **vectors})
@@ -136,7 +136,7 @@ def _join_twin(means, squares, level, other, share, before):
 
 @vector_code(twin=_join_twin)
 def join_moments(typing_context, means, squares, level, other, share, before):
-    """Adds the moments of one level to those of another, of which `before` elements have been seen."""
+    """Add the moments of one level to those of another, of which `before` elements have been seen."""
     floats, index = types.float32, types.intp
     check_arrays("join_moments", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
     signature = types.void(means, squares, index, index, floats, floats)
@@ -168,7 +168,7 @@ def _join_lanes_twin(means, squares, shares, before, center, spread):
 
 @vector_code(twin=_join_lanes_twin)
 def join_lanes(typing_context, means, squares, shares, before, center, spread):
-    """Adds the moments of level 0, one lane after the other, to those of each row."""
+    """Add the moments of level 0, one lane after the other, to those of each row."""
     floats = types.float32
     vectors = {"shares": shares, "before": before, "center": center, "spread": spread}
     check_arrays("join_lanes", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
@@ -198,7 +198,7 @@ def join_lanes(typing_context, means, squares, shares, before, center, spread):
 
 @kernel
 def normalize_and_pack(x, gamma, beta, shift, epsilon, words, start, stop):
-    """Packs the signs of LayerNorm(x) + shift.
+    """Pack the signs of LayerNorm(x) + shift.
 
     Args:
         x: float32 (T, D), the residual stream.

@@ -123,11 +123,11 @@ def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: i
     """Allocate the memory of a forward pass.
 
     Args:
-        layers: The folded blocks.
-        biased: Whether the attention map has a bias.
+        layers: the folded blocks.
+        biased: whether the attention map has a bias.
         tokens: T.
-        tasks: Images that run at once.
-        slots: Heads per image whose results are kept at once.
+        tasks: images that run at once.
+        slots: heads per image whose results are kept at once.
     """
     size, head_words = layers.norms.shape[-1], -(-layers.width // 64)
     words = -(-size // 64)

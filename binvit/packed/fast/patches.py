@@ -37,7 +37,7 @@ class Patches(NamedTuple):
         positions: float32 (L, D), added to the patches' tokens.
         prefix: float32 (P, D), the tokens before them, positions included.
         size: int64 (2,), height and width of a patch.
-        block: Length of the blocks along K that are summed by themselves.
+        block: length of the blocks along K that are summed by themselves.
     """
 
     weights: np.ndarray
@@ -52,7 +52,7 @@ def fold_patches(model: VisionTransformer) -> Patches:
     """Fold the patch embedding and the position embedding.
 
     Args:
-        model: What `binvit.packed.exact.build_exact` returned.
+        model: what `binvit.packed.exact.build_exact` returned.
 
     Returns:
         The folded embedding; without weights if it is not made of float inputs and 8-bit weights, or if its product
@@ -113,7 +113,7 @@ def _tile_twin(patches, weights, panel, first, steps, out):
 
 @vector_code(twin=_tile_twin)
 def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
-    """Adds the product of six rows and 64 columns over some inputs to a float32 array; the sums stay in registers."""
+    """Add the product of six rows and 64 columns over some inputs to a float32 array; the sums stay in registers."""
     floats = types.float32
     check_arrays("tile_of_floats", {"patches": (patches, floats, 2), "weights": (weights, floats, 3)})
     check_arrays("tile_of_floats", {"out": (out, floats, 2)})
@@ -154,14 +154,14 @@ def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
 
 @kernel
 def embed_patches(p, image, x, start, stop):
-    """Turns some patches of an image into tokens; who does patch 0 writes the tokens before the patches, too.
+    """Turn some patches of an image into tokens; who does patch 0 writes the tokens before the patches, too.
 
     Args:
         p: `Patches`.
         image: float32 (C, H, W).
         x: float32 (P + L, D), overwritten.
-        start: First patch.
-        stop: One past the last patch.
+        start: first patch.
+        stop: one past the last patch.
     """
     prefix, width, length = p.prefix.shape[0], x.shape[1], p.weights.shape[1]
     height, wide = p.size[0], p.size[1]

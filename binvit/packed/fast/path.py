@@ -41,10 +41,10 @@ class FastPath:
     """The folded model: patches, blocks, head.
 
     Args:
-        model: What `binvit.packed.exact.build_exact` returned.
+        model: what `binvit.packed.exact.build_exact` returned.
 
     Raises:
-        NotFoldable: If a block has a step without a fused form.
+        NotFoldable: if a block has a step without a fused form.
     """
 
     def __init__(self, model: VisionTransformer) -> None:

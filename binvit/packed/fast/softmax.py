@@ -48,8 +48,8 @@ def score_table(scale: torch.Tensor | None, factor: torch.Tensor, width: int) ->
     """Tabulate the exponentials of a softmax over scores (d - 2 p) * scale * factor.
 
     Args:
-        scale: Product of the scales of query and key, or None for 1.
-        factor: What the scaled product is multiplied by, 1 / sqrt(d).
+        scale: product of the scales of query and key, or None for 1.
+        factor: what the scaled product is multiplied by, 1 / sqrt(d).
         width: d, channels of a head; p counts those that differ, 0 to d.
 
     Returns:
@@ -109,7 +109,7 @@ def _by_loop(counts, smallest, table, lanes, tokens, reciprocals, attention, sta
 def _make_row_by_permutation(keep: bool) -> Callable:
     @vector_code(twin=None)
     def row_by_permutation(typing_context, counts, row, least, table, vectors, attention):
-        """Sums the exponentials of a row whose levels are below 64, or 255 for padding; may keep them."""
+        """Sum the exponentials of a row whose levels are below 64, or 255 for padding; may keep them."""
         check_arrays("row_by_permutation", {"counts": (counts, types.uint8, 2), "table": (table, types.float32, 2)})
         check_arrays("row_by_permutation", {"attention": (attention, types.float32, 2)})
         index = types.intp
@@ -191,7 +191,7 @@ def _add_bias_twin(attention, row, tokens, reciprocal, bias, bias_row):
 
 @vector_code(twin=_add_bias_twin)
 def _add_bias(typing_context, attention, row, tokens, reciprocal, bias, bias_row):
-    """Turns a row of exponentials into softmax + bias, sets its padding to minus infinity, returns the maximum."""
+    """Turn a row of exponentials into softmax + bias, set its padding to minus infinity, return the maximum."""
     check_arrays("add_bias", {"attention": (attention, types.float32, 2), "bias": (bias, types.float32, 2)})
     index, real = types.intp, types.float32
     signature = types.float32(attention, index, index, real, bias, index)
@@ -224,7 +224,7 @@ def _add_bias(typing_context, attention, row, tokens, reciprocal, bias, bias_row
 
 @kernel
 def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
-    """Turns exponentials into the attention map, softmax + bias.
+    """Turn exponentials into the attention map, softmax + bias.
 
     Args:
         attention: float32 (T, 64 P), from `exponentiate`; padding becomes minus infinity.
@@ -242,7 +242,7 @@ def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
 
 @kernel
 def group_bounds(table, smallest, reciprocals, cuts, bounds, start, stop):
-    """Turns thresholds of a map without a bias into bounds of the popcount: softmax > cut exactly where p < bound.
+    """Turn thresholds of a map without a bias into bounds of the popcount: softmax > cut exactly where p < bound.
 
     Args:
         table: from `score_table`.

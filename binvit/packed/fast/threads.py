@@ -36,9 +36,9 @@ class Team:
         """Call task(number, threads) for every number below `threads`, side by side, and wait for all.
 
         Args:
-            task: May wait for its siblings, so all of them run at the same time. It is called once, task(0, 1), if one
+            task: may wait for its siblings, so all of them run at the same time. It is called once, task(0, 1), if one
                 thread is enough or the team is busy with another caller's task.
-            threads: How many.
+            threads: how many.
         """
         if threads <= 1 or not JIT or not self._lock.acquire(blocking=False):
             task(0, 1)
@@ -82,7 +82,7 @@ class Pool(Generic[T]):
     Every step is one atomic operation of a deque: there is no lock that a fork could leave locked in the child.
 
     Args:
-        size: How many are kept while nobody uses them; what was used last stays.
+        size: how many are kept while nobody uses them; what was used last stays.
     """
 
     def __init__(self, size: int) -> None:
@@ -93,8 +93,8 @@ class Pool(Generic[T]):
         """Lend a thing that nobody else holds; what an exception interrupted is not lent again.
 
         Args:
-            key: What the thing is for.
-            make: Makes one if none of that key is free.
+            key: what the thing is for.
+            make: makes one if none of that key is free.
 
         Yields:
             The thing.
@@ -123,7 +123,7 @@ def _next_twin(counters, index):
 
 @vector_code(twin=_next_twin)
 def take_next(typing_context, counters, index):
-    """Adds one to a counter that threads share and returns what it was."""
+    """Add one to a counter that threads share and return what it was."""
     check_arrays("take_next", {"counters": (counters, types.int64, 1)})
     signature = types.int64(counters, types.intp)
 
@@ -137,7 +137,7 @@ def take_next(typing_context, counters, index):
 
 @vector_code(twin=lambda counters, index: counters[index])
 def look_at(typing_context, counters, index):
-    """Returns a counter that threads share."""
+    """Return a counter that threads share."""
     check_arrays("look_at", {"counters": (counters, types.int64, 1)})
     signature = types.int64(counters, types.intp)
 
@@ -150,7 +150,7 @@ def look_at(typing_context, counters, index):
 
 @vector_code(twin=lambda: None)
 def _offer_processor(typing_context):
-    """Lets other threads run if more of them are ready than there are cores."""
+    """Let other threads run if more of them are ready than there are cores."""
     signature = types.void()
 
     def codegen(context, builder, signature, arguments):
@@ -163,12 +163,12 @@ def _offer_processor(typing_context):
 
 @kernel
 def meet(counters, index, threads):
-    """Waits until all threads have come to the same gate.
+    """Wait until all threads have come to the same gate.
 
     Args:
         counters: int64, zeros before the first thread starts.
-        index: The gate; each is used once.
-        threads: How many must come.
+        index: the gate; each is used once.
+        threads: how many must come.
     """
     if threads == 1:
         return
