@@ -1,11 +1,17 @@
+import contextlib
 import io
 import json
+import pickle
 import random
-from pathlib import Path
+import socket
+import tarfile
+import urllib.error
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -350,57 +356,114 @@ def test_fashion_mnist_from_its_files(tmp_path):
     assert data.mean == (0.2860,) * 3
 
 
-class FakeSet:
-    """Stands for torchvision's data sets of files: absent until it is downloaded."""
-
-    classes = ("a", "b")
-    data = np.zeros((4, 32, 32, 3), dtype=np.uint8)
-    targets = (0, 1, 0, 1)
-    online = True
-
-    def __init__(self, root, split=None, train=None, download=False):
-        folder = Path(root) / "files"
-        self._images = self._image_files = [folder / f"{i}.jpg" for i in range(4)]
-        self._labels = [0, 1, 0, 1]
-        if download:
-            folder.mkdir()
-            (folder / "0.jpg").write_text("half")
-            if not self.online:
-                raise OSError("Name or service not known\nand more")
-            (folder / "1.jpg").write_text("whole")
-        elif not (folder / "1.jpg").exists():
-            raise RuntimeError("Dataset not found. You can use download=True to download it")
+def archive(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
 
 
+def matlab(**arrays):
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, arrays)
+    return buffer.getvalue()
+
+
+def cifar_part(key, shade):
+    return pickle.dumps({"data": np.full((2, 3072), shade, np.uint8), key: [0, 1]})
+
+
+PHOTO = encode(flat((90, 60, 30), (40, 30)))
+PETS = {"Beagle_1": 1, "Pug_1": 2, "Beagle_2": 1, "Pug_2": 2}
+LISTS = {
+    "trainval": "".join(f"{name} {label} 2 1\n" for name, label in PETS.items()),
+    "test": "Pug_2 2 2 1\nBeagle_2 1 2 1\nPug_1 2 2 1\n",
+}
+# What the official servers hold, file by file, with a few images each.
+SERVED = {
+    "cifar10": {
+        "cifar-10-python.tar.gz": archive(
+            {f"cifar-10-batches-py/data_batch_{i}": cifar_part("labels", i) for i in range(1, 6)}
+            | {"cifar-10-batches-py/test_batch": cifar_part("labels", 9)}
+            | {"cifar-10-batches-py/batches.meta": pickle.dumps({"label_names": ["plane", "car"]})}
+        ),
+    },
+    "cifar100": {
+        "cifar-100-python.tar.gz": archive(
+            {f"cifar-100-python/{part}": cifar_part("fine_labels", i) for i, part in ((1, "train"), (9, "test"))}
+            | {"cifar-100-python/meta": pickle.dumps({"fine_label_names": ["apple", "fish"]})}
+        )
+    },
+    "flowers102": {
+        "102flowers.tgz": archive({f"jpg/image_{i:05d}.jpg": PHOTO for i in range(1, 410)}),
+        "imagelabels.mat": matlab(labels=np.arange(408) % 102 + 1),
+        "setid.mat": matlab(trnid=np.arange(1, 103), valid=np.arange(103, 205), tstid=np.arange(205, 409)),
+    },
+    "pets": {
+        "images.tar.gz": archive({f"images/{name}.jpg": PHOTO for name in PETS}),
+        "annotations.tar.gz": archive({f"annotations/{part}.txt": text.encode() for part, text in LISTS.items()}),
+    },
+}
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Put a dictionary of files in the place of the network; torchvision takes them whatever their checksums."""
+    files = {}
+
+    def answer(request, **options):
+        assert socket.getdefaulttimeout()  # else a server that says nothing is waited for
+        if (name := request.full_url.rpartition("/")[2]) not in files:
+            raise urllib.error.URLError("Name or service not known\nand more")
+        response = io.BytesIO(files[name])
+        return SimpleNamespace(url=request.full_url, length=len(files[name]), read=response.read)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: contextlib.nullcontext(answer(*args)))
+    monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *args, **options: True)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")  # torchvision's own
 @pytest.mark.parametrize(
-    ("name", "builder", "splits"),
+    ("name", "sizes", "classes", "pixel"),
     [
-        ("cifar10", "CIFAR10", (4, 4, None)),
-        ("cifar100", "CIFAR100", (4, 4, None)),
-        ("flowers102", "Flowers102", (4, 4, 4)),
-        ("pets", "OxfordIIITPet", (4, 4, None)),
+        ("cifar10", (10, 2, None), ["plane", "car"], (1, 1, 1)),
+        ("cifar100", (2, 2, None), ["apple", "fish"], (1, 1, 1)),
+        ("flowers102", (102, 204, 102), ["pink primrose", "hard-leaved pocket orchid"], (90, 60, 30)),
+        ("pets", (4, 3, None), ["Beagle", "Pug"], (90, 60, 30)),
     ],
 )
-def test_torchvision_sets_are_downloaded_into_root(tmp_path, monkeypatch, name, builder, splits):
-    monkeypatch.setattr(f"torchvision.datasets.{builder}", FakeSet)
-    (tmp_path / "new" / "files").mkdir(parents=True)
-    (tmp_path / "new" / "files" / "mine.txt").write_text("kept")
+def test_torchvision_sets_are_downloaded_into_root_once(tmp_path, network, name, sizes, classes, pixel):
+    network |= SERVED[name]
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "flowers102": "flowers-102"}
+    kept = tmp_path / "new" / folder.get(name, "oxford-iiit-pet") / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
     data = load_data(name, root=tmp_path / "new")
-    sizes = (len(data.train), len(data.test), data.val and len(data.val))
-    assert (sizes, data.classes) == (splits, ["a", "b"])
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["files"]  # the download's own folder is gone
-    assert sorted(path.name for path in (tmp_path / "new" / "files").iterdir()) == ["0.jpg", "1.jpg", "mine.txt"]
+    assert (len(data.train), len(data.test), data.val and len(data.val)) == sizes
+    assert data.classes[:2] == classes
     assert data.image_size == (32 if "cifar" in name else 224)
+    assert data.train[0][0].getpixel((5, 5)) == pixel
+    assert data.train.labels[:2].tolist() == [0, 1]
+    assert kept.read_text() == "kept"
+    assert not list((tmp_path / "new").glob(".*"))  # the download's own folder is gone
+    network.clear()
+    assert load_data(name, root=tmp_path / "new").test.labels.tolist() == data.test.labels.tolist()
 
 
-def test_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", type("Offline", (FakeSet,), {"online": False}))
-    with pytest.raises(FileNotFoundError, match="does not hold CIFAR10 and it cannot be downloaded") as error:
-        load_data("cifar10", root=tmp_path / "new")
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+@pytest.mark.parametrize(("name", "missing"), [("cifar10", "cifar-10-python.tar.gz"), ("pets", "annotations.tar.gz")])
+def test_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, network, name, missing):
+    network |= {file: content for file, content in SERVED[name].items() if file != missing}
+    with pytest.raises(FileNotFoundError, match=r"does not hold .* and it cannot be downloaded .*not known") as error:
+        load_data(name, root=tmp_path / "new")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="needs root=FOLDER, the folder that holds it or"):
-        load_data("cifar10")
+        load_data(name)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

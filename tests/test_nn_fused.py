@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 import binvit
 from binvit.nn.convert import set_progress
 from binvit.nn.fused import autograd, elementwise, linear
+from binvit.nn.products import binary_product
 from binvit.nn.rules import Elastic
 
 
@@ -71,23 +72,32 @@ def test_fused_step_equals_the_rules(scheme, monkeypatch):
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4 * size + 1e-7, msg=name)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 65), (5, 17, 40)])
+# The last two are large enough for products in int8, which pay for their conversions from 2**24 multiply-adds on.
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 65), (5, 17, 40), (60, 40, 130), (400, 17, 33)])
 @pytest.mark.parametrize("unsigned", [False, True])
-def test_int8_and_float_levels_give_the_same_product(shape, unsigned, monkeypatch):
+def test_products_of_every_size_equal_the_rules_in_float64(shape, unsigned):
     torch.manual_seed(0)
     rule_x = binvit.nn.schemes.INPUT_RULES["elastic_unsigned" if unsigned else "elastic"](binvit.scheme("elastic"))
     rule_w = binvit.scheme("elastic").rule("weight")
-    x, w = torch.randn(shape), torch.randn(7, shape[-1])
-    scale, shift, bias = torch.tensor(0.7), torch.randn(shape[-1]), torch.randn(7)
+    leaves = [
+        torch.randn(shape),
+        torch.randn(77, shape[-1]),
+        torch.tensor(0.7),
+        torch.randn(shape[-1]),
+        torch.randn(77),
+    ]
     results = []
-    for threshold in (0, 2**60):
-        monkeypatch.setattr(linear, "INT8_WORTHWHILE", threshold)
-        x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = linear.binary_linear(x_, [linear.Part(rule_x, rule_w, [scale], (), w_, shift, bias)])
-        y.square().sum().backward()
-        results.append((y.detach(), x_.grad, w_.grad))
-    for int8, float32 in zip(*results, strict=True):
-        torch.testing.assert_close(int8, float32)
+    for dtype in (torch.float32, torch.float64):
+        x, w, scale, shift, bias = (leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves)
+        if dtype == torch.float32:
+            y = linear.binary_linear(x, [linear.Part(rule_x, rule_w, [scale], (), w, shift, bias)])
+        else:
+            y = binary_product(x, w, rule_x, rule_w, [scale], (), shift, bias)
+        y.square().mean().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in (x, w, scale, shift, bias))])
+    for fused, exact in zip(*results, strict=True):
+        size = exact.abs().max().item()
+        torch.testing.assert_close(fused.double(), exact, rtol=1e-5, atol=1e-5 * size)
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():
