@@ -24,6 +24,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite.binding import Linkage
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
@@ -47,6 +48,8 @@ _CHOSEN = threading.local()
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
 _REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane
+
+_SHARED = {Linkage.linkonce_any, Linkage.linkonce_odr, Linkage.weak_any, Linkage.weak_odr}
 
 _HOMES = ("bits", "nn/fused", "packed/fast")  # the rooms whose kernels may be nested in others
 _PATIENCE = 1.0  # seconds of compiling before a word is said
@@ -76,7 +79,7 @@ class _Kernel:
     def __init__(self, function: Callable, **options: Any) -> None:
         functools.update_wrapper(self, function)
         njit: Any = functools.partial(numba.njit, no_cfunc_wrapper=True, **options)
-        self._entry = njit()(function)
+        self._entry = njit(pipeline_class=_EntryCompiler)(function)
         try:
             self._entry._cache = _Cache(function)
         except RuntimeError:  # numba found no folder: a read-only installation without a home
@@ -89,6 +92,26 @@ class _Kernel:
     @property
     def _numba_type_(self) -> numba.types.Type:  # what the kernel's name means in compiled code
         return self._nested._numba_type_
+
+
+class _EntryCompiler(Compiler):
+    def define_pipelines(self) -> list:
+        library = _EntryLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        library.enable_object_caching()
+        self.state.library = library
+        return super().define_pipelines()
+
+
+class _EntryLibrary(JITCodeLibrary):
+    # Code that calls its own copy of what is linked into it. numba shares copies of one name between all kernels of a
+    # process and keeps the first that it sees: while compiling that of a parallel loop alone, when loading that of
+    # the kernel around it, which was optimized once more and may sum in another order.
+
+    def _optimize_final_module(self) -> None:
+        super()._optimize_final_module()
+        for function in self._final_module.functions:
+            if function.linkage in _SHARED:
+                function.linkage = Linkage.internal
 
 
 class _NestedCompiler(Compiler):
