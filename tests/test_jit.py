@@ -164,3 +164,64 @@ def test_all_rooms_with_kernels_count_for_the_stamp():
     nested = {path for path in users if not any(path.is_relative_to(package / home) for home in jit._HOMES)}
     assert {path.name for path in nested} <= {"jit.py", "products.py"}  # the exact path's kernel calls no other
     assert not [path for path in package.rglob("*.py") if "njit(" in path.read_text() and path.name != "jit.py"]
+
+
+# A gradient's shape: sums over rows in a parallel loop whose body adds in another order when it is optimized again.
+SUMS = """import numpy as np
+from numba import prange
+from binvit.jit import kernel
+
+ZERO = np.float32(0)
+
+@kernel(parallel=True, reorder=True)
+def sums(x, shift, g, gain, slope, low, high, unsigned, out, dshift):
+    rows, k = x.shape
+    blocks = (rows + 31) // 32
+    levels, ramps, columns = np.empty(blocks), np.empty(blocks), np.zeros((blocks, k), np.float32)
+    for block in prange(blocks):
+        total, ramped = 0.0, 0.0
+        row = np.empty(k, np.float32)
+        for r in range(block * 32, min(rows, (block + 1) * 32)):
+            level, ramp = ZERO, ZERO
+            if slope == 0:
+                for j in range(k):
+                    v = x[r, j] + shift[j]
+                    up = g[r, j] * gain
+                    if unsigned:
+                        level += up if v > low else ZERO
+                    else:
+                        level += up if v >= 0 else -up
+                    d = up if (v >= low) and (v <= high) else ZERO
+                    ramp += v * d
+                    row[j] = d
+            else:
+                for j in range(k):
+                    row[j] = g[r, j] * gain * x[r, j]
+            for j in range(k):
+                columns[block, j] += row[j]
+            for j in range(k):
+                out[r, j] = row[j]
+            total += level
+            ramped += ramp
+        levels[block], ramps[block] = total, ramped
+    dshift[:] = 0
+    for block in range(blocks):
+        for j in range(k):
+            dshift[j] += columns[block, j]
+    return levels[0], ramps[0]
+"""
+GRADIENTS = """import numpy as np
+from binvit.bits.sums import sums
+f = np.float32
+x, g = np.random.default_rng(0).standard_normal((2, 1088, 96), f)
+print(*sums(x, np.zeros(96, f), g, f(0.016), 0, f(0.138), f(0.276), True, g, np.empty(96, f)))
+"""
+
+
+def test_compiled_code_and_code_from_disk_sum_in_the_same_order(package):
+    (package / "binvit" / "bits" / "sums.py").write_text(SUMS)
+    compiled = run(package, GRADIENTS, BINVIT_QUIET="1", PYTHONHASHSEED="1")
+    first = kept_code(package)
+    loaded = run(package, GRADIENTS, BINVIT_QUIET="1", PYTHONHASHSEED="2")
+    assert kept_code(package) == first != {}
+    assert compiled == loaded
