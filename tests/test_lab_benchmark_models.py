@@ -1,5 +1,7 @@
 """Benchmarks on tiny models: what the tables say of themselves, not how fast this machine is."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ from click.testing import CliRunner
 
 import binvit
 from binvit.__main__ import cli, main
-from binvit.lab.benchmark import memory, peers, roofline, run, timing
+from binvit.lab.benchmark import machine, memory, peers, roofline, run, timing
 from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
 from binvit.lab.benchmark.steps import benchmark_steps
@@ -179,3 +181,20 @@ def test_bench_ends_with_one_sentence(arguments, sentence, capsys, tmp_path, mon
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_busy_machine_is_told():
+    with machine.watch_load() as quiet:
+        sum(range(10**6))  # this process itself is no other program
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with machine.watch_load() as load:
+            time.sleep(1)
+    finally:
+        other.kill()
+        other.wait()
+    assert 0 <= quiet.others <= 1
+    assert load.others > 0.2 / machine.psutil.cpu_count()
+    assert load.busy == (load.others > machine.BUSY)
+    assert machine.Load(0.5).sentence().endswith("busy, and the numbers should not be trusted.")
+    assert machine.Load(0.01).sentence() == "Meanwhile other programs used 1% of the cores."

@@ -12,6 +12,7 @@ import pandas as pd
 from binvit import bits
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
+from binvit.lab.benchmark.machine import describe_cpu, watch_load
 from binvit.lab.benchmark.memory import benchmark_memory
 from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
@@ -29,7 +30,7 @@ def run_benchmarks(
     seconds: float = 2.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, pd.DataFrame]:
-    """Run parts of the benchmark, print their tables, and write them as CSV.
+    """Run parts of the benchmark, print their tables, and write them as CSV, with the kind of CPU and others' load.
 
     Args:
         parts: elements of `PARTS`.
@@ -53,6 +54,7 @@ def run_benchmarks(
         raise ValueError(f"The time per measurement must be a positive number of seconds, got {seconds!r}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the tables, {out}, is a file.")
+    say(f"CPU: {describe_cpu()}.")
     say(f"The kernels took {bits.warm_up():.1f} s to compile or to load; no measurement includes it.")
     options: dict[str, Any] = {"threads": threads, "seconds": seconds}
     runs: dict[str, Callable[[], pd.DataFrame]] = {
@@ -64,8 +66,11 @@ def run_benchmarks(
     }
     tables = {}
     for part in parts:
-        tables[part] = runs[part]()
-        say(f"\n{part}\n" + tables[part].to_string(index=False, float_format="{:.4g}".format))
+        with watch_load() as load:
+            table = runs[part]()
+        say(f"\n{part}\n" + table.to_string(index=False, float_format="{:.4g}".format))
+        say(load.sentence())
+        tables[part] = table.assign(cpu=describe_cpu(), others=round(load.others, 3))
         atomic_write(out / f"{part}.csv", tables[part].to_csv(index=False))
         if part == "kernels":
             save_figure(draw_roofline(tables[part]), "roofline", out)

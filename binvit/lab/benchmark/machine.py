@@ -1,0 +1,73 @@
+"""The machine of a measurement: its kind of CPU, and how much of it other programs used meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+from llvmlite import binding
+
+from binvit.lab.training.resume import cpu_kind
+
+BUSY = 0.05
+"""Share of the cores that other programs may use before a measurement is no longer trusted."""
+_FEATURES = {"avx2": "AVX2", "avx512vpopcntdq": "AVX-512 VPOPCNTDQ", "amx-int8": "AMX int8", "dotprod": "dot products"}
+
+
+def describe_cpu() -> str:
+    """Return the kind of CPU, the features that speed depends on, and the number of cores."""
+    known = binding.get_host_cpu_features()
+    found = [name for feature, name in _FEATURES.items() if known.get(feature)]
+    return f"{cpu_kind()} with {', '.join(found) or 'none of ' + ', '.join(_FEATURES.values())}, {_cores()} cores"
+
+
+def _cores() -> int:
+    # cgroups and CPU sets may give a process fewer than the machine has
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Load:
+    """How much of the machine other programs used, filled in when `watch_load` ends."""
+
+    others: float = float("nan")
+    """Their share of all cores' time, 0 to 1; what a host takes away from a virtual machine counts as theirs."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a measurement made meanwhile should not be trusted."""
+        return self.others > BUSY
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        text = f"Meanwhile other programs used {self.others:.0%} of the cores"
+        return text + (": the machine was busy, and the numbers should not be trusted." if self.busy else ".")
+
+
+@contextmanager
+def watch_load() -> Iterator[Load]:
+    """Measure inside a `with` block how busy the machine is with anything but this process and its children.
+
+    Yields:
+        The load, known after the block.
+    """
+    load = Load()
+    start, ours, all_ = time.perf_counter(), _own_seconds(), _busy_seconds()
+    yield load
+    seconds = time.perf_counter() - start
+    others = (_busy_seconds() - all_) - (_own_seconds() - ours)
+    load.others = min(1.0, max(0.0, others / max(seconds * (psutil.cpu_count() or 1), 1e-9)))
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
