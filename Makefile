@@ -2,6 +2,7 @@
 # make reproduce   all notebooks with their default (small) size, and a report to read
 # make notebooks   re-executes the committed notebooks in place
 # make soak        kills trainings and damages files for at most 20 minutes (RELIABILITY.md); SOAK="--kills 20 --minutes 5"
+# make cluster-test the grid of two notebooks on a one-node Slurm, which it installs: Debian, as root; not in make test
 # make clean       removes what the other targets made
 #
 # PYTHON chooses the interpreter that the environment in .venv is made of: make test PYTHON=python3.13
@@ -25,7 +26,7 @@ READY := .venv/.ready
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: test reproduce notebooks soak clean
+.PHONY: test reproduce notebooks soak cluster-test clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -51,6 +52,10 @@ notebooks: $(READY)
 
 soak: $(READY)
 	$(ONE_THREAD) $(BIN)/python tests/soak.py $(SOAK)
+
+cluster-test: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -e ".[notebooks,cluster]"
+	$(ONE_THREAD) $(BIN)/python tests/cluster_test.py
 
 clean:
 	rm -rf .venv report results notebooks/results .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
