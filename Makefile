@@ -1,5 +1,6 @@
 # make test        everything that must hold: style, unit tests, notebooks
-# make reproduce   all notebooks with their default (small) size, and a report to read
+# make reproduce   all notebooks on the archived results, a sample of these trained again, and a report to read
+# make figures     draws paper_figures/ and the README's table of results anew from the archive
 # make notebooks   re-executes the committed notebooks in place
 # make soak        kills trainings and damages files for at most 20 minutes (RELIABILITY.md); SOAK="--kills 20 --minutes 5"
 # make cluster-test the grid of two notebooks on a one-node Slurm, which it installs: Debian, as root; not in make test
@@ -14,7 +15,7 @@ PATH ?= /usr/local/bin:/usr/bin:/bin
 export PATH
 
 PYTHON ?= python3
-SIZE   ?= smoke
+SIZE   ?= archive
 OUT    ?= report
 
 CONSTRAINTS ?=
@@ -26,7 +27,7 @@ READY := .venv/.ready
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: test reproduce notebooks soak cluster-test clean
+.PHONY: test reproduce figures notebooks soak cluster-test clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -46,6 +47,9 @@ test: $(READY)
 
 reproduce: $(READY)
 	$(BIN)/python -m binvit reproduce --size $(SIZE) --out $(OUT)
+
+figures: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m binvit figures
 
 notebooks: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks.refresh notebooks/*.ipynb

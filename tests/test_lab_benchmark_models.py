@@ -67,7 +67,7 @@ def test_table_of_whole_models_names_every_peer_or_says_why_not():
     assert (table["low"] <= table["seconds"]).all()
     assert (table["seconds"] <= table["high"]).all()
     np.testing.assert_allclose(table["per_image"] * table["batch"], table["seconds"])
-    assert efficiency.draw_latencies(table).axes
+    assert efficiency.draw(table).axes
 
 
 @pytest.mark.parametrize("name", [name for name in peers.PEERS if "compiled" not in name])

@@ -20,17 +20,6 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 TINY = {"schemes": ["float", "gsb"], "seeds": [0], "epochs": 1, "changes": "width 8, depth 1, heads 1"}
 
 
-def jobs_on_digits(size: str, number: str) -> list[Job]:
-    """Return a job of a notebook with a size's parameters, on images that are here."""
-    (job,) = plan(NOTEBOOKS, size, [number])
-    elsewhere = {"dataset": "digits", "data_dir": "", "samples_per_class": [2, 5]}
-    given = dict(job.values)
-    values = {name: value for name, value in elsewhere.items() if name in given and size != "smoke"}
-    if number != "06":
-        values.pop("samples_per_class", None)
-    return plan(NOTEBOOKS, size, [number], values)
-
-
 def runs_of_cells(job: Job, monkeypatch) -> dict[str, bool]:
     """Execute a notebook's cells up to its trainings; return the trials it would train and whether it keeps models."""
     asked: dict[str, bool] = {}
@@ -63,7 +52,7 @@ def runs_of_cells(job: Job, monkeypatch) -> dict[str, bool]:
 @pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07"])
 def test_plan_and_notebook_name_the_same_trials(size, number, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (job,) = jobs_on_digits(size, number)
+    (job,) = plan(NOTEBOOKS, size, [number])
     planned = {item.id: item for item in grid.grid([job])}
     teachers = {teacher for item in planned.values() for teacher in item.needs}
     asked = runs_of_cells(job, monkeypatch)
@@ -80,7 +69,7 @@ def test_a_notebook_that_trains_nothing_has_no_trials():
 
 def test_shared_trials_count_once_in_all():
     jobs = plan(NOTEBOOKS, "smoke", ["01", "06"], {"seeds": [0], "changes": "width 8, heads 1"})
-    same = dict(jobs[0].values) | {"schemes": ["gsb"], "epochs": 24}  # with and without bias
+    same = dict(jobs[0].values) | {"schemes": ["gsb"], "dataset": "digits"}  # with and without bias
     jobs.append(Job(jobs[0].notebook.with_name("04_methods.ipynb"), same))
     table = grid.totals(grid.grid(jobs), teraflops=2.0)
     assert table["trials"].to_dict() == {"01": 3, "04": 2, "06": 18, "all": 22}

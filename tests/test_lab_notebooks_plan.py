@@ -21,7 +21,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_smoke_runs_the_defaults(folder):
+def test_the_archive_runs_the_defaults(folder):
     assert plan(folder) == [Job(folder / "01_count.ipynb"), Job(folder / "02_count.ipynb")]
 
 
@@ -41,7 +41,7 @@ def test_only(folder, number):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"size": "huge"}, "no size 'huge'; the sizes are smoke, cpu, paper"),
+        ({"size": "huge"}, "no size 'huge'; the sizes are archive, smoke, cpu, paper"),
         ({"only": ["09"]}, "no notebook '09'; there are 01, 02"),
         ({"values": {"coutn": 1}}, "01_count.ipynb has no parameter 'coutn'; its parameters are count, names, rate"),
         ({"texts": {"coutn": "1"}}, "no parameter 'coutn'"),

@@ -4,24 +4,15 @@ import math
 
 import pandas as pd
 import pytest
+from archive_maker import result
 from image_files import parquet_file
 
 from binvit.lab.trials.archive import add, data_name, find, read_data, stored_result
 from binvit.lab.trials.pool import TrialsFailed, run_trials
-from binvit.lab.trials.store import TrialResult, read_result
+from binvit.lab.trials.store import read_result
 from binvit.lab.trials.trial import Trial
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 64, "eval_every": 2}
-
-
-def result(trial, accuracy=0.123456789, **fields):
-    """Return a result that nobody trained."""
-    record = {"stage": 0, "train_loss": 1 / 3, "train_accuracy": 2 / 3, "lr": 1.23456e-5}
-    history = [record | {"epoch": epoch + 1, "test_accuracy": accuracy if epoch else None} for epoch in range(3)]
-    values = {"clean_train_accuracy": None, "memorized": None, "seconds": 1.5, "parameters": 7, "history": history}
-    values |= {"recipe": trial.get_recipe(), "scheme": trial.get_scheme(), "versions": {"torch": "2"}, "threads": 1}
-    values |= {"device": "cpu", "cpu": "any", "fingerprint": trial.fingerprint, "id": trial.id}
-    return TrialResult(trial, accuracy, 0.5, **(values | fields))
 
 
 def digits(seed=0, scheme="gsb", **fields):

@@ -112,7 +112,7 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("data digits --out a.parquet", "no official data set 'digits'"),
         ("data flowers102", "Missing option '--out'"),
         ("data flowers102 --size 0 --out a.parquet", "0 is not in the range"),
-        ("reproduce --size huge", "smoke, cpu, paper"),
+        ("reproduce --size huge", "archive, smoke, cpu, paper"),
         ("reproduce --jobs 0", "0 is not in the range"),
         ("reproduce --notebooks missing", "There are no notebooks in missing"),
         ("reproduce -f missing.yaml", "There is no parameter file missing.yaml"),
@@ -120,7 +120,7 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("reproduce --only 01 -p dataset digit", "01_quickstart.ipynb: The parameter dataset does not fit"),
         ("reproduce --only 01 -p changes stages:[}", "is no name with a value"),
         ("reproduce --only 04 -p schemes [gbs]", "Unknown scheme 'gbs'"),
-        ("reproduce --only 06 -p dataset parquet:no.parquet", "no.parquet) does not exist"),
+        ("reproduce --size smoke --only 06 -p dataset parquet:no.parquet", "no.parquet) does not exist"),
     ],
 )
 def test_wrong_input_is_refused_with_one_sentence_and_nothing_is_written(

@@ -34,7 +34,7 @@ def test_second_cells_accept_the_values_of_every_size(size):
 
 
 def test_no_parameter_file_without_notebook():
-    known = {f"{notebook.name[:2]}.{size}.yaml" for notebook in NOTEBOOKS for size in plan.SIZES if size != "smoke"}
+    known = {f"{notebook.name[:2]}.{size}.yaml" for notebook in NOTEBOOKS for size in plan.SIZES if size != "archive"}
     assert {path.name for path in (FOLDER / "params").glob("*")} <= known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,8 @@ from binvit.cli.group import PATH, cli
 
 
 @cli.command()
-@click.option(
-    "--size", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="Which parameters to run."
-)
+@click.option("--size", default="archive", show_default=True, metavar="[archive|smoke|cpu|paper]",
+              help="Published results from the archive, or what is trained anew.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
 @click.option("--out", type=PATH, default="report", show_default=True, help="Folder of the report.")
@@ -22,6 +22,9 @@ from binvit.cli.group import PATH, cli
               help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
 @click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
+@click.option("--check", "count", type=click.IntRange(0), metavar="N",
+              help="Archived trials to train again.  [default: one per notebook, four minutes at most]")  # fmt: skip
+@click.option("--sample-seed", type=int, default=0, show_default=True, help="Decides which trials these are.")
 def reproduce(
     size: str,
     only: tuple[str, ...],
@@ -30,15 +33,21 @@ def reproduce(
     texts: tuple[tuple[str, str], ...],
     files: tuple[Path, ...],
     notebooks: Path | None,
+    count: int | None,
+    sample_seed: int,
 ) -> None:
     """Run the notebooks and write executed copies and an HTML report.
 
+    At the size "archive" they show the published results, and a sample of the archived trials is trained again from
+    nothing and compared. The size "smoke" shows that everything runs, "cpu" trains all that is published, and "paper"
+    has the size of the papers.
+
     All parameters are checked, and files of images looked for, before anything runs. If a notebook fails, the others
-    still run, and the exit code is 1.
+    still run, and the exit code is 1; so it is if a trial does not give what the archive says.
     """
     from binvit.lab import project
     from binvit.lab.notebooks import plan as plan_
-    from binvit.lab.notebooks import report, run
+    from binvit.lab.notebooks import published, report, run
     from binvit.lab.notebooks.plan import check, read_values
 
     if out.exists() and not out.is_dir():
@@ -54,6 +63,7 @@ def reproduce(
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
     outcomes = run.run(plan, out / "notebooks", jobs)
+    checked = published.check_sample(plan, out, sample_seed, count, sys.stderr.isatty())
     index = report.write_report(outcomes, out)
     click.echo(f"The report is {index}.")
     failed = [outcome for outcome in outcomes if outcome.error]
@@ -61,12 +71,19 @@ def reproduce(
         click.echo(f"{outcome.name} failed: {outcome.error}", err=True)
     if failed:
         click.echo(f"{len(failed)} of {len(outcomes)} notebooks failed.", err=True)
+    beyond = checked[checked["verdict"].str.startswith("no")]
+    for row in beyond.to_dict("records"):
+        click.echo(f"{row['trial']} does not give what the archive says: {row['verdict']}", err=True)
+    if len(checked):
+        click.echo(f"{len(checked) - len(beyond)} of {len(checked)} trials that were trained again agree.")
+    if failed or len(beyond):
         sys.exit(1)
 
 
 @cli.command()
 @click.argument("numbers", nargs=-1, metavar="[NN]...")
-@click.option("--size", default="smoke", show_default=True, metavar="[smoke|cpu|paper]", help="Which parameters.")
+@click.option("--size", default="archive", show_default=True, metavar="[archive|smoke|cpu|paper]",
+              help="Which parameters; those of the archive are what is published.")  # fmt: skip
 @click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="A parameter for all of these notebooks; lists as in YAML.")  # fmt: skip
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
@@ -144,11 +161,13 @@ def tune(
 @click.argument("results_dir", type=PATH)
 @click.option("--out", type=PATH, help="Folder of the archive.  [default: paper_figures]")
 def archive(results_dir: Path, out: Path | None) -> None:
-    """Add the finished trials of a results folder to the archive.
+    """Add the finished trials of a results folder to the archive, and what notebooks measure on its models.
 
     The archive has one line per trial, sorted, and a table of data sets; a trial that is there already stays as it is.
     """
     from binvit.lab import project
+    from binvit.lab.notebooks import plan as plan_
+    from binvit.lab.notebooks.published import take_measurements
     from binvit.lab.trials.archive import add
     from binvit.lab.trials.store import read_results
 
@@ -156,10 +175,29 @@ def archive(results_dir: Path, out: Path | None) -> None:
     out = out or project.folder("paper_figures")
     new = add(found, out)
     click.echo(f"{new} trials are new in {out}, {len(found) - new} were there.")
+    with suppress(FileNotFoundError):  # without a clone there are no notebooks, and nothing that they measure
+        jobs = plan_.plan(project.folder("notebooks"), "archive")
+        click.echo(f"{take_measurements(jobs, results_dir, out)} measurements are new.")
     for sentence in damaged:
         click.echo(sentence, err=True)
     if damaged:
         sys.exit(1)
+
+
+@cli.command()
+@click.option("--archive", type=PATH, help="Folder of the archive.  [default: paper_figures]")
+@click.option("--out", type=PATH, help="Folder of figures and tables.  [default: the archive's]")
+@click.option("--readme", type=PATH, help="File whose table of results is written.  [default: README.md of the clone]")
+def figures(archive: Path | None, out: Path | None, readme: Path | None) -> None:
+    """Draw all published figures and tables anew from the archive; nothing is trained."""
+    from binvit.lab import project
+    from binvit.lab.notebooks.plan import plan
+    from binvit.lab.notebooks.published import redraw_all
+
+    archive = archive or project.folder("paper_figures")
+    readme = readme or project.folder("README.md")
+    redraw_all(plan(project.folder("notebooks"), "archive"), archive, out or archive, readme)
+    click.echo(f"The figures and tables of {out or archive} and the results of {readme} are written anew.")
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from binvit.lab.analysis.statistics import Difference, Estimate, estimate, paired_difference, summarize
+from binvit.lab.analysis.statistics import Difference, Estimate, estimate, paired_difference, shared, summarize
 from binvit.lab.analysis.verdicts import Claim, Verdict, confirm, correct, verdict_of
 
 __all__ = [
@@ -84,7 +84,8 @@ def check_pair(
         percent: tell the evidence in percentage points.
 
     Returns:
-        The claim; undecided if one side was not run, as when a notebook is given fewer schemes.
+        The claim; undecided if one side was not run, as when a notebook is given fewer schemes. Trials without a
+        partner are left out; the evidence tells how many pairs there are.
 
     Raises:
         ValueError: as `statistics.paired_difference` and `check_difference` do.
@@ -93,6 +94,9 @@ def check_pair(
     absent = [name for name in (a, b) if name not in set(df[on])]
     if absent:
         return Claim(sentence, "undecided", f"no trial of {absent[0]!r} was run")
+    df = shared(df, a, b, on, pair)
+    if df.empty:
+        return Claim(sentence, "undecided", f"no pair of {a!r} and {b!r} was run")
     return check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
 
 

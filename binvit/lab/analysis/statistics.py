@@ -184,6 +184,15 @@ def paired_difference(
     return Difference(e.mean, e.low, e.high, e.n, str(a), str(b), value)
 
 
+def shared(df: pd.DataFrame, a: str, b: str, on: str = "scheme", pair: str | Sequence[str] = "seed") -> pd.DataFrame:
+    """Return the trials of two sides that have a partner on the other one; arguments as of `paired_difference`."""
+    pair = [pair] if isinstance(pair, str) else list(pair)
+    _require(df, [on, *pair])
+    keys = pd.MultiIndex.from_frame(df[pair])
+    partners = [keys[(df[on] == side).to_numpy()] for side in (a, b)]
+    return df[df[on].isin([a, b]) & keys.isin(partners[0]) & keys.isin(partners[1])]
+
+
 def compare(
     df: pd.DataFrame,
     reference: str,
@@ -201,7 +210,8 @@ def compare(
         value: the column to compare.
 
     Returns:
-        The columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference.
+        The columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference; trials without a
+        partner are left out.
 
     Raises:
         ValueError: as `paired_difference` does.
@@ -209,8 +219,10 @@ def compare(
     _require(df, [on])
     rows = []
     for name in [x for x in df[on].unique() if x != reference]:
-        d = paired_difference(df, name, reference, on, pair, value)
-        rows.append((name, d.mean, d.low, d.high, d.n))
+        both = shared(df, name, reference, on, pair)
+        if len(both) or reference not in set(df[on]):
+            d = paired_difference(both, name, reference, on, pair, value)
+            rows.append((name, d.mean, d.low, d.high, d.n))
     return pd.DataFrame(rows, columns=[on, "mean", "low", "high", "n"])
 
 

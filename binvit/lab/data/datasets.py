@@ -176,24 +176,29 @@ def blank_data(
     samples_per_class: int | None = None,
     root: str | Path | None = None,
     image_size: int | None = None,
+    counts: tuple[int, int, int] | None = None,
 ) -> ImageData:
-    """Return blank images in the number of an official data set's, which stand for it where only their number counts.
+    """Return blank images in the number of a data set's, which stand for it where only their number counts.
 
     Args:
         name: as for `load_data`.
         samples_per_class: likewise.
         root: likewise; not looked into.
         image_size: likewise.
+        counts: classes, training and test images; None takes an official data set's.
 
     Raises:
         FileNotFoundError: nobody knows how many images there are, as of a folder.
     """
-    if name not in _OFFICIAL:
+    counts = counts or _OFFICIAL.get(name)
+    if counts is None:
         raise FileNotFoundError(f"The data set {name} is not there, and how many images it has is not known.")
-    classes, *counts = _OFFICIAL[name]
+    classes, all_train, all_test = counts
     pixel = np.zeros((1, 1), dtype=np.uint8)
-    counts[0] = counts[0] if samples_per_class is None else samples_per_class * classes
-    train, test = (ImageSet([pixel] * count, np.arange(count) % classes, name, stored_size=1) for count in counts)
+    chosen = all_train if samples_per_class is None else samples_per_class * classes
+    train, test = (
+        ImageSet([pixel] * count, np.arange(count) % classes, name, stored_size=1) for count in (chosen, all_test)
+    )
     native = {"cifar10": 32, "cifar100": 32, "fashion_mnist": 28}.get(name, 224)
     return ImageData(name, [str(label) for label in range(classes)], train, test, image_size or native)
 

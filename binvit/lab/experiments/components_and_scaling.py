@@ -91,7 +91,7 @@ def draw(table: pd.DataFrame) -> Figure:
     def panel(part: pd.DataFrame, ax: Axes) -> None:
         heat(part, "factor", "component", xlabel="factor", ylabel="1-bit component", ax=ax)
         data = part["data"].iloc[0]
-        ax.set_title(f"{data}: float {100 * whole[data]:.1f} %, nothing 1-bit")
+        ax.set_title(f"{data}: float {100 * whole[data]:.1f} %, nothing 1-bit" if data in whole else data)
 
     size = 1.4 + 1.1 * blocks["factor"].nunique(), 0.9 + 0.5 * blocks["component"].nunique()
     return panels(blocks, panel, *size)

@@ -17,7 +17,7 @@ OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 
 
 @styled
-def draw_latencies(models: pd.DataFrame, title: str | None = None) -> Figure:
+def draw(models: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw milliseconds per image as bars, one panel per batch size, the fastest on top.
 
     Args:

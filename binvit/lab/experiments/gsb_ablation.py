@@ -9,19 +9,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from binvit.lab.analysis.claims import Claim, check_pair, check_value, confirm
+from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import sample_images
 from binvit.lab.analysis.verdicts import BEST, DISTILLATION_HELPS, GRADIENT_HELPS, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run, notebook_runs
+from binvit.lab.figures.panels import dot_panels
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage
+from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.lab.trials.trained import load_trained
 from binvit.lab.trials.tune import equal_terms
 
 GSB = "GSB as published"
+BATCHES_TABLE = "05_batches"  # of the archive
+_REDUCTION = "reduction: "  # begins the names of the conditions whose models are measured
+_MEASURED = ["largest_change", "flipped", "images"]
 ROUNDING = 1e-5  # of logits: what float sums in another order may change
 
 
@@ -102,7 +109,7 @@ def conditions(factors: Sequence[str] = ("all",)) -> list[Condition]:
 
 def kept(chosen: Sequence[Condition]) -> set[str]:
     """Return the names of the conditions whose models `measure_batches` needs."""
-    return {condition.name for condition in chosen if condition.name.startswith("reduction: ")}
+    return {condition.name for condition in chosen if condition.name.startswith(_REDUCTION)}
 
 
 def runs(p: Any) -> list[Run]:
@@ -140,7 +147,58 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     own = levels[same].drop_duplicates(["data", "factor"]).set_index(["data", "factor"])["level"]
     keys = zip(levels["data"], levels["factor"], strict=True)
     names = [f"{factor} (GSB: {own[data, factor]})" if (data, factor) in own else factor for data, factor in keys]
-    return levels.assign(factor=names)[~same]
+    return levels.assign(factor=names)[~same].dropna(subset=["difference"])  # GSB itself may not be in an archive
+
+
+def draw(differences: pd.DataFrame) -> Figure:
+    """Draw what every change of GSB gains or costs, a row per level below its factor.
+
+    Args:
+        differences: the result of `changes`.
+    """
+    summary = summarize(differences, ["data", "factor", "level", "scheme"], "difference")
+    layout: dict[str, Any] = {"sort": False, "scheme": "scheme", "xlabel": "change of test accuracy (points)"}
+    return dot_panels(summary, differences, "level", "factor", reference="0", value="difference", **layout)
+
+
+def archived_batches(table: pd.DataFrame, archive: str | Path) -> pd.DataFrame:
+    """Return what an archive knows of the models that `measure_batches` measures.
+
+    Args:
+        table: the result of `experiments.train` for conditions of `conditions`.
+        archive: folder of archived measurements.
+
+    Returns:
+        The table of `measure_batches`.
+    """
+    known = read_measurements(archive, BATCHES_TABLE).reindex(columns=["id", *_MEASURED])
+    measured = table.loc[table["condition"].str.startswith(_REDUCTION), ["id", "condition", "data", "seed"]]
+    return with_levels(measured.merge(known, on="id").drop(columns="id"))
+
+
+def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
+    """Measure the kept models of a notebook's trials as `measure_batches` does, and archive what was found.
+
+    Args:
+        p: the notebook's parameters.
+        results_dir: where the models are; trials without one are left out.
+        archive: folder of the archive.
+
+    Returns:
+        How many models were measured.
+    """
+    known, count = read_measurements(archive, BATCHES_TABLE), 0
+    for run in runs(p):
+        try:
+            if not run.keep_model or (len(known) and run.trial.id in set(known["id"])):
+                continue
+            found = measure_batches([run], results_dir)
+        except FileNotFoundError:  # its images or its model
+            continue
+        rows = found[_MEASURED].assign(id=run.trial.id)[["id", *_MEASURED]]
+        add_measurements(archive, BATCHES_TABLE, rows, ["id"])
+        count += 1
+    return count
 
 
 def measure_batches(
@@ -159,7 +217,7 @@ def measure_batches(
     """
     rows, seen = [], {}
     for run in runs:
-        if not run.condition.startswith("reduction: "):
+        if not run.condition.startswith(_REDUCTION):
             continue
         trained = load_trained(run.trial, results_dir)
         if run.data not in seen:
@@ -168,7 +226,7 @@ def measure_batches(
         together = min(batch_size, len(seen[run.data]) // 2)  # it takes two batches to change a batch's company
         found = batch_dependence(trained.model, seen[run.data], together, run.trial.seed)
         rows.append({"condition": run.condition, "data": run.data, "seed": run.trial.seed} | found)
-    return with_levels(pd.DataFrame(rows, columns=["condition", "data", "seed", "largest_change", "flipped", "images"]))
+    return with_levels(pd.DataFrame(rows, columns=["condition", "data", "seed", *_MEASURED]))
 
 
 def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> list[Claim]:

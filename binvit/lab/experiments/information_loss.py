@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,24 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from binvit.lab.analysis.attention import attention_tensors, binarized_views, query_rows, share_of_extreme
 from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import summarize
-from binvit.lab.analysis.tensor_losses import SUPERPOSED, TENSORS, one_tensor_at_a_time, single_tensor_options
+from binvit.lab.analysis.tensor_losses import (
+    SUPERPOSED,
+    TENSORS,
+    one_tensor_at_a_time,
+    sample_images,
+    single_tensor_options,
+)
 from binvit.lab.analysis.verdicts import LOSS_IS_ATTENTION, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.plan import Condition, Run, notebook_runs
-from binvit.lab.figures.histogram import value_histogram
+from binvit.lab.experiments.plan import Condition, Run, archive_dir, notebook_runs
+from binvit.lab.experiments.quickstart import one_per_class
+from binvit.lab.figures.attention_maps import attention_maps
+from binvit.lab.figures.histogram import distributions
+from binvit.lab.figures.panels import nothing, save
 from binvit.lab.figures.style import (
     FEWEST,
     INK,
@@ -27,11 +37,14 @@ from binvit.lab.figures.style import (
     interval_caption,
     readable,
     require_columns,
+    save_figure,
     styled,
 )
+from binvit.lab.trials.measurements import FOLDER, add_measurements, read_measurements
 from binvit.lab.trials.trained import load_trained
 from binvit.lab.trials.trial import Trial
 
+LOSSES_TABLE = "03_losses"  # of the archive
 CASES = [(tensor, "1-bit") for tensor in TENSORS] + [(tensor, "GSB") for tensor in SUPERPOSED]
 _PRODUCTS = {
     "a 1-bit query or key": ("query", "key"),
@@ -77,8 +90,9 @@ def measure(
     thresholds: Sequence[float] = (0.7, 0.9),
     reduce: str = "row",
     least_squares: bool = True,
+    archive: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Measure what each tensor loses in the float model of every seed.
+    """Measure what each tensor loses in the float model of every seed, or read what an archive has.
 
     Args:
         runs: the plan of `conditions`.
@@ -88,27 +102,106 @@ def measure(
         thresholds: of GSB's groups.
         reduce: the set over which GSB's maxima run.
         least_squares: as in `analysis.binarize_tensor`.
+        archive: folder of archived measurements; nothing is measured then, and what is not there has no row.
 
     Returns:
         One row per data, seed, tensor and binarizer: the columns of `analysis.one_tensor_at_a_time`, and trained_drop,
         what a model loses that was trained with this one binary tensor, if such models were trained.
     """
     options: dict[str, Any] = {"thresholds": thresholds, "reduce": reduce, "least_squares": least_squares}
-    parts = []
-    for run in runs:
-        if run.condition == "float":
-            model = load_trained(run.trial, results_dir).model
-            table = one_tensor_at_a_time(model, trial_data(run.trial), images, **options)
-            parts.append(table.assign(data=run.data, seed=run.trial.seed))
-    losses = pd.concat(parts, ignore_index=True)
-    reached = trained.set_index(["data", "seed", "condition"])["test_accuracy"]
-    if set(reached.index.get_level_values("condition")) != {"float"}:
+    if archive:
+        losses = _archived(trained, archive, images, options)
+    else:
+        parts = []
+        for run in runs:
+            if run.condition == "float":
+                model = load_trained(run.trial, results_dir).model
+                table = one_tensor_at_a_time(model, trial_data(run.trial), images, **options)
+                parts.append(table.assign(data=run.data, seed=run.trial.seed))
+        losses = pd.concat(parts, ignore_index=True)
+    reached = trained.set_index(["data", "seed", "condition"])["test_accuracy"].to_dict()
+    if {condition for _, _, condition in reached} != {"float"}:
         keys = zip(losses["data"], losses["seed"], losses["tensor"], losses["binarizer"], strict=True)
         losses["trained_drop"] = [
-            reached[data, seed, "float"] - reached[data, seed, f"{tensor}, {binarizer}"]
+            reached.get((data, seed, "float"), math.nan) - reached.get((data, seed, f"{tensor}, {binarizer}"), math.nan)
             for data, seed, tensor, binarizer in keys
         ]
     return losses
+
+
+def _told(images: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a measurement as columns."""
+    thresholds = " ".join(f"{threshold:g}" for threshold in options["thresholds"])
+    return {"images": images, **options, "thresholds": thresholds}
+
+
+def _archived(trained: pd.DataFrame, archive: str | Path, images: int, options: Mapping[str, Any]) -> pd.DataFrame:
+    told, columns = (
+        _told(images, options),
+        ["tensor", "binarizer", *(name for name in LOSSES if name != "trained_drop")],
+    )
+    known = read_measurements(archive, LOSSES_TABLE).reindex(columns=["id", *told, *columns])
+    for name, value in told.items():
+        known = known[known[name].astype(str) == str(value)]
+    floats = trained.loc[trained["condition"] == "float", ["id", "data", "seed"]]
+    return floats.merge(known, on="id")[["data", "seed", *columns]]
+
+
+def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
+    """Measure the kept float models of a notebook's trials, draw the first one's pictures, and archive both.
+
+    Args:
+        p: the notebook's parameters.
+        results_dir: where the models are; trials without one are left out.
+        archive: folder of the archive.
+
+    Returns:
+        How many models were measured.
+    """
+    options: dict[str, Any] = {"thresholds": p.thresholds, "reduce": p.reduce, "least_squares": p.least_squares}
+    known, count = read_measurements(archive, LOSSES_TABLE), 0
+    chosen = runs(p)
+    for run in chosen:
+        try:
+            if run.condition != "float" or (len(known) and run.trial.id in set(known["id"])):
+                continue
+            model = load_trained(run.trial, results_dir).model
+        except FileNotFoundError:  # its images or its model
+            continue
+        table = one_tensor_at_a_time(model, trial_data(run.trial), p.measured, **options)
+        rows = table.assign(id=run.trial.id, **_told(p.measured, options))
+        add_measurements(archive, LOSSES_TABLE, rows, ["id", "tensor", "binarizer"])
+        count += 1
+        if run == chosen[0]:
+            for name, figure in pictures(run, results_dir, p).items():
+                save_figure(figure, name, Path(archive) / FOLDER)
+    return count
+
+
+def pictures(run: Run, results_dir: str | Path, p: Any) -> dict[str, Figure]:
+    """Return, by file name, drawings of one trained model's attention maps, and of the values of its map and value.
+
+    Args:
+        run: a run of the float scheme.
+        results_dir: where its model is.
+        p: the notebook's parameters.
+    """
+    trained, data = load_trained(run.trial, results_dir), trial_data(run.trial)
+    groups: dict[str, Any] = {"thresholds": tuple(p.thresholds), "reduce": p.reduce}
+    chosen = [data.test[i] for i in one_per_class(data.test.labels, p.pictures)]
+    shown, names = [picture for picture, _ in chosen], [data.classes[label] for _, label in chosen]
+    weights, _ = attention_tensors(trained.model, trained.tensor(shown))
+    views = binarized_views(weights, "attention map", **groups)
+    maps = {name: query_rows(view[:, p.head % view.shape[1]], trained.grid) for name, view in views.items()}
+    weights, value = attention_tensors(trained.model, sample_images(data, "test", p.measured))
+    shares = {
+        "attention weight / maximum of its " + p.reduce: share_of_extreme(weights, p.reduce),
+        "value / extreme of its head": share_of_extreme(value, "head" if p.reduce == "row" else p.reduce),
+    }
+    return {
+        "03_attention_maps": attention_maps(shown, maps, trained.grid, names),
+        "03_distributions": distributions(shares, p.thresholds),
+    }
 
 
 def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
@@ -122,12 +215,14 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
         The claims; a tensor that costs more than several others is compared with each of them, and claims about
         trained models are undecided if none were trained.
     """
+    after = losses.dropna(subset=["trained_drop"]) if "trained_drop" in losses else losses.head(0)
     single = losses[losses["binarizer"] == "1-bit"]
     several = f"{groups} groups"
     named = losses.assign(groups=losses["binarizer"].map({"1-bit": "1 group", "GSB": several}))
 
     def costs_more(sentence: str, value: str, tensor: str, others: Iterable[str]) -> Claim:
-        pairs = [check_pair(f"{tensor} exceeds {o}", single, tensor, o, on="tensor", value=value) for o in others]
+        part = after[after["binarizer"] == "1-bit"] if value == "trained_drop" else single
+        pairs = [check_pair(f"{tensor} exceeds {o}", part, tensor, o, on="tensor", value=value) for o in others]
         return all_of(sentence, pairs)
 
     checked = []
@@ -137,7 +232,7 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
             checked.append(costs_more(sentence, "accuracy_drop", tensor, others))
     for tensor in SUPERPOSED:
         sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any other 1-bit tensor."
-        if "trained_drop" in losses:
+        if len(after):
             rest = [other for other in TENSORS if other != tensor]
             checked += confirm(LOSS_IS_ATTENTION, costs_more(sentence, "trained_drop", tensor, rest))
         else:
@@ -146,8 +241,10 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
         part = named[named["tensor"] == tensor]
         sentence = f"After training with it, the {tensor} with {several} loses less accuracy than with one."
         trained = Claim(sentence, "undecided", "not run")
-        if "trained_drop" in losses:
-            trained = check_pair(sentence, part, "1 group", several, on="groups", value="trained_drop")
+        if len(after):
+            trained = check_pair(
+                sentence, part.dropna(subset=["trained_drop"]), "1 group", several, on="groups", value="trained_drop"
+            )
         checked += confirm(SUPERPOSITION_HELPS, trained)
         less = f"With {several}, the {tensor} loses less accuracy than with one."
         closer = f"With {several}, the {tensor} is closer to the float one: the cosine grows by more than 0.02."
@@ -188,6 +285,8 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     require_columns(table, ["data", "seed", "tensor", "binarizer"])
     measures, tensors = [name for name in LOSSES if name in table], list(table["tensor"].unique())
     parts = list(table.groupby("data", sort=False))
+    if not parts:
+        return nothing()
     size = (0.9 + 1.5 * len(measures), 0.65 + len(parts) * (0.4 + 0.3 * len(tensors)))
     fig, axes = plt.subplots(len(parts), len(measures), figsize=size, sharey=True, sharex="col", squeeze=False)
     for row, (data, part) in zip(axes, parts, strict=True):
@@ -228,27 +327,23 @@ def _losses(ax: Axes, table: pd.DataFrame, measure: str, tensors: Sequence[str])
         ax.axvline(0, color=INK, lw=0.6)
 
 
-@styled
-def distributions(shares: Mapping[str, Tensor], thresholds: Sequence[float], title: str | None = None) -> Figure:
-    """Draw how the attention map and the value are distributed, with the thresholds of GSB's groups.
+def show_picture(name: str, run: Run, results_dir: str | Path, p: Any) -> None:
+    """Show one of the `pictures` in a notebook: drawn from the kept model, or as the archive has it.
 
     Args:
-        shares: heading -> the results of `analysis.share_of_extreme`; a tensor without negative elements is drawn on a
-            logarithmic scale, as attention maps need it.
-        thresholds: shares of the maximum above which groups 2, 3, ... start.
-        title: what the figure says.
-
-    Returns:
-        The figure.
+        name: the picture's file name without ending.
+        run: a run of the float scheme.
+        results_dir: where its model is.
+        p: the notebook's parameters.
     """
-    fig, axes = plt.subplots(1, len(shares), figsize=(3.7 * len(shares), 2.7), squeeze=False)
-    for ax, (heading, share) in zip(axes[0], shares.items(), strict=True):
-        signed = bool((share < 0).any())
-        cuts = {f"{t:g}": t for t in thresholds}
-        if signed:
-            cuts = {f"−{t:g}": -t for t in reversed(thresholds)} | {"0": 0.0} | cuts
-        beyond = [f"{100 * float((share.abs() > t).float().mean()):.1f} % beyond {t:g}" for t in thresholds]
-        value_histogram(share, cuts, xlabel="\n".join([heading, ", ".join(beyond)]), log=not signed, ax=ax)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    return fig
+    from IPython.display import Image, display
+
+    if (archive := archive_dir(p)) is None:
+        figure = pictures(run, results_dir, p)[name]
+        save(p.figures_dir, name, figure)
+        display(figure)
+        plt.close("all")  # a notebook shows open figures once more
+    elif (path := archive / FOLDER / f"{name}.png").is_file():
+        display(Image(path))
+    else:
+        print("not drawn yet")

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from binvit.lab.analysis.claims import Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.data.label_noise import pixel_confusion
 from binvit.lab.experiments.parse import parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, data_dir, with_bias
+from binvit.lab.experiments.plan import Run, archive_dir, data_dir, loader, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.trials.archive import confusion
 
 FITTED = 0.5  # share of the wrong labels that a model reproduces if it has fitted the noise
 
@@ -99,6 +99,7 @@ def conditions(
     data_dir: str | Path | None = None,
     bias: str = "none",
     load: Callable[..., ImageData] = load_data,
+    archive: str | Path | None = None,
 ) -> list[Run]:
     """Make the trials of accuracy against the share of wrong training labels.
 
@@ -116,6 +117,7 @@ def conditions(
         data_dir: folder of data sets that are files.
         bias: of the attention map, which every scheme gets: "none", "relative" or "full".
         load: what loads the images to count and to compare.
+        archive: folder of archived trials; images that are absent are left out then, unless it knows their number.
 
     Returns:
         The trials, images by images.
@@ -129,11 +131,16 @@ def conditions(
     for part in parse_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
         kinds: list[dict[str, Any]] = [{"label_noise": share} for share in label_noises]
-        data = load(part.dataset, root=data_dir, image_size=given.image_size)
+        try:
+            data = load(part.dataset, root=data_dir, image_size=given.image_size)
+        except FileNotFoundError:
+            if not archive:
+                raise
+            continue  # neither the images nor a trial of theirs are there
         each = part.samples_per_class or samples_per_class or None
         count = len(data.train) if each is None else each * len(data.classes)
-        if any(confused_noises):
-            matrix = pixel_confusion(data.train, len(data.classes))
+        matrix = confusion(part.dataset, data, data_dir, archive) if any(confused_noises) else None
+        if matrix:
             kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
         options = changed | equal_updates(given, updates, count)
         settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
@@ -142,10 +149,11 @@ def conditions(
     return runs
 
 
-def runs(p: Any, load: Callable[..., ImageData] = load_data) -> list[Run]:
+def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:
     """Return what the notebook trains with these parameters; `load` gives the images that are counted and compared."""
     budget = p.seeds, p.recipe, p.changes, p.updates or None, p.samples_per_class, data_dir(p), p.bias
-    return conditions(p.dataset, p.schemes, p.label_noises, p.confused_noises, *budget, load=load)
+    source = load or loader(p), archive_dir(p)
+    return conditions(p.dataset, p.schemes, p.label_noises, p.confused_noises, *budget, *source)
 
 
 @styled

@@ -22,17 +22,21 @@ from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.images import ImageSet
 from binvit.lab.experiments.parse import Images, parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, data_dir, with_bias
+from binvit.lab.experiments.plan import Run, archive_dir, data_dir, loader, with_bias
 from binvit.lab.experiments.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
+from binvit.lab.trials.archive import is_present, known_fingerprint
+from binvit.lab.trials.measurements import add_measurements, read_measurements
 
 BASELINES: dict[str, Callable[[], Any]] = {
     "nearest neighbour": lambda: KNeighborsClassifier(1),
     "logistic regression": lambda: LogisticRegression(max_iter=200),
 }
+BASELINES_TABLE = "06_baselines"  # of the archive
+_SAMPLE = ["samples_per_class", "seed"]
 _NO_SCHEME: dict[str, Any] = {"scheme": "float", "scheme_options": {}}
 
 
@@ -75,6 +79,7 @@ def conditions(
     updates: int | None = None,
     data_dir: str | Path | None = None,
     load: Callable[..., ImageData] = load_data,
+    archive: str | Path | None = None,
 ) -> list[Run]:
     """Make the trials of accuracy against the number of training images.
 
@@ -89,6 +94,7 @@ def conditions(
         updates: optimizer steps of every trial, as in `equal_updates`.
         data_dir: folder of data sets that are files.
         load: what loads the images to count.
+        archive: folder of archived trials; images that are absent are left out then, unless it knows their number.
 
     Returns:
         The trials, images by images.
@@ -101,7 +107,12 @@ def conditions(
     compared = [with_bias(scheme, bias) for scheme in schemes for bias in biases]
     for part in parse_sampled_images(images):
         given = get_recipe(part.recipe or recipe, **changed)
-        data = load(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
+        try:
+            data = load(part.dataset, part.samples_per_class, root=data_dir, image_size=given.image_size)
+        except FileNotFoundError:
+            if not archive:
+                raise
+            continue  # neither the images nor a trial of theirs are there
         most = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         counts = [count for count in samples_per_class if count <= most]
         if not counts:
@@ -116,10 +127,11 @@ def conditions(
     return runs
 
 
-def runs(p: Any, load: Callable[..., ImageData] = load_data) -> list[Run]:
+def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:
     """Return what the notebook trains with these parameters; `load` gives the images that are counted."""
     counts, budget = sorted(p.samples_per_class), (p.recipe, p.changes, p.updates or None, data_dir(p))
-    return conditions(p.dataset, p.schemes, p.biases, counts, p.seeds, *budget, load=load)
+    source = load or loader(p), archive_dir(p)
+    return conditions(p.dataset, p.schemes, p.biases, counts, p.seeds, *budget, *source)
 
 
 def parse_sampled_images(text: str) -> list[Images]:
@@ -143,18 +155,26 @@ def _source_title(part: Images) -> str:
     return dataclasses.replace(part, samples_per_class=None).title
 
 
-def baselines(runs: Sequence[Run]) -> pd.DataFrame:
+def baselines(runs: Sequence[Run], archive: str | Path | None = None) -> pd.DataFrame:
     """Classify pixels with the two simplest methods there are, on the images of every training.
 
     Args:
         runs: the result of `conditions`.
+        archive: folder of archived measurements, which are read instead; those that are not there have no row.
 
     Returns:
         One row per kind of images, number of images, seed and method: condition, data, samples_per_class, seed,
         test_accuracy, train_accuracy and gap.
     """
+    columns = ["condition", "data", *_SAMPLE, "test_accuracy", "train_accuracy", "gap"]
+    same_images = dict.fromkeys((run.data, dataclasses.replace(run.trial, **_NO_SCHEME)) for run in runs)
+    if archive:
+        known = read_measurements(archive, BASELINES_TABLE).reindex(columns=["fingerprint", *columns])
+        asked = [(data, known_fingerprint(t, archive), t.samples_per_class, t.seed) for data, t in same_images]
+        wanted = pd.DataFrame(asked, columns=["data", "fingerprint", *_SAMPLE]).drop_duplicates()
+        return wanted.merge(known.drop(columns="data"), on=["fingerprint", *_SAMPLE])[columns]
     rows = []
-    for data, trial in dict.fromkeys((run.data, dataclasses.replace(run.trial, **_NO_SCHEME)) for run in runs):
+    for data, trial in same_images:
         size = trial.get_recipe().image_size
         images = load_data(trial.dataset, trial.samples_per_class, seed=trial.seed, root=trial.root, image_size=size)
         (x, y), (x_test, y_test) = (_pixels(part) for part in (images.train, images.test))
@@ -164,8 +184,35 @@ def baselines(runs: Sequence[Run]) -> pd.DataFrame:
                 fitted = method().fit(x, y)
             test, train = fitted.score(x_test, y_test), fitted.score(x, y)
             rows.append((name, data, trial.samples_per_class, trial.seed, test, train, train - test))
-    columns = ["condition", "data", "samples_per_class", "seed", "test_accuracy", "train_accuracy", "gap"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
+    """Archive the `baselines` of a notebook's images.
+
+    Args:
+        p: the notebook's parameters.
+        results_dir: folder of the results; unused, since pixels are all that is needed.
+        archive: folder of the archive.
+
+    Returns:
+        How many sets of images were classified.
+    """
+    del results_dir
+    known = read_measurements(archive, BASELINES_TABLE)
+    done = set(map(tuple, known[["fingerprint", *_SAMPLE]].to_numpy().tolist())) if len(known) else set()
+    count = 0
+    for run in runs(p):
+        trial = run.trial
+        if trial.scheme != "float" or not is_present(trial.dataset, trial.root):
+            continue
+        key = trial.fingerprint, trial.samples_per_class, trial.seed
+        if key not in done:
+            done.add(key)
+            rows = baselines([run]).assign(fingerprint=trial.fingerprint).drop(columns="data")
+            add_measurements(archive, BASELINES_TABLE, rows, ["fingerprint", *_SAMPLE, "condition"])
+            count += 1
+    return count
 
 
 def _pixels(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """All published binarizers on the same model: families, published numbers, and the claims of that experiment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import binvit
 from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
-from binvit.lab.data.datasets import load_data
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
@@ -60,17 +61,19 @@ def _place(scheme: str) -> int:
     return known.index(scheme) if scheme in known else len(known)
 
 
-def chance(runs: Sequence[Run]) -> dict[str, float]:
-    """Return the accuracy of guessing by the name of the images.
+def chance(runs: Sequence[Run], load: Callable[..., ImageData] = load_data) -> dict[str, float]:
+    """Return the accuracy of guessing by the name of the images; those that nobody knows are left out.
 
     Args:
         runs: the result of `plan`.
+        load: what loads the images.
     """
-    first = {run.data: run.trial for run in reversed(runs)}
-    return {
-        data: 1 / len(load_data(t.dataset, root=t.root, image_size=t.get_recipe().image_size).classes)
-        for data, t in first.items()
-    }
+    found = {}
+    for data, trial in {run.data: run.trial for run in reversed(runs)}.items():
+        with suppress(FileNotFoundError):  # without images and archived trials there is nothing to compare with it
+            images = load(trial.dataset, root=trial.root, image_size=trial.get_recipe().image_size)
+            found[data] = 1 / len(images.classes)
+    return found
 
 
 def with_families(table: pd.DataFrame, guessing: Mapping[str, float]) -> pd.DataFrame:
@@ -81,7 +84,7 @@ def with_families(table: pd.DataFrame, guessing: Mapping[str, float]) -> pd.Data
         guessing: the result of `chance`.
     """
     mean = table.groupby(["data", "condition"])["test_accuracy"].transform("mean")
-    trains = mean >= LEAST * table["data"].map(guessing)
+    trains = mean.astype(float) >= LEAST * table["data"].map(guessing).astype(float)
     families = [family(scheme) if good else UNTRAINED for scheme, good in zip(table["scheme"], trains, strict=True)]
     return table.assign(family=families, trains=trains)
 
@@ -108,7 +111,9 @@ def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
     def pair(a: str, b: str, least: float = 0.0, sentence: str = "") -> Claim:
         return check_pair(sentence or f"{a} exceeds {b}", table, a, b, least, on="condition")
 
-    families = averaged(table[table["condition"].isin(plain)], "family")
+    whole = table[table["condition"].isin(plain)]
+    complete = whole.groupby("seed")["condition"].transform("nunique") == len(plain)
+    families = averaged(whole[complete], "family")  # a seed of fewer schemes would have another mean
     transfer = [pair("float", name, margin) for name in rivals if family(name) == CNN]
     average = f"Schemes made for transformers{several} are more accurate than these, on average."
     order = [pair("bivit", other) for other in ("bibert", "bit")]
@@ -147,9 +152,10 @@ def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
         table: the result of `with_families`.
         guessing: the result of `chance`.
     """
+    table = table.sort_values("trains", ascending=False, kind="stable")  # what does not train stands last
     summary = summarize(table, ["data", "family", "condition", "scheme"])
     figure = dot_panels(summary, table, "condition", "family", reference="float", scheme="scheme")
-    for ax, data in zip(figure.axes, summary["data"].unique(), strict=True):
+    for ax, data in zip(figure.axes, summary["data"].unique(), strict=False):  # one says that nothing was run
         mark(ax, 100 * guessing[data], "chance")
     return figure
 

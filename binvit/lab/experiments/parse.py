@@ -59,6 +59,8 @@ class Images:
         """A short name for figures and tables."""
         kind, colon, path = self.dataset.partition(":")
         name = re.sub(r"_\d+px$", "", Path(path).stem) if colon else kind
+        given = get_recipe(self.recipe) if self.recipe else None
+        name += ", pretrained" if given and (given.pretrained or given.weights_hash) else ""
         return name + (f", {self.samples_per_class} per class" if self.samples_per_class else "")
 
 

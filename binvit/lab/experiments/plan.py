@@ -1,6 +1,7 @@
 """Experiments: conditions that are trained on the same images with the same seeds, their table and their claims."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 import pandas as pd
 
 from binvit.config import freeze
+from binvit.lab.analysis.statistics import MEASURED
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
 from binvit.lab.figures.style import BIASED as WITH_BIAS
 from binvit.lab.project import folder
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
-from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.archive import counted_data
+from binvit.lab.trials.pool import read_trials, run_trials
 from binvit.lab.trials.trial import Trial
 from binvit.lab.trials.tune import equal_terms
 
@@ -36,6 +40,7 @@ class Condition:
     recipe_options: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] = field(default_factory=dict)
 
 
+ALL = "all conditions"
 BIASES = ("none", "relative", "full")
 BOTH_BIASES = ("float", "elastic", "gsb", "reactnet", "bivit")  # shown with and without the bias of the map
 
@@ -136,23 +141,43 @@ def data_dir(p: Any) -> Path | None:
     return folder(p.data_dir) if p.data_dir else None
 
 
+def loader(p: Any) -> Callable[..., ImageData]:
+    """Return what loads the images that a notebook counts: blank ones if they are absent and its archive knows them."""
+    return functools.partial(counted_data, archive=archive) if (archive := archive_dir(p)) else load_data
+
+
+def archive_dir(p: Any) -> Path | None:
+    """Return the folder of the archive that a notebook reads instead of training, None if it trains."""
+    return folder(p.archive) if p.archive else None
+
+
 def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
     """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse."""
     return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
 
 
-def train(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, progress: bool = True) -> pd.DataFrame:
-    """Train what has not been trained yet and return the experiment's table.
+def train(
+    runs: Sequence[Run],
+    results_dir: str | Path,
+    jobs: int = 1,
+    progress: bool = True,
+    archive: str | Path | None = None,
+) -> pd.DataFrame:
+    """Train what has not been trained yet, or read what an archive has, and return the experiment's table.
 
     Args:
         runs: the result of `plan`.
         results_dir: folder of the results.
         jobs: trainings side by side.
         progress: show a progress bar.
+        archive: folder of archived trials; nothing is trained then, and runs that are not there have no row
+            (`not_run` names them).
 
     Returns:
         One row per run: condition and data, then the columns of `run_trials`.
     """
+    if archive:
+        return read_archive(runs, archive)
     kept = [run for run in runs if run.keep_model]
     others = [run for run in runs if not run.keep_model]
     parts = []
@@ -166,3 +191,48 @@ def train(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, progress:
     order = {(run.condition, run.data, run.trial.seed): row for row, run in enumerate(runs)}
     rows = [order[row] for row in zip(table["condition"], table["data"], table["seed"], strict=True)]
     return table.iloc[pd.Series(rows).argsort()].reset_index(drop=True)
+
+
+def read_archive(runs: Sequence[Run], archive: str | Path) -> pd.DataFrame:
+    """Return the table of an experiment as far as an archive holds its trials.
+
+    Args:
+        runs: the result of `plan`.
+        archive: folder of archived trials.
+
+    Returns:
+        The table of `train` without the runs that are not there.
+    """
+    table = read_trials([run.trial for run in runs], folder(archive))
+    table.insert(0, "data", [run.data for run in runs])
+    table.insert(0, "condition", [run.condition for run in runs])
+    measured = [*MEASURED, "clean_train_accuracy", "memorized", "parameters", "id"]
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, *measured])))
+    return table[table["id"].notna()].reset_index(drop=True)
+
+
+def not_run(runs: Sequence[Run], table: pd.DataFrame, images: str = "") -> str:
+    """Return what an experiment lacks, as text: conditions without trials, and how many trials others have.
+
+    Args:
+        runs: the result of `plan`.
+        table: the result of `train`.
+        images: a text that `parse_images` understands, if there may be images without a run.
+
+    Returns:
+        A line for each kind of images that is not complete, or a sentence that all are.
+    """
+    counts = table.groupby(["data", "condition"]).size()
+    asked = pd.Series([(run.data, run.condition) for run in runs]).value_counts(sort=False)
+    lines = {part.title: ALL for part in (parse_images(images) if images else [])}
+    for data in dict.fromkeys(run.data for run in runs):
+        wanted = {condition: n for (title, condition), n in asked.items() if title == data}
+        got = {condition: int(counts.get((data, condition), 0)) for condition in wanted}
+        parts = [] if any(got.values()) else [ALL]
+        parts += [", ".join(name for name in wanted if not got[name])] if any(got.values()) else []
+        for have, n in dict.fromkeys((got[name], wanted[name]) for name in wanted if 0 < got[name] < wanted[name]):
+            names = ", ".join(name for name in wanted if (got[name], wanted[name]) == (have, n))
+            parts.append(f"{n - have} of {n} trials of {names}")
+        lines[data] = "; ".join(filter(None, parts))
+    lacking = [f"Not run on {data}: {text}." for data, text in lines.items() if text]
+    return "\n".join(lacking) or f"All {len(runs)} trials are there."

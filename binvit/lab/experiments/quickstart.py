@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save as serialize
 
@@ -18,6 +19,7 @@ from binvit.lab.analysis.claims import Claim, check_mean, check_pair, check_valu
 from binvit.lab.analysis.verdicts import BEST, SUPERPOSITION_HELPS
 from binvit.lab.benchmark.timing import interleave
 from binvit.lab.experiments.plan import Condition, Run, notebook_runs, with_bias
+from binvit.lab.figures.charts import learning_curves
 from binvit.lab.training.evaluation import Classifier
 from binvit.packed import load, pack, save
 
@@ -65,6 +67,15 @@ def claims(
             bool(packed["equal_logits"].all()) if len(packed) else None,
         ),
     ]
+
+
+def draw(history: pd.DataFrame) -> Figure:
+    """Draw the training loss and the test accuracy of every scheme against the epoch.
+
+    Args:
+        history: the result of `trials.trained.histories`.
+    """
+    return learning_curves(history, ["train_loss", "test_accuracy"])
 
 
 def deploy(

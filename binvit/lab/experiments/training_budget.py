@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from binvit.lab.data.datasets import load_data
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.label_noise import Matrix
 from binvit.lab.experiments.parse import Images
-from binvit.lab.experiments.plan import Condition, Run, changed
+from binvit.lab.experiments.plan import Condition, Run, changed, read_archive
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial
@@ -52,11 +52,12 @@ def run_levels(
     return [run for same_seed in zip(*runs, strict=True) for run in same_seed]
 
 
-def plan_table(runs: Sequence[Run]) -> pd.DataFrame:
+def plan_table(runs: Sequence[Run], load: Callable[..., ImageData] = load_data) -> pd.DataFrame:
     """Return how much each training will see, a row for all trainings that see equally much.
 
     Args:
         runs: the result of `limited_samples.conditions` or `label_noise.conditions`.
+        load: what loads the images to count.
 
     Returns:
         data, training images, how labels go wrong and how many do, epochs and optimizer steps of the last stage, and
@@ -67,7 +68,7 @@ def plan_table(runs: Sequence[Run]) -> pd.DataFrame:
         trial, given = item.trial, item.trial.get_recipe()
         key = trial.dataset, trial.samples_per_class
         if key not in sizes:
-            sizes[key] = len(load_data(*key, root=trial.root, image_size=given.image_size).train)
+            sizes[key] = len(load(*key, root=trial.root, image_size=given.image_size).train)
         count = sizes[key]
         kind, wrong = _kind(trial.noise) if trial.label_noise else "", math.floor(trial.label_noise * count + 0.5)
         steps = given.epochs * (count // min(given.batch_size, count))
@@ -81,20 +82,23 @@ def _kind(noise: str | Matrix) -> str:
     return noise if isinstance(noise, str) else "class-conditional"
 
 
-def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1) -> pd.DataFrame:
-    """Train what has not been trained yet and return the experiment's table.
+def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, archive: str | Path | None = None) -> pd.DataFrame:
+    """Train what has not been trained yet, or read what an archive has, and return the experiment's table.
 
     Args:
         runs: the result of `limited_samples.conditions` or `label_noise.conditions`.
         results_dir: folder of the results.
         jobs: trainings side by side.
+        archive: as for `plan.train`.
 
     Returns:
         The columns of `run_trials`, with "condition", "data", the images' name, "labels", how they go wrong
         ("symmetric" or "class-conditional"), and "gap", training minus test accuracy.
     """
-    table = run_trials([item.trial for item in runs], results_dir, jobs)
+    if archive:
+        table = read_archive(runs, archive)
+    else:
+        names = {"condition": [item.condition for item in runs], "data": [item.data for item in runs]}
+        table = run_trials([item.trial for item in runs], results_dir, jobs).assign(**names)
     kinds = [_kind(noise) for noise in table["noise"]]
-    gap = table["train_accuracy"] - table["test_accuracy"]
-    names = {"condition": [item.condition for item in runs], "data": [item.data for item in runs]}
-    return table.assign(**names, labels=kinds, gap=gap)
+    return table.assign(labels=kinds, gap=table["train_accuracy"] - table["test_accuracy"])

@@ -302,7 +302,7 @@ def heat(
     )
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.tick_params(length=0, rotation=0)
-    caption(fig, f"{what}: {interval_caption(summary['n'])}")
+    caption(fig, f"{what}: {interval_caption(summary['n'], points=False)}")
     if title:
         ax.set_title(title)
     return fig

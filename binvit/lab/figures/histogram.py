@@ -1,6 +1,6 @@
 """Histograms of a tensor's values with thresholds drawn in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from binvit.lab.figures.style import GREY, INK, SCHEME_COLORS, figure_with, spread_apart, styled
 
@@ -95,3 +96,29 @@ def as_array(values: Any) -> np.ndarray:
     if hasattr(values, "detach"):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
+
+
+@styled
+def distributions(shares: Mapping[str, Tensor], thresholds: Sequence[float], title: str | None = None) -> Figure:
+    """Draw how the attention map and the value are distributed, with the thresholds of GSB's groups.
+
+    Args:
+        shares: heading -> the results of `analysis.share_of_extreme`; a tensor without negative elements is drawn on a
+            logarithmic scale, as attention maps need it.
+        thresholds: shares of the maximum above which groups 2, 3, ... start.
+        title: what the figure says.
+
+    Returns:
+        The figure.
+    """
+    fig, axes = plt.subplots(1, len(shares), figsize=(3.7 * len(shares), 2.7), squeeze=False)
+    for ax, (heading, share) in zip(axes[0], shares.items(), strict=True):
+        signed = bool((share < 0).any())
+        cuts = {f"{t:g}": t for t in thresholds}
+        if signed:
+            cuts = {f"−{t:g}": -t for t in reversed(thresholds)} | {"0": 0.0} | cuts
+        beyond = [f"{100 * float((share.abs() > t).float().mean()):.1f} % beyond {t:g}" for t in thresholds]
+        value_histogram(share, cuts, xlabel="\n".join([heading, ", ".join(beyond)]), log=not signed, ax=ax)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    return fig

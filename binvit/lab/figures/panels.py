@@ -13,8 +13,16 @@ from matplotlib.figure import Figure
 
 from binvit.files import atomic_write
 from binvit.lab.figures.charts import dots
-from binvit.lab.figures.style import caption, interval_caption, save_figure, styled
+from binvit.lab.figures.style import GREY, caption, interval_caption, save_figure, styled
 from binvit.lab.project import folder
+
+
+def nothing() -> Figure:
+    """Return a figure that says that nothing was run."""
+    fig, ax = plt.subplots(figsize=(3, 0.6))
+    ax.text(0, 0.5, "not run", color=GREY)
+    ax.set_axis_off()
+    return fig
 
 
 def subplot_grid(
@@ -22,6 +30,8 @@ def subplot_grid(
 ) -> Figure:
     """Draw one row of panels per data set and one column per value."""
     parts = list(table.groupby("data", sort=False))
+    if not parts:
+        return nothing()
     fig, axes = plt.subplots(len(parts), len(values), figsize=(7.4, 0.4 + 2.7 * len(parts)), squeeze=False)
     for row, (data, part) in zip(axes, parts, strict=True):
         for ax, value in zip(row, values, strict=True):
@@ -66,6 +76,8 @@ def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width
         The figure; panels are titled if there are several.
     """
     parts = list(table.groupby("data", sort=False))
+    if not parts:
+        return nothing()
     fig, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height), squeeze=False)
     for ax, (data, part) in zip(axes[0], parts, strict=True):
         draw(part, ax)
@@ -101,7 +113,8 @@ def dot_panels(
     Returns:
         The figure.
     """
-    rows = max(part[label].size + (part[group].nunique() if group else 0) for _, part in summary.groupby("data"))
+    sizes = (part[label].size + (part[group].nunique() if group else 0) for _, part in summary.groupby("data"))
+    rows = max(sizes, default=0)
 
     def draw(part: pd.DataFrame, ax: Axes) -> None:
         own = trials[trials["data"] == part["data"].iloc[0]]

@@ -163,13 +163,19 @@ def caption(fig: Figure, text: str) -> None:
     fig.supxlabel(text, x=0.995, ha="right", fontsize=6.5, color=GREY)
 
 
-def interval_caption(n: pd.Series) -> str:
-    """Return what points and bars mean, with the number of seeds."""
+def interval_caption(n: pd.Series, points: bool = True) -> str:
+    """Return what points and bars mean, with the number of seeds.
+
+    Args:
+        n: seeds of every mean.
+        points: whether single seeds are drawn where they are few.
+    """
     if (n == 1).all():
         return "one seed, so no interval"
-    drawn = "mean and 95 % interval over" if (n >= FEWEST).all() else "seeds and mean of"
+    seeds = points * "seeds and "
+    drawn = "mean and 95 % interval over" if (n >= FEWEST).all() else f"{seeds}mean of"
     if (n < FEWEST).any() and (n >= FEWEST).any():
-        drawn = f"mean and seeds, from {FEWEST} seeds on the 95 % interval, of"
+        drawn = f"{seeds}mean, from {FEWEST} seeds on with the 95 % interval, of"
     return f"{drawn} {count_seeds(n)}"
 
 

@@ -14,7 +14,7 @@ from binvit.config import read_yaml
 from binvit.lab.notebooks.parameters import convert
 from binvit.lab.project import project_dir
 
-SIZES = ("smoke", "cpu", "paper")
+SIZES = ("archive", "smoke", "cpu", "paper")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Job:
 
     notebook: Path
     values: Mapping[str, Any] = field(default_factory=dict)
-    size: str = "smoke"
+    size: str = "archive"
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _select(folder: Path, only: Sequence[str]) -> list[Path]:
 
 def plan(
     folder: Path,
-    size: str = "smoke",
+    size: str = "archive",
     only: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
@@ -100,7 +100,7 @@ def plan(
 
     Args:
         folder: where the notebooks lie.
-        size: smoke runs the defaults, cpu and paper read `params/NN.SIZE.yaml`.
+        size: archive runs the defaults, the others read `params/NN.SIZE.yaml`.
         only: numbers of the notebooks to run, such as "01"; none means all.
         values: parameters that replace those of the size, for every selected notebook.
         texts: the same as texts from a command line; they are read as the declared types.
@@ -117,7 +117,7 @@ def plan(
     jobs = []
     for notebook in _select(folder, only):
         types = _declared(notebook)
-        own = {} if size == "smoke" else read_values(folder / "params" / f"{notebook.name[:2]}.{size}.yaml")
+        own = {} if size == "archive" else read_values(folder / "params" / f"{notebook.name[:2]}.{size}.yaml")
         given = {**own, **(values or {})}
         for name in (*given, *(texts or {})):
             if name not in types:
@@ -147,7 +147,8 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
     for job in jobs:
         try:
             checked = checked_values(job)
-            for images in parse_images(getattr(checked, "dataset", "digits")) if files else ():
+            needed = files and not getattr(checked, "archive", "")  # archived trials are read without their images
+            for images in parse_images(getattr(checked, "dataset", "digits")) if needed else ():
                 folder = getattr(checked, "data_dir", "")
                 require_files(images.dataset, project_dir() / folder if folder else None)
         except (ValueError, FileNotFoundError) as error:

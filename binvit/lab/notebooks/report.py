@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from binvit.config import read_json
 from binvit.files import atomic_write
 from binvit.lab.notebooks import pages
@@ -23,6 +25,7 @@ from binvit.lab.notebooks.run import Outcome
 
 __all__ = ["Summary", "join_reports", "summarize", "write_report"]
 
+RETRAINED = "retrained.csv"  # of a report: archived trials that were trained again
 _RECORDS = "outcomes.json"
 
 
@@ -125,13 +128,27 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
             page.unlink(missing_ok=True)
             if entry["summary"]:
                 title = entry["summary"].title
-                atomic_write(page, pages.render("notebook.html.j2", title=title, outcome=outcome, cells=cells))
+                atomic_write(
+                    page,
+                    pages.render(
+                        "notebook.html.j2", title=title, outcome=outcome, cells=cells, smoke=outcome.size == "smoke"
+                    ),
+                )
     versions = ", ".join(f"{name} {version(name)}" for name in ("binvit", "torch", "timm", "numpy", "numba"))
     index = out / "index.html"
-    atomic_write(
-        index, pages.render("index.html.j2", title="binvit: the experiments", entries=entries, versions=versions)
-    )
+    about = {"title": "binvit: the experiments", "versions": versions, "retrained": _retrained(out)}
+    smoke = any(outcome.size == "smoke" for outcome in shown)
+    atomic_write(index, pages.render("index.html.j2", entries=entries, smoke=smoke, **about))
     return index
+
+
+def _retrained(out: Path) -> str:
+    """Return the table of the archived trials that were trained again as HTML, "" if there is none."""
+    try:
+        table = pd.read_csv(out / RETRAINED, keep_default_na=False)
+    except (OSError, ValueError):
+        return ""
+    return table.to_html(index=False, border=0, float_format="{:.2f}".format)
 
 
 def join_reports(folders: Sequence[Path], out: Path) -> Path:

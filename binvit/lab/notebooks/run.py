@@ -37,7 +37,7 @@ class Outcome(Config):
     """The time it took."""
     error: Text | None = None
     """One line about what went wrong, None if nothing did."""
-    size: Text = "smoke"
+    size: Text = "archive"
     """Which parameters it ran with."""
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from binvit.config import read_json
 from binvit.files import atomic_write
+from binvit.lab.data.datasets import ImageData, blank_data, load_data
+from binvit.lab.data.fingerprint import require_present
+from binvit.lab.data.label_noise import Matrix, pixel_confusion
 from binvit.lab.data.sources import read_source, split_name
 from binvit.lab.data.write import command_of
 from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, finished_result
@@ -73,14 +76,10 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
         trial: the configuration.
         archive: the folder with data.csv and trials/.
     """
-    known = read_data(archive)
-    try:
-        fingerprint = trial.fingerprint
-        names = [item.name for item in known if item.fingerprint == fingerprint]
-    except FileNotFoundError:
-        names = [item.name for item in known if item.name == data_name(trial.dataset)]
-        fingerprint = next((item.fingerprint for item in known if item.name in names), "")
-    for name in names:
+    fingerprint = known_fingerprint(trial, archive)
+    if fingerprint is None:
+        return None
+    for name in [item.name for item in read_data(archive) if item.fingerprint == fingerprint]:
         path = _path(archive, name)
         values = _lines(path).get(trial.identity(fingerprint))
         if values is not None:
@@ -91,6 +90,78 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
                 continue
             return result
     return None
+
+
+def known_fingerprint(trial: Trial, archive: str | Path) -> str | None:
+    """Return the fingerprint of a trial's data; where they are absent, of those that an archive knows by their name.
+
+    Args:
+        trial: the configuration.
+        archive: the folder with data.csv and trials/.
+
+    Returns:
+        The fingerprint; None if the data are absent and the archive does not know them.
+    """
+    try:
+        return trial.fingerprint
+    except FileNotFoundError:
+        names = (item for item in read_data(archive) if item.name == data_name(trial.dataset))
+        return next((item.fingerprint for item in names), None)
+
+
+def is_present(dataset: str, root: str | Path | None = None) -> bool:
+    """Say whether the files of a data set are there."""
+    try:
+        require_present(dataset, root)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def counted_data(
+    dataset: str,
+    samples_per_class: int | None = None,
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    archive: str | Path,
+) -> ImageData:
+    """Load a data set, or blank images in the number that an archive knows where its files are absent.
+
+    Args:
+        dataset: as `load_data` takes it.
+        samples_per_class: likewise.
+        root: likewise.
+        image_size: likewise.
+        archive: the folder with data.csv and trials/.
+
+    Raises:
+        FileNotFoundError: the files are absent, and the archive does not know the data set either.
+    """
+    if is_present(dataset, root):
+        return load_data(dataset, samples_per_class, root=root, image_size=image_size)
+    known = (item for item in read_data(archive) if item.name == data_name(dataset) and item.train)
+    counts = next(((int(item.classes), int(item.train), int(item.test)) for item in known), None)
+    return blank_data(dataset, samples_per_class, root, image_size, counts)
+
+
+def confusion(dataset: str, data: ImageData, root: str | Path | None, archive: str | Path | None) -> Matrix | None:
+    """Return which classes of a data set look alike (`pixel_confusion`).
+
+    Args:
+        dataset: as `load_data` takes it.
+        data: its images, blank ones where the files are absent.
+        root: as `load_data` takes it.
+        archive: whose trials with class-conditional noise tell the matrix where the files are absent.
+
+    Returns:
+        The matrix; None if the files are absent and no archived trial tells it.
+    """
+    if not archive or is_present(dataset, root):
+        return pixel_confusion(data.train, len(data.classes))
+    path = _path(archive, data_name(dataset))
+    trials = (_result(values, path).trial for values in _lines(path).values() if values["trial"].get("label_noise"))
+    return next((trial.noise for trial in trials if not isinstance(trial.noise, str)), None)
 
 
 def add(results: Iterable[TrialResult], archive: str | Path) -> int:

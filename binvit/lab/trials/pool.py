@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from binvit.files import remove_leftovers
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
-from binvit.lab.trials.archive import stored_result
-from binvit.lab.trials.store import TrialResult, read_result
+from binvit.lab.trials.archive import find, stored_result
+from binvit.lab.trials.store import TrialResult, read_result, trial_row
 from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
 
@@ -115,6 +115,27 @@ def run_trials(
             )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
     return pd.DataFrame([result.to_row() | {"root": trial.root} for trial in trials if (result := results[trial])])
+
+
+def read_trials(trials: Iterable[Trial], archive: str | Path) -> pd.DataFrame:
+    """Return the table of archived trials, and train nothing.
+
+    Args:
+        trials: the configurations; their data may be absent.
+        archive: folder of archived trials, such as paper_figures.
+
+    Returns:
+        The table of `run_trials` with one row per trial in the order given; those that the archive lacks have a row in
+        which everything measured and the id are missing.
+
+    Raises:
+        ValueError: a file of the archive is damaged.
+    """
+    trials = list(trials)
+    found = {trial: find(trial, archive) for trial in dict.fromkeys(trials)}
+    rows = [result.to_row() if (result := found[trial]) else trial_row(trial) for trial in trials]
+    table = pd.DataFrame([row | {"root": trial.root} for row, trial in zip(rows, trials, strict=True)])
+    return table.reindex(columns=[*table.columns, *(name for name in ("id", "test_accuracy") if name not in table)])
 
 
 def _stored(

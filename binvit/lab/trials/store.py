@@ -171,12 +171,17 @@ class TrialResult(Config):
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""
-        row = {name: getattr(self.trial, name) for name in Trial.field_names()}
-        row |= {name: options_text(row[name]) for name in ("scheme_options", "recipe_options")}
+        row = trial_row(self.trial)
         missing = {"clean_train_accuracy": self.clean_train_accuracy, "memorized": self.memorized}
         row |= {"test_accuracy": self.test_accuracy, "train_accuracy": self.train_accuracy}
         row |= {name: math.nan if value is None else value for name, value in missing.items()}
         return row | {"parameters": self.parameters, "seconds": self.seconds, "id": self.id}
+
+
+def trial_row(trial: Trial) -> dict[str, Any]:
+    """Return a trial's fields as the table of results holds them."""
+    row = {name: getattr(trial, name) for name in Trial.field_names()}
+    return row | {name: options_text(row[name]) for name in ("scheme_options", "recipe_options")}
 
 
 def result_path(trial: Trial, results_dir: str | Path = "results") -> Path:

@@ -1,0 +1,137 @@
+"""The README's table of results: what the papers claim, and what came of it on each kind of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from binvit.files import atomic_write
+from binvit.lab.analysis.claims import Claim
+
+BEGIN, END = "<!-- results: written by make figures -->", "<!-- end of results -->"
+NOT_RUN = "not run"
+
+# What a row says, the notebook that checks it, and how the sentence of its claim begins.
+ROWS = (
+    (
+        "**GSB**: of all tensors, a 1-bit attention map costs most",
+        "03",
+        "After training with it, a 1-bit attention map",
+    ),
+    ("of all tensors, a 1-bit value costs most", "03", "After training with it, a 1-bit value"),
+    ("CNN binarizers all lose more than 5 points", "04", "Schemes made for convolutional networks"),
+    ("three groups beat one, no bias of the map", "04", "Three groups are more accurate than one."),
+    ("superposition of the attention map alone helps", "05", "Superposition of the attention map alone helps."),
+    ("superposition of the value alone helps", "05", "Superposition of the value alone helps."),
+    ("the gradient of GSB helps", "05", "The released gradient is more accurate than the masked one."),
+    ("distillation helps", "05", "Hard distillation, as published, helps."),
+    ("GSB beats every other 1-bit scheme", "04", "GSB is more accurate than every other 1-bit scheme"),
+    ("GSB as published beats float", "05", "As published, GSB is more accurate than float."),
+    ("few images: the gap to training is smaller than float's", "06", r"With \d+ images per class, the gap"),
+    ("fewer images favour GSB over float", "06", r"From \d+ to \d+ images per class"),
+    (
+        "**Sato et al.**: factors help if both components are 1-bit",
+        "02",
+        "Factors of weights and inputs help both 1-bit.",
+    ),
+    ("factors help a 1-bit patch embedding", "02", "Factors of weights and inputs help the 1-bit patch embedding."),
+    ("a 1-bit MLP alone is 5 points above both", "02", "With factors of weights and inputs, a 1-bit MLP alone"),
+    ("a 1-bit MHSA alone is 5 points above both", "02", "With factors of weights and inputs, a 1-bit MHSA alone"),
+)
+# Heading -> the titles of its images.
+COLUMNS = {
+    "digits": r"digits",
+    "CIFAR-100": r"cifar100(, \d+ per class)?",
+    "Flowers-102": r"flowers102",
+    "Flowers-102, pretrained": r"flowers102, pretrained",
+}
+
+
+def by_images(names: Mapping[str, Any]) -> dict[str, list[Claim]]:
+    """Return the claims of a notebook by the title of their images, their sentences without it.
+
+    Args:
+        names: what the notebook's cells have left: the claims as ``found``, the trials as ``table``.
+    """
+    titles = list(dict.fromkeys(names["table"]["data"]))
+    if len(titles) == 1:
+        return {titles[0]: names["found"]}
+    return {
+        title: [
+            _without(claim, f"On {title}: ") for claim in names["found"] if claim.sentence.startswith(f"On {title}: ")
+        ]
+        for title in titles
+    }
+
+
+def _without(claim: Claim, beginning: str) -> Claim:
+    return dataclasses.replace(claim, sentence=claim.sentence.removeprefix(beginning))
+
+
+def says(claim: Claim, beginning: str) -> bool:
+    """Say whether a claim is that of a row, whose sentence begins so; full stops stand for themselves."""
+    return re.match(beginning.replace(".", r"\."), claim.sentence) is not None
+
+
+def cell(claim: Claim | None) -> str:
+    """Return the verdict on a claim with the difference, its corrected interval and the number of seeds.
+
+    Args:
+        claim: what was checked; None if nothing was.
+    """
+    if claim is None or (claim.p is None and claim.estimate is None):
+        return NOT_RUN
+    if claim.estimate is None:  # several differences
+        part = re.match(r"\d+ of \d+", claim.evidence)
+        seeds = re.search(r"(\d+) seeds?", claim.evidence)
+        told = [f"{part[0]} {'fail' if claim.verdict == 'no' else 'undecided'}"] if part else []
+        return f"**{claim.verdict}**: " + "; ".join([*told, *([f"{seeds[1]} seeds"] if seeds else [])])
+    estimate, factor, spec = claim.estimate, *((100, "+.1f") if claim.percent else (1, "+.3g"))
+    low, high = claim.corrected or (estimate.low, estimate.high)
+    spread = "" if math.isnan(low) else f" ({factor * low:{spec}} to {factor * high:{spec}})"
+    return f"**{claim.verdict}**: {factor * estimate.mean:{spec}}{spread}; {estimate.n} seeds"
+
+
+def results_table(notebooks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of results as Markdown.
+
+    Args:
+        notebooks: number of a notebook -> what its cells have left.
+    """
+    found = {number: by_images(names) for number, names in notebooks.items()}
+    lines = [f"| claim | notebook | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for label, number, beginning in ROWS:
+        cells = []
+        for pattern in COLUMNS.values():
+            claims = [
+                claim
+                for title, claims in found.get(number, {}).items()
+                if re.fullmatch(pattern, title)
+                for claim in claims
+                if says(claim, beginning)
+            ]
+            cells.append(cell(claims[0] if claims else None))
+        lines.append(f"| {label} | {number} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_results(readme: Path, table: str) -> None:
+    """Write the table of results between its two markers.
+
+    Args:
+        readme: the file.
+        table: the result of `results_table`.
+
+    Raises:
+        ValueError: the file has no such markers.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} has no lines {BEGIN!r} and {END!r} to write the results between.")
+    atomic_write(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")

@@ -1,0 +1,61 @@
+"""What is measured on trained models and on machines, kept beside the archived trials as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+
+from binvit.files import atomic_write
+
+FOLDER = "measurements"
+
+
+def read_measurements(archive: str | Path, name: str) -> pd.DataFrame:
+    """Return a table of measurements; one without rows and columns if there is none.
+
+    Args:
+        archive: the folder with measurements/.
+        name: the table's file name without ending, such as "03_losses".
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = Path(archive) / FOLDER / f"{name}.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"The measurements {path} cannot be read: {error}.") from None
+    return table.apply(_numbers)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Return texts as whole numbers, else as floats with every digit that was written, else as they are."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return column.map(lambda text: kind(text or "nan"))  # noqa: B023
+    return column
+
+
+def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: Sequence[str]) -> None:
+    """Write measurements to an archive; rows that are there already and have the same keys make room for them.
+
+    Args:
+        archive: the folder with measurements/.
+        name: the table's file name without ending.
+        rows: what was measured.
+        keys: columns that say what the rows belong to, such as the identity of a trial or the kind of CPU.
+    """
+    if rows.empty:
+        return
+    before = read_measurements(archive, name)
+    if len(before):
+        new = pd.MultiIndex.from_frame(rows[list(keys)].astype(str))
+        before = before[~pd.MultiIndex.from_frame(before[list(keys)].astype(str)).isin(new)]
+    table = pd.concat([before, rows], ignore_index=True) if len(before) else rows
+    table = table.sort_values(list(keys), kind="stable", key=lambda column: column.astype(str))
+    atomic_write(Path(archive) / FOLDER / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))

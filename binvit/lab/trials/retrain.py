@@ -1,0 +1,154 @@
+"""Archived trials trained again from nothing: which ones, and whether they give what the archive says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from binvit.lab.training.resume import changes
+from binvit.lab.trials.pool import TrialsFailed, cores, run_trials
+from binvit.lab.trials.store import TrialResult, read_result
+from binvit.lab.trials.trial import Trial
+
+MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
+LEAST = 0.01  # a difference of accuracy that no spread of few seeds rules out
+CONFIDENCE = 0.99  # of the interval that two trainings of one condition differ by
+COLUMNS = ("notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with")
+
+
+@dataclass(frozen=True)
+class Archived:
+    """An archived trial that can be trained again.
+
+    Args:
+        notebook: number of a notebook that shows it.
+        trial: the configuration, with the place of its images.
+        result: what the archive says.
+        seconds: core seconds that it took, its teacher's included.
+    """
+
+    notebook: str
+    trial: Trial
+    result: TrialResult
+    seconds: float
+
+
+def choose(
+    candidates: Iterable[Archived], seed: int = 0, count: int | None = None, minutes: float = MINUTES
+) -> list[Archived]:
+    """Choose archived trials at random.
+
+    Args:
+        candidates: trials whose images are here.
+        seed: decides the choice.
+        count: how many; None takes one for each notebook, as far as they take no longer than `minutes` on two cores.
+        minutes: likewise.
+
+    Returns:
+        The trials; fewer than asked for if there are no more.
+    """
+    order = sorted({item.result.id: item for item in candidates}.values(), key=lambda item: item.result.id)
+    random.Random(seed).shuffle(order)
+    if count is not None:
+        return order[:count]
+    chosen: list[Archived] = []
+    left, numbers = 2 * 60 * minutes, sorted({item.notebook for item in order})
+    for place, number in enumerate(numbers):
+        share = left / (len(numbers) - place)  # what one notebook leaves is for the next
+        longest = 60 * minutes  # side by side does not help a single one
+        fits = [
+            item
+            for item in order
+            if item.notebook == number and item.seconds <= min(share, longest * item.result.threads)
+        ]
+        chosen += fits[:1]
+        left -= sum(item.seconds for item in fits[:1])
+    return chosen
+
+
+def retrain(
+    chosen: Sequence[Archived], known: Iterable[TrialResult], results_dir: str | Path, progress: bool = True
+) -> pd.DataFrame:
+    """Train archived trials again and compare their accuracies.
+
+    They must be equal where kind of CPU, versions and threads are; elsewhere they may differ by as much as two seeds of
+    the same condition (99 % interval of Student's t distribution, and at least one point).
+
+    Args:
+        chosen: the trials.
+        known: archived results, among them those of other seeds.
+        results_dir: folder of the new results; those that are there already are read.
+        progress: show a progress bar.
+
+    Returns:
+        One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", "one
+        seed, no spread known", or one that starts with "no: ".
+    """
+    failures: dict[Trial, str] = {}
+    for threads in sorted({item.result.threads for item in chosen}):
+        trials = [item.trial for item in chosen if item.result.threads == threads]
+        try:
+            run_trials(trials, results_dir, max(1, cores() // threads), progress=progress)
+        except TrialsFailed as error:
+            failures |= dict(error.failures)
+    known = list(known)
+    rows = []
+    for item in chosen:
+        before = item.result.test_accuracy
+        name = f"{item.trial.describe()}"
+        if item.trial in failures:
+            rows.append(
+                (item.notebook, name, 100 * before, math.nan, math.nan, math.nan, f"no: {failures[item.trial]}", "")
+            )
+            continue
+        again = read_result(item.trial, results_dir)
+        different = changes(_environment(item.result), _environment(again))
+        allowed, seeds = spread(item.result, known)
+        difference = again.test_accuracy - before
+        if difference == 0 and again.train_accuracy == item.result.train_accuracy:
+            verdict = "identical"
+        elif not different:
+            verdict = "no: it differs, though CPU, versions and threads do not"
+        elif seeds < 2:
+            verdict = "one seed, no spread known"
+        else:
+            verdict = f"within the spread of {seeds} seeds" if abs(difference) <= allowed else "no: beyond the spread"
+        shown = 0.0 if not different else 100 * allowed
+        rows.append(
+            (item.notebook, name, 100 * before, 100 * again.test_accuracy, 100 * difference, shown, verdict, different)
+        )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def spread(result: TrialResult, known: Iterable[TrialResult]) -> tuple[float, int]:
+    """Return by how much two trainings of a trial's condition may differ, and the number of seeds that tell it.
+
+    Args:
+        result: of the trial.
+        known: results, of which those of the same condition on the same images count.
+    """
+    seeds = {
+        other.trial.seed: other.test_accuracy
+        for other in known
+        if _condition(other) == _condition(result) and other.fingerprint == result.fingerprint
+    }
+    if len(seeds) < 2:
+        return math.nan, len(seeds)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1))
+    return max(LEAST, quantile * math.sqrt(2) * float(pd.Series(seeds).std())), len(seeds)
+
+
+def _condition(result: TrialResult) -> tuple[object, ...]:
+    trial = dataclasses.replace(result.trial, seed=0, root=None, dataset="digits", recipe_options={}, scheme_options={})
+    return trial, result.recipe, result.scheme
+
+
+def _environment(result: TrialResult) -> dict[str, str]:
+    return result.versions | {"device": result.device, "cpu": result.cpu, "threads": str(result.threads)}

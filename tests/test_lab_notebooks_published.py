@@ -1,0 +1,179 @@
+"""What follows from an archive: figures and tables the same each time, nothing trained, what is not there named."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import archive_maker
+import pandas as pd
+import pytest
+from image_files import parquet_file
+
+from binvit.lab.analysis import verdicts
+from binvit.lab.analysis.verdicts import Claim, correct
+from binvit.lab.experiments import limited_samples, plan
+from binvit.lab.notebooks import first_page, grid, published
+from binvit.lab.notebooks.plan import checked_values
+from binvit.lab.trials.measurements import add_measurements, read_measurements
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = ("02", "03", "04", "05", "06", "07")
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    def train(*args, **options):
+        raise AssertionError("Something was trained.")
+
+    for module in ("pool", "train_trial"):
+        monkeypatch.setattr(f"binvit.lab.trials.{module}.run_trial", train)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Three seeds of everything on digits, but no trial of bnn and two of gsb with wrong labels."""
+    folder = tmp_path_factory.mktemp("archive")
+
+    def keep(run):
+        return run.condition != "bnn" and not (run.trial.label_noise and (run.condition, run.trial.seed) == ("gsb", 2))
+
+    archive_maker.fill(folder, archive_maker.jobs(folder, NUMBERS), keep)
+    (job,) = archive_maker.jobs(folder, ["03"])
+    floats = [run.trial.id for run in grid.notebook_runs(job) if run.condition == "float"]
+    archive_maker.losses(folder, floats)
+    return folder
+
+
+def redraw_all(archive, out, numbers=NUMBERS):
+    readme = out.parent / "README.md"
+    readme.write_text(f"before\n{first_page.BEGIN}\nold\n{first_page.END}\nafter\n")
+    names = published.redraw_all(archive_maker.jobs(archive, numbers), archive, out, readme)
+    return {path.name: path.read_bytes() for path in (*out.iterdir(), readme)}, names
+
+
+@pytest.fixture(scope="module")
+def drawn(archive, tmp_path_factory):
+    """The files, and what the notebooks' cells have left."""
+    return redraw_all(archive, tmp_path_factory.mktemp("drawn") / "out")
+
+
+def test_figures_and_tables_of_an_archive_are_the_same_byte_for_byte(archive, drawn, tmp_path):
+    first, _ = drawn
+    again, _ = redraw_all(archive, tmp_path / "out", ["04"])
+    del again["README.md"]
+    assert again == {name: first[name] for name in again}
+    assert {name[-3:] for name in again} == {"csv", "pdf", "png"}
+    for number in NUMBERS:
+        assert f"{number}_claims.csv" in first
+        assert any(name.startswith(number) and name.endswith(".png") for name in first)
+    table = pd.read_csv(tmp_path / "out" / "04_methods_table.csv")
+    assert "bnn" not in set(table["condition"])
+    assert set(table["n"]) == {3}
+    page = first["README.md"].decode()
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    rows = page.split("|---|\n")[1].split(first_page.END)[0].splitlines()
+    assert len(rows) == len(first_page.ROWS)
+    assert not any("| not run | not run | not run | not run |" in row for row in rows)  # digits have all of them
+    assert all(row.endswith("| not run | not run | not run |") for row in rows)
+
+
+def test_an_empty_archive_says_so_everywhere(tmp_path):
+    shutil.copy(ROOT / "paper_figures" / "reference.csv", tmp_path)
+    found, _ = redraw_all(tmp_path, tmp_path / "out")
+    rows = found["README.md"].decode().split("|---|\n")[1].split(first_page.END)[0].splitlines()
+    assert all(row.count("not run") == len(first_page.COLUMNS) for row in rows)
+
+
+def test_what_an_archive_lacks_is_named(archive):
+    (job,) = archive_maker.jobs(archive, ["07"])
+    runs = grid.notebook_runs(job)
+    found = plan.read_archive(runs, archive)
+    assert len(found) == len(runs) - 5  # one seed at five shares and kinds of wrong labels
+    assert plan.not_run(runs, found) == "Not run on digits: 5 of 18 trials of gsb."
+    (job,) = archive_maker.jobs(archive, ["04"])
+    runs = grid.notebook_runs(job)
+    found = plan.read_archive(runs, archive)
+    assert plan.not_run(runs, found, "digits; cifar10") == (
+        "Not run on digits: bnn.\nNot run on cifar10: all conditions."
+    )
+    runs = [run for run in runs if run.condition != "bnn"]
+    assert plan.not_run(runs, found) == f"All {len(runs)} trials are there."
+
+
+def test_archived_trials_are_shown_where_their_images_are_absent(tmp_path):
+    photos = parquet_file(tmp_path / "photos.parquet")
+    values = {"dataset": "parquet:photos.parquet, recipe cpu", "data_dir": str(tmp_path), "updates": 4}
+    few = values | {"samples_per_class": [2, 4]}
+    noisy = values | {"samples_per_class": 4, "label_noises": [0.0, 0.5], "confused_noises": [0.5]}
+    jobs = archive_maker.jobs(tmp_path, ["06"], **few) + archive_maker.jobs(tmp_path, ["07"], **noisy)
+    archive_maker.fill(tmp_path, jobs)
+    before = [grid.notebook_runs(job) for job in jobs]
+    assert len(published.archived_trials(jobs)) == sum(map(len, before))
+    photos.unlink()
+    runs = [module_runs(job) for job in jobs]
+    assert [[run.trial for run in part] for part in runs] == [[run.trial for run in part] for part in before]
+    assert [len(plan.read_archive(part, tmp_path)) for part in runs] == [len(part) for part in before]
+    assert published.archived_trials(jobs) == []  # nothing that could be trained again
+
+
+def module_runs(job):
+    """Return the runs as the notebook's cell makes them, with its own loader."""
+    names = {"06": "limited_samples", "07": "label_noise"}
+    module = __import__(f"binvit.lab.experiments.{names[job.notebook.name[:2]]}", fromlist=["runs"])
+    return module.runs(checked_values(job))
+
+
+def test_baselines_are_archived_by_their_images(tmp_path):
+    (job,) = archive_maker.jobs(tmp_path, ["06"], samples_per_class=[2, 5], seeds=[0, 1])
+    p = checked_values(job)
+    assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 4
+    assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 0
+    runs = grid.notebook_runs(job)
+    made, read = limited_samples.baselines(runs), limited_samples.baselines(runs, tmp_path)
+    keys = ["samples_per_class", "seed", "condition"]
+    pd.testing.assert_frame_equal(*(table.sort_values(keys, ignore_index=True) for table in (made, read)))
+
+
+def test_measurements_replace_those_of_the_same_key(tmp_path):
+    assert read_measurements(tmp_path, "x").empty
+    add_measurements(tmp_path, "x", pd.DataFrame({"id": ["b", "a"], "value": [0.1, 1 / 3]}), ["id"])
+    add_measurements(tmp_path, "x", pd.DataFrame({"id": ["b"], "value": [0.2]}), ["id"])
+    assert read_measurements(tmp_path, "x").to_dict("list") == {"id": ["a", "b"], "value": [1 / 3, 0.2]}
+    (tmp_path / "measurements" / "x.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.csv cannot be read"):
+        read_measurements(tmp_path, "x")
+
+
+def test_every_sentence_of_the_papers_has_a_row_and_every_row_one_claim(drawn):
+    sources = set()
+    for _, number, beginning in first_page.ROWS:
+        found = first_page.by_images(drawn[1][number])["digits"]
+        (claim,) = [claim for claim in found if first_page.says(claim, beginning)]
+        assert claim.kind == "confirmatory"
+        sources.add(claim.source)
+    named = {value for value in vars(verdicts).values() if isinstance(value, str) and "abstract: " in value}
+    assert sources == {source for source in named if not source.endswith("abstract: ")}
+
+
+def test_cells_tell_verdict_difference_interval_and_seeds():
+    from binvit.lab.analysis.claims import all_of, check_difference
+    from binvit.lab.analysis.statistics import Difference
+
+    claim = check_difference("a beats b", Difference(0.05, 0.04, 0.06, 5, "a", "b", "test_accuracy"))
+    assert first_page.cell(claim) == "**yes**: +5.0 (+4.0 to +6.0); 5 seeds"
+    worse = check_difference("a beats c", Difference(-0.05, -0.06, -0.04, 5, "a", "c", "test_accuracy"))
+    assert first_page.cell(all_of("a beats all", [claim, worse])) == "**no**: 1 of 2 fail; 5 seeds"
+    assert first_page.cell(Claim("a beats d", "undecided", "no trial of 'd' was run")) == "not run"
+    assert first_page.cell(None) == "not run"
+    (corrected, _) = correct(
+        [dataclasses.replace(claim, kind="confirmatory"), dataclasses.replace(worse, kind="confirmatory")]
+    )
+    assert "(+4.0 to +6.0)" not in first_page.cell(corrected)
+
+
+def test_a_file_without_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="has no lines '<!-- results"):
+        first_page.write_results(tmp_path / "README.md", "table")

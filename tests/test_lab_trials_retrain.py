@@ -1,0 +1,87 @@
+"""Archived trials trained again: the sample, and what counts as the same result."""
+
+import dataclasses
+
+import pytest
+from archive_maker import result
+
+from binvit.lab.trials import retrain
+from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.retrain import Archived, choose
+from binvit.lab.trials.store import read_result
+from binvit.lab.trials.trial import Trial
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 2, "batch_size": 64}
+
+
+def trial(seed=0, scheme="float"):
+    return Trial("digits", scheme, seed=seed, samples_per_class=8, recipe_options=TINY)
+
+
+def candidates(seconds):
+    made = [(number, trial(seed)) for number in ("02", "04") for seed in range(3)]
+    made = [(number, dataclasses.replace(one, scheme="gsb" if number == "04" else "float")) for number, one in made]
+    return [Archived(number, one, result(one), seconds) for number, one in made]
+
+
+def test_one_trial_of_each_notebook_is_chosen_by_the_seed_within_the_time():
+    chosen = [tuple(item.trial for item in choose(candidates(10.0), seed)) for seed in range(8)]
+    assert {len(trials) for trials in chosen} == {2}
+    assert {tuple(one.scheme for one in trials) for trials in chosen} == {("float", "gsb")}
+    assert 1 < len(set(chosen)) <= 8
+    assert chosen[0] == tuple(item.trial for item in choose(reversed(candidates(10.0)), 0))
+    assert choose(candidates(241.0)) == []  # more than its share of two cores for four minutes
+    mixed = [dataclasses.replace(item, seconds=238.0 * (item.notebook == "04")) for item in candidates(1.0)]
+    assert [item.notebook for item in choose(mixed)] == ["02", "04"]  # what 02 leaves is for 04
+    assert choose(mixed, minutes=1.9) == [item for item in choose(mixed) if item.notebook == "02"]
+
+
+def test_any_number_is_chosen_whatever_the_time():
+    assert len(choose(candidates(1e6), count=4)) == 4
+    assert len(choose(candidates(1e6), count=40)) == 6
+    assert choose(candidates(1.0), count=0) == []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    run_trials([trial(0), trial(1)], folder, progress=False)
+    return [read_result(trial(seed), folder) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "shift", "known", "verdict"),
+    [
+        ("", 0.0, 2, "identical"),
+        ("", 0.001, 2, "no: it differs, though CPU, versions and threads do not"),
+        ("another", 0.0, 2, "identical"),
+        ("another", 0.001, 2, "within the spread of 2 seeds"),
+        ("another", 0.001, 1, "one seed, no spread known"),
+        ("another", -0.5, 3, "no: beyond the spread"),
+    ],
+)
+def test_what_comes_out_again_is_compared(made, tmp_path, cpu, shift, known, verdict):
+    first = made[0]
+    changed = {"test_accuracy": max(0.0, first.test_accuracy + shift), "cpu": cpu or first.cpu}
+    archived = dataclasses.replace(first, **changed)
+    alike = [dataclasses.replace(archived, trial=dataclasses.replace(first.trial, seed=seed)) for seed in range(known)]
+    alike = alike[:1] + [dataclasses.replace(one, test_accuracy=one.test_accuracy + 0.002) for one in alike[1:]]
+    if shift == -0.5:
+        alike = [dataclasses.replace(one, test_accuracy=0.1 + 0.001 * one.trial.seed) for one in alike]
+    table = retrain.retrain([Archived("04", first.trial, archived, 1.0)], alike, tmp_path, progress=False)
+    assert tuple(table.columns) == retrain.COLUMNS
+    (row,) = table.to_dict("records")
+    assert row["verdict"] == verdict
+    assert row["here (%)"] == pytest.approx(100 * first.test_accuracy)
+    assert row["difference"] == pytest.approx(100 * (first.test_accuracy - archived.test_accuracy))
+    assert row["made with"] == (f"cpu another (now {first.cpu})" if cpu else "")
+
+
+def test_the_spread_is_that_of_other_seeds_of_the_same_condition(made):
+    other = dataclasses.replace(made[1], test_accuracy=made[0].test_accuracy + 0.02)
+    gsb = result(trial(2, "gsb"), 0.9)
+    allowed, seeds = retrain.spread(made[0], [made[0], other, gsb])
+    assert seeds == 2
+    assert allowed == pytest.approx(63.657 * 0.02, rel=1e-3)  # t for one degree of freedom, 99 %
+    few = retrain.spread(made[0], [made[0], dataclasses.replace(other, test_accuracy=made[0].test_accuracy)])
+    assert few == (retrain.LEAST, 2)
