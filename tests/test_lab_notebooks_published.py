@@ -1,10 +1,14 @@
 """What follows from an archive: figures and tables the same each time, nothing trained, what is not there named."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
 import archive_maker
+import matplotlib
+import matplotlib.image as mpimg
+import numpy as np
 import pandas as pd
 import pytest
 from image_files import parquet_file
@@ -14,6 +18,7 @@ from binvit.lab.analysis.verdicts import Claim, correct
 from binvit.lab.experiments import limited_samples, plan
 from binvit.lab.notebooks import first_page, grid, published
 from binvit.lab.notebooks.plan import checked_values
+from binvit.lab.notebooks.plan import plan as plan_notebooks
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 
 ROOT = Path(__file__).parents[1]
@@ -177,3 +182,24 @@ def test_a_file_without_markers_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no lines '<!-- results"):
         first_page.write_results(tmp_path / "README.md", "table")
+
+
+def test_what_is_committed_follows_from_the_committed_archive(tmp_path):
+    folder = ROOT / "paper_figures"
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    published.redraw_all(plan_notebooks(archive_maker.NOTEBOOKS, "archive"), folder, tmp_path / "out", readme)
+    assert readme.read_text() == (ROOT / "README.md").read_text(), "make figures writes another table of results"
+    drawn = {path.name: path for path in (tmp_path / "out").iterdir()}
+    committed = {path.name for path in folder.glob("*") if path.is_file()} - {"README.md", "data.csv", "reference.csv"}
+    assert committed == set(drawn)
+    for name, path in drawn.items():
+        if name.endswith(".csv"):
+            assert path.read_bytes() == (folder / name).read_bytes(), f"make figures writes another {name}"
+        elif name.endswith(".png") and matplotlib.__version__ == drawn_with():
+            np.testing.assert_array_equal(mpimg.imread(path), mpimg.imread(folder / name), name)
+
+
+def drawn_with() -> str:
+    """Return the version of matplotlib that the committed figures were drawn with."""
+    return re.search(r"^matplotlib==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -150,3 +151,24 @@ def test_damaged_records_of_earlier_batches_start_afresh(outcomes, tmp_path, dam
     index = report.write_report(outcomes[1:], tmp_path).read_text()
     assert "Second &lt;b&gt;one&lt;/b&gt;" in index
     assert "01_made.html" not in index
+
+
+def test_a_smoke_sized_report_says_that_its_verdicts_mean_nothing(outcomes, tmp_path):
+    words = "The verdicts mean nothing"
+    assert words not in report.write_report(outcomes, tmp_path).read_text()
+    assert words not in (tmp_path / "01_made.html").read_text()
+    small = dataclasses.replace(outcomes[0], size="smoke")
+    assert words in report.write_report([small], tmp_path).read_text()
+    assert words in (tmp_path / "01_made.html").read_text()
+
+
+def test_the_index_shows_the_trials_that_were_trained_again(outcomes, tmp_path):
+    assert "trained again" not in report.write_report(outcomes, tmp_path).read_text()
+    (tmp_path / report.RETRAINED).write_text(
+        "notebook,trial,archived (%),here (%),verdict\n04,a<b,91.234567,91.3,identical\n"
+    )
+    index = report.write_report(outcomes, tmp_path).read_text()
+    assert "trained again" in index
+    assert "<td>a&lt;b</td>" in index
+    assert "<td>91.23</td>" in index
+    assert "<td>04</td>" in index

@@ -43,9 +43,14 @@ def test_any_number_is_chosen_whatever_the_time():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     run_trials([trial(0), trial(1)], folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def made(folder):
     return [read_result(trial(seed), folder) for seed in (0, 1)]
 
 
@@ -60,7 +65,7 @@ def made(tmp_path_factory):
         ("another", -0.5, 3, "no: beyond the spread"),
     ],
 )
-def test_what_comes_out_again_is_compared(made, tmp_path, cpu, shift, known, verdict):
+def test_what_comes_out_again_is_compared(made, folder, cpu, shift, known, verdict):
     first = made[0]
     changed = {"test_accuracy": max(0.0, first.test_accuracy + shift), "cpu": cpu or first.cpu}
     archived = dataclasses.replace(first, **changed)
@@ -68,7 +73,7 @@ def test_what_comes_out_again_is_compared(made, tmp_path, cpu, shift, known, ver
     alike = alike[:1] + [dataclasses.replace(one, test_accuracy=one.test_accuracy + 0.002) for one in alike[1:]]
     if shift == -0.5:
         alike = [dataclasses.replace(one, test_accuracy=0.1 + 0.001 * one.trial.seed) for one in alike]
-    table = retrain.retrain([Archived("04", first.trial, archived, 1.0)], alike, tmp_path, progress=False)
+    table = retrain.retrain([Archived("04", first.trial, archived, 1.0)], alike, folder, progress=False)
     assert tuple(table.columns) == retrain.COLUMNS
     (row,) = table.to_dict("records")
     assert row["verdict"] == verdict

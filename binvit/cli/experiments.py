@@ -160,7 +160,8 @@ def tune(
 @cli.command()
 @click.argument("results_dir", type=PATH)
 @click.option("--out", type=PATH, help="Folder of the archive.  [default: paper_figures]")
-def archive(results_dir: Path, out: Path | None) -> None:
+@click.option("--bench", "measured", type=PATH, help="Also add the tables that binvit bench has written to a folder.")
+def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
     """Add the finished trials of a results folder to the archive, and what notebooks measure on its models.
 
     The archive has one line per trial, sorted, and a table of data sets; a trial that is there already stays as it is.
@@ -178,6 +179,10 @@ def archive(results_dir: Path, out: Path | None) -> None:
     with suppress(FileNotFoundError):  # without a clone there are no notebooks, and nothing that they measure
         jobs = plan_.plan(project.folder("notebooks"), "archive")
         click.echo(f"{take_measurements(jobs, results_dir, out)} measurements are new.")
+    if measured:
+        from binvit.lab.experiments.efficiency import archive_bench
+
+        click.echo(f"Measurements of {', '.join(archive_bench(measured, out))} are in {out}.")
     for sentence in damaged:
         click.echo(sentence, err=True)
     if damaged:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+import binvit
 from binvit.lab.analysis.claims import Claim, check_value
-from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, scheme_color, styled
-from binvit.packed.audit import Audit
+from binvit.lab.benchmark.models import calibrated_model, random_model
+from binvit.lab.benchmark.run import PARTS
+from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, save_figure, scheme_color, styled
+from binvit.lab.trials.measurements import add_measurements, read_measurements
+from binvit.packed import pack
+from binvit.packed.audit import Audit, audit
 
 REFERENCES = {1: ":", 2: "--"}  # powers of growth -> line style
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
@@ -156,6 +163,76 @@ def claims(kernels: pd.DataFrame, models: pd.DataFrame, training: pd.DataFrame |
         step = training.set_index("contender")["times"].drop("timm float32").max()
         found.append(check_value("A training step takes at most 1.5 times the float step.", step, at_most=1.5))
     return found
+
+
+def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
+    """Add the tables of `binvit bench` to an archive; those of the same kind of CPU that were there make room.
+
+    Args:
+        folder: what `binvit bench --out` has written.
+        archive: folder of the archive.
+
+    Returns:
+        The parts that were there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [part for part in PARTS if (Path(folder) / f"{part}.csv").is_file()]
+    if not found:
+        raise FileNotFoundError(f"There are no tables of binvit bench in {folder}.")
+    for part in found:
+        add_measurements(archive, f"08_{part}", pd.read_csv(Path(folder) / f"{part}.csv"), ["cpu"])
+    return found
+
+
+def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> pd.DataFrame:
+    """Put what was measured here beside what an archive knows of other machines.
+
+    Args:
+        archive: folder of archived measurements.
+        models: what `binvit.lab.benchmark.models.benchmark_models` returned here.
+        kernels: what `binvit.lab.benchmark.kernels.benchmark_kernels` returned here.
+
+    Returns:
+        A column per kind of CPU and "here": milliseconds per image of each batch and contender, then how many times as
+        fast the 1-bit product is as each peer's, the smallest and the largest of all shapes.
+    """
+    both = {
+        name: pd.concat([read_measurements(archive, f"08_{name}"), here.assign(cpu="here")], ignore_index=True)
+        for name, here in (("models", models), ("kernels", kernels))
+    }
+    rows = [
+        (f"ms per image, batch {batch}", contender, cpu, f"{1000 * part['per_image'].median():.1f}")
+        for (batch, contender, cpu), part in both["models"].groupby(["batch", "contender", "cpu"], sort=False)
+    ]
+    rows += [
+        ("times a 1-bit product", contender, cpu, f"{part['times'].min():.1f} to {part['times'].max():.1f}")
+        for (contender, cpu), part in both["kernels"].groupby(["contender", "cpu"], sort=False)
+        if contender != "binvit 1-bit"
+    ]
+    table = pd.DataFrame(rows, columns=["what", "contender", "CPU", "value"])
+    kinds = [*(cpu for cpu in table["CPU"].unique() if cpu != "here"), "here"]
+    wide = table.pivot_table(index=["what", "contender"], columns="CPU", values="value", aggfunc="first", sort=False)
+    return wide[kinds].fillna("")
+
+
+def redraw(archive: str | Path, out: str | Path) -> None:
+    """Draw the archived measurements of the first kind of CPU, and the bytes of a DeiT-S.
+
+    Args:
+        archive: folder of archived measurements.
+        out: folder of the figures.
+    """
+    models, growth = (read_measurements(archive, f"08_{part}") for part in ("models", "growth"))
+    if len(models):
+        cpu = models["cpu"].iloc[0]
+        save_figure(draw(models[models["cpu"] == cpu], f"DeiT-S, 224 x 224, {cpu}"), "08_latency", out)
+    if len(growth):
+        save_figure(draw_growth(growth[growth["cpu"] == growth["cpu"].iloc[0]]), "08_growth", out)
+    trained = calibrated_model(random_model(classes=1000), "binvit gsb")
+    counted = audit(pack(binvit.round_vectors(trained)))
+    save_figure(draw_bytes(counted, "Bytes of DeiT-S by part"), "08_bytes", out)
 
 
 def size_claims(rounded: Audit, differences: np.ndarray, unrounded: Audit) -> list[Claim]:

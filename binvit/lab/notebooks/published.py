@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from binvit.files import atomic_write
+from binvit.lab.experiments import efficiency
 from binvit.lab.experiments.plan import archive_dir
 from binvit.lab.notebooks.first_page import results_table, write_results
 from binvit.lab.notebooks.grid import notebook_runs
@@ -148,5 +149,7 @@ def redraw_all(jobs: Sequence[Job], archive: Path, out: Path, readme: Path) -> d
     for job, _, _ in reading(jobs):
         values = dict(job.values, archive=str(archive.absolute()))
         found[job.notebook.name[:2]] = redraw(Job(job.notebook, values), out.absolute())
+    efficiency.redraw(archive, out)
+    plt.close("all")
     write_results(readme, results_table(found))
     return found

@@ -145,10 +145,10 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
 def _retrained(out: Path) -> str:
     """Return the table of the archived trials that were trained again as HTML, "" if there is none."""
     try:
-        table = pd.read_csv(out / RETRAINED, keep_default_na=False)
+        table = pd.read_csv(out / RETRAINED, dtype={"notebook": str})
     except (OSError, ValueError):
         return ""
-    return table.to_html(index=False, border=0, float_format="{:.2f}".format)
+    return table.to_html(index=False, border=0, float_format="{:.2f}".format, na_rep="")
 
 
 def join_reports(folders: Sequence[Path], out: Path) -> Path:

@@ -1,0 +1,54 @@
+"""A sample of archived trials trained again, as `binvit reproduce` does it."""
+
+import json
+
+import archive_maker
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from binvit.__main__ import cli
+from binvit.lab.notebooks import grid, published
+from binvit.lab.trials import retrain
+from binvit.lab.trials.archive import add
+from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.store import read_results
+
+TINY = {"schemes": ["float"], "biased": False, "seeds": [0, 1], "samples_per_class": 8, "epochs": 2}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job of a notebook whose trials are archived; what is trained is trained in this process."""
+    monkeypatch.setattr(retrain, "cores", lambda: 1)
+    changes = {"changes": "width 16, depth 1, heads 2, eval_every 2"}
+    (job,) = archive_maker.jobs(tmp_path / "archive", ["04"], **TINY, **changes)
+    run_trials([run.trial for run in grid.notebook_runs(job)], tmp_path / "results", progress=False)
+    add(read_results(tmp_path / "results")[0], tmp_path / "archive")
+    return job
+
+
+def test_archived_trials_are_trained_from_nothing_and_agree(job, tmp_path):
+    assert {item.notebook for item in published.archived_trials([job])} == {"04"}
+    table = published.check_sample([job], tmp_path / "out")
+    assert table["verdict"].tolist() == ["identical"]
+    assert len(list((tmp_path / "out" / "retrained").glob("*.json"))) == 1
+    assert len(published.check_sample([job], tmp_path / "out", count=5)) == 2
+    assert len(pd.read_csv(tmp_path / "out" / "retrained.csv")) == 2
+    assert published.check_sample([job], tmp_path / "out", count=0).empty
+    assert not (tmp_path / "out" / "retrained.csv").exists()
+
+
+def test_another_result_ends_with_exit_code_1(job, tmp_path, monkeypatch):
+    path = tmp_path / "archive" / "trials" / "digits.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"test_accuracy": 0.987}) + "\n" for line in lines))
+    monkeypatch.setattr("binvit.lab.notebooks.run.run", lambda jobs, out, processes: [])
+    monkeypatch.setattr("binvit.lab.trials.train_trial.compile_kernels", lambda: 0.0)
+    options = [text for name, value in dict(job.values).items() for text in ("-p", name, str(value).replace("'", ""))]
+    command = ["reproduce", "--only", "04", "--out", str(tmp_path / "out"), *options]
+    found = CliRunner().invoke(cli, command)
+    assert found.exit_code == 1
+    assert "does not give what the archive says: no: it differs, though CPU" in found.output
+    assert "0 of 1 trials that were trained again agree" in found.output
+    assert "98.70" in (tmp_path / "out" / "index.html").read_text()
