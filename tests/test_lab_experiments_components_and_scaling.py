@@ -6,7 +6,8 @@ import torch
 from experiment_tables import table_of
 
 import binvit
-from binvit.lab.experiments import components_and_scaling, plan
+from binvit.lab.experiments import components_and_scaling
+from binvit.lab.experiments.design import plan
 
 NAMES = [
     f"{part}, {factor}"

@@ -5,7 +5,8 @@ import pytest
 from experiment_tables import table_of
 
 from binvit import lab
-from binvit.lab.experiments import gsb_ablation, plan
+from binvit.lab.experiments import gsb_ablation
+from binvit.lab.experiments.design import plan
 
 RUNS = plan.plan(gsb_ablation.conditions(), "digits", [0, 1, 2])
 NAMES = list(dict.fromkeys(run.condition for run in RUNS))

@@ -10,7 +10,8 @@ import torch
 
 import binvit
 from binvit.lab.analysis import attention
-from binvit.lab.experiments import information_loss, plan
+from binvit.lab.experiments import information_loss
+from binvit.lab.experiments.design import plan
 from binvit.lab.experiments.information_loss import LOSSES, distributions, draw
 from binvit.lab.notebooks.plan import Job, check
 from binvit.lab.training.evaluation import Classifier

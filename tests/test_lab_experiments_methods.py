@@ -9,7 +9,8 @@ import pytest
 from experiment_tables import table_of
 
 import binvit
-from binvit.lab.experiments import methods, plan
+from binvit.lab.experiments import methods
+from binvit.lab.experiments.design import plan
 
 REFERENCE = Path(__file__).parents[1] / "paper_figures" / "reference.csv"
 

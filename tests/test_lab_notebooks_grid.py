@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 import binvit.lab
 from binvit.__main__ import cli
-from binvit.lab.experiments import plan as experiments_plan
-from binvit.lab.experiments import training_budget
+from binvit.lab.experiments.design import plan as experiments_plan
+from binvit.lab.experiments.design import training_budget
 from binvit.lab.notebooks import grid
 from binvit.lab.notebooks.plan import Job, plan
 from binvit.lab.trials.store import read_results

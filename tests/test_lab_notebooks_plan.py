@@ -66,7 +66,7 @@ def write_checked(path: Path, check: str) -> list[Job]:
 
 
 CHECK = (
-    "from binvit.lab.experiments.parse import parse_images\nfrom binvit.lab.notebooks import parameters\n\n"
+    "from binvit.lab.experiments.design.parse import parse_images\nfrom binvit.lab.notebooks import parameters\n\n"
     "limit = parameters.Between(0, 1)\n"
     "p = parameters.check_parameters(globals(), share=limit, dataset=parse_images)\nraise RuntimeError('not reached')"
 )

@@ -15,7 +15,8 @@ from image_files import parquet_file
 
 from binvit.lab.analysis import verdicts
 from binvit.lab.analysis.verdicts import Claim, correct
-from binvit.lab.experiments import limited_samples, plan
+from binvit.lab.experiments import limited_samples
+from binvit.lab.experiments.design import plan
 from binvit.lab.notebooks import first_page, grid, published
 from binvit.lab.notebooks.plan import checked_values
 from binvit.lab.notebooks.plan import plan as plan_notebooks

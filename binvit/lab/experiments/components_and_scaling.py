@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.verdicts import FACTORS_HELP, ONE_COMPONENT
-from binvit.lab.experiments.plan import Condition, Run, notebook_runs
+from binvit.lab.experiments.design.plan import Condition, Run, notebook_runs
 from binvit.lab.figures.charts import heat
 from binvit.lab.figures.panels import panels
 

@@ -17,7 +17,7 @@ from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import sample_images
 from binvit.lab.analysis.verdicts import BEST, DISTILLATION_HELPS, GRADIENT_HELPS, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
-from binvit.lab.experiments.plan import BOTH_BIASES, Condition, Run, notebook_runs
+from binvit.lab.experiments.design.plan import BOTH_BIASES, Condition, Run, notebook_runs
 from binvit.lab.figures.panels import dot_panels
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage

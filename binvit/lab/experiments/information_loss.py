@@ -24,7 +24,7 @@ from binvit.lab.analysis.tensor_losses import (
 )
 from binvit.lab.analysis.verdicts import LOSS_IS_ATTENTION, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.plan import Condition, Run, archive_dir, notebook_runs
+from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, notebook_runs
 from binvit.lab.experiments.quickstart import one_per_class
 from binvit.lab.figures.attention_maps import attention_maps
 from binvit.lab.figures.histogram import distributions

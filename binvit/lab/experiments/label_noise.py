@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from binvit.lab.analysis.claims import Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.parse import parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, archive_dir, data_dir, loader, with_bias
-from binvit.lab.experiments.training_budget import equal_updates, run_levels
+from binvit.lab.experiments.design.parse import parse_changes, parse_images
+from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, with_bias
+from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import FEWEST, caption, colors_of, styled

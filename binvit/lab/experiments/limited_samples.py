@@ -21,9 +21,9 @@ from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.images import ImageSet
-from binvit.lab.experiments.parse import Images, parse_changes, parse_images
-from binvit.lab.experiments.plan import Run, archive_dir, data_dir, loader, with_bias
-from binvit.lab.experiments.training_budget import equal_updates, run_levels
+from binvit.lab.experiments.design.parse import Images, parse_changes, parse_images
+from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, with_bias
+from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import styled

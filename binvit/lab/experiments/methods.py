@@ -13,7 +13,7 @@ from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
+from binvit.lab.experiments.design.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
 

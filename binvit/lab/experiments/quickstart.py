@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from binvit.lab.analysis.claims import Claim, check_mean, check_pair, check_value, confirm
 from binvit.lab.analysis.verdicts import BEST, SUPERPOSITION_HELPS
 from binvit.lab.benchmark.timing import interleave
-from binvit.lab.experiments.plan import Condition, Run, notebook_runs, with_bias
+from binvit.lab.experiments.design.plan import Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import learning_curves
 from binvit.lab.training.evaluation import Classifier
 from binvit.packed import load, pack, save

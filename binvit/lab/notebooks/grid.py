@@ -17,7 +17,7 @@ from binvit.config import read_json
 from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
-from binvit.lab.experiments.plan import Run
+from binvit.lab.experiments.design.plan import Run
 from binvit.lab.notebooks.plan import Job, checked_values
 from binvit.lab.trials.cost import Cost, cost
 from binvit.lab.trials.trial import Trial, teacher_trial

@@ -142,7 +142,7 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
         FileNotFoundError: a data set is missing.
     """
     from binvit.lab.data.sources import require_files
-    from binvit.lab.experiments.parse import parse_images
+    from binvit.lab.experiments.design.parse import parse_images
 
     for job in jobs:
         try:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from binvit.files import atomic_write
 from binvit.lab.experiments import efficiency
-from binvit.lab.experiments.plan import archive_dir
+from binvit.lab.experiments.design.plan import archive_dir
 from binvit.lab.notebooks.first_page import results_table, write_results
 from binvit.lab.notebooks.grid import notebook_runs
 from binvit.lab.notebooks.plan import Job, checked_values

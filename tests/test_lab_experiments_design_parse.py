@@ -2,8 +2,8 @@
 
 import pytest
 
-from binvit.lab.experiments import parse
-from binvit.lab.experiments.parse import Images
+from binvit.lab.experiments.design import parse
+from binvit.lab.experiments.design.parse import Images
 
 
 def test_images_are_read_from_text():

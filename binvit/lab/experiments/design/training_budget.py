@@ -12,8 +12,8 @@ import pandas as pd
 
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.label_noise import Matrix
-from binvit.lab.experiments.parse import Images
-from binvit.lab.experiments.plan import Condition, Run, changed, read_archive
+from binvit.lab.experiments.design.parse import Images
+from binvit.lab.experiments.design.plan import Condition, Run, changed, read_archive
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial

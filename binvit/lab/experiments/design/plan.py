@@ -12,7 +12,7 @@ import pandas as pd
 from binvit.config import freeze
 from binvit.lab.analysis.statistics import MEASURED
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.parse import parse_changes, parse_images, refuse_twice
+from binvit.lab.experiments.design.parse import parse_changes, parse_images, refuse_twice
 from binvit.lab.figures.style import BIASED as WITH_BIAS
 from binvit.lab.project import folder
 from binvit.lab.training.recipe import Recipe

@@ -12,7 +12,8 @@ from PIL import Image
 from binvit.lab.analysis import statistics
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.label_noise import pixel_confusion
-from binvit.lab.experiments import label_noise, limited_samples, training_budget
+from binvit.lab.experiments import label_noise, limited_samples
+from binvit.lab.experiments.design import training_budget
 from binvit.lab.experiments.label_noise import confusion_map
 from binvit.lab.notebooks import plan
 

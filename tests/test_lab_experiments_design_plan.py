@@ -9,8 +9,8 @@ from binvit import lab
 from binvit.lab.analysis import claims, statistics
 from binvit.lab.analysis.claims import Claim
 from binvit.lab.analysis.statistics import summarize
-from binvit.lab.experiments import plan
-from binvit.lab.experiments.plan import Condition
+from binvit.lab.experiments.design import plan
+from binvit.lab.experiments.design.plan import Condition
 from binvit.lab.figures import panels
 
 

@@ -1,0 +1,243 @@
+"""Wide with one bit or small with floats: accuracy against the bytes and the milliseconds of a whole model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from safetensors.torch import save as serialize
+
+import binvit
+from binvit.lab.analysis.claims import Claim, check_difference
+from binvit.lab.analysis.statistics import estimate
+from binvit.lab.benchmark.machine import describe_cpu, watch_load
+from binvit.lab.benchmark.timing import interleave, use_threads
+from binvit.lab.data.datasets import ImageData
+from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
+from binvit.lab.figures.panels import subplot_grid
+from binvit.lab.figures.style import axis_name, colors_of, label_ends, styled
+from binvit.lab.training.model import build_model
+from binvit.lab.trials.measurements import add_measurements, read_measurements
+from binvit.lab.trials.tune import equal_terms
+from binvit.packed.files import to_bytes
+
+COSTS = ("bytes", "ms")
+TABLE = "09_sizes"
+_KEYS = ("data", "scheme", "width")
+_MEASURED = (*_KEYS, *COSTS, "low", "high", "others", "cpu")
+
+
+def conditions(float_widths: Sequence[int], binary_widths: Sequence[int], schemes: Sequence[str]) -> list[Condition]:
+    """Return the float model and the 1-bit schemes on equal terms, at each of their widths.
+
+    Args:
+        float_widths: features per token of the float models.
+        binary_widths: features per token of the 1-bit models.
+        schemes: names of 1-bit schemes.
+    """
+    sizes = [("float", width) for width in float_widths]
+    sizes += [(scheme, width) for scheme in schemes for width in binary_widths]
+    return [
+        Condition(f"{scheme}, width {width}", scheme, equal_terms(), functools.partial(_options, width=width))
+        for scheme, width in sizes
+    ]
+
+
+def _options(recipe: Any, width: int) -> dict[str, Any]:
+    heads = max(heads for heads in range(1, recipe.heads + 1) if width % heads == 0)
+    return {"width": width, "heads": heads}
+
+
+def runs(p: Any) -> list[Run]:
+    """Return what the notebook trains with these parameters."""
+    return notebook_runs(conditions(p.float_widths, p.binary_widths, p.schemes), p)
+
+
+def with_widths(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the column width.
+
+    Args:
+        table: the result of `experiments.train` for `conditions`.
+    """
+    return table.assign(width=[int(name.rpartition(" ")[2]) for name in table["condition"]])
+
+
+def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFrame:
+    """Measure the file and the latency of every model that is compared; neither depends on what it was trained to.
+
+    Float models are written in float32 and run as timm builds them; 1-bit models are packed. Latencies are of one image
+    on one thread, all models of the same images in turn.
+
+    Args:
+        runs: the result of `runs`.
+        load: what loads images, as `plan.loader` gives it.
+        seconds: time per model, roughly.
+
+    Returns:
+        One row per kind of images, scheme and width: bytes of the file, ms (median), low and high (quartiles), the
+        share of the cores that others used meanwhile, and the kind of CPU.
+    """
+    rows: list[dict[str, Any]] = []
+    for data in dict.fromkeys(run.data for run in runs):
+        own = {run.condition: run for run in reversed(runs) if run.data == data}
+        contenders, sizes = {}, {}
+        for name, run in own.items():
+            model, sizes[name] = _model(run, load(run.trial.dataset, root=run.trial.root))
+            side = run.trial.get_recipe().image_size or load(run.trial.dataset, root=run.trial.root).image_size
+            contenders[name] = functools.partial(_classify, model, torch.zeros(1, 3, side, side))
+        with use_threads(1), watch_load() as load_meanwhile:
+            times = interleave(contenders, seconds)
+        for name, run in own.items():
+            low, median, high = 1000 * np.quantile(times[name], (0.25, 0.5, 0.75))
+            row = {"data": data, "scheme": run.trial.scheme, "width": run.trial.get_recipe().width}
+            row |= {"bytes": sizes[name], "ms": median, "low": low, "high": high}
+            rows.append(row | {"others": round(load_meanwhile.others, 3), "cpu": describe_cpu()})
+    return pd.DataFrame(rows, columns=list(_MEASURED)).sort_values(list(_KEYS), ignore_index=True)
+
+
+def _model(run: Run, data: ImageData) -> tuple[Any, int]:
+    recipe, side = run.trial.get_recipe(), run.trial.get_recipe().image_size or data.image_size
+    torch.manual_seed(0)
+    model = build_model(recipe, len(data.classes), side).eval()
+    scheme = run.trial.get_scheme()
+    if not scheme.components:
+        return model, len(serialize(model.state_dict()))
+    packed = binvit.pack(binvit.calibrate(binvit.binarize(model, scheme).eval(), torch.randn(8, 3, side, side)))
+    return packed, len(to_bytes(packed))
+
+
+@torch.inference_mode()
+def _classify(model: Any, image: torch.Tensor) -> None:
+    model(image)
+
+
+def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
+    """Measure the models of a notebook here, and archive bytes and milliseconds with this kind of CPU.
+
+    Args:
+        p: the notebook's parameters.
+        results_dir: not looked at; what is measured does not depend on trained weights.
+        archive: folder of the archive.
+
+    Returns:
+        How many kinds of images were measured; those that this kind of CPU has measured already are left out.
+    """
+    known = read_measurements(archive, TABLE)
+    done = set(known.loc[known["cpu"] == describe_cpu(), "data"]) if len(known) else set()
+    left = [run for run in runs(p) if run.data not in done]
+    if left:
+        add_measurements(archive, TABLE, measure(left, loader(p)), [*_KEYS, "cpu"])
+    return len({run.data for run in left})
+
+
+def sizes(runs: Sequence[Run], p: Any) -> pd.DataFrame:
+    """Return bytes and milliseconds of the models: those that the archive has, without an archive measured here.
+
+    Args:
+        runs: the result of `runs`.
+        p: the notebook's parameters.
+    """
+    archive = archive_dir(p)
+    return measure(runs, loader(p)) if archive is None else read_measurements(archive, TABLE)
+
+
+def with_costs(table: pd.DataFrame, sizes: pd.DataFrame) -> pd.DataFrame:
+    """Add the bytes and the milliseconds of each trial's model, those of the first kind of CPU that was measured.
+
+    Args:
+        table: the result of `with_widths`.
+        sizes: the result of `measure`, or what an archive has of it.
+    """
+    if sizes.empty:
+        return table.assign(bytes=np.nan, ms=np.nan)
+    first = sizes[sizes["cpu"] == sizes["cpu"].iloc[0]]
+    return table.merge(first[[*_KEYS, *COSTS]], on=list(_KEYS), how="left")
+
+
+def gains(table: pd.DataFrame, scheme: str, cost: str) -> pd.Series:
+    """Return by how much a scheme is more accurate than float models of the same cost, seed by seed.
+
+    Between two float models of neighbouring cost the accuracy is taken to run straight over the logarithm of the cost.
+    1-bit models that are cheaper than the smallest float model, or dearer than the largest, are compared with none.
+
+    Args:
+        table: the result of `with_costs` for one kind of images.
+        scheme: the 1-bit scheme.
+        cost: an element of `COSTS`.
+
+    Returns:
+        The mean difference over the scheme's widths by seed, without seeds that have none.
+    """
+    found = {}
+    for seed, part in table.dropna(subset=[cost]).groupby("seed"):
+        floats = part[part["scheme"] == "float"].sort_values(cost)
+        own = part[part["scheme"] == scheme]
+        own = own[own[cost].between(floats[cost].min(), floats[cost].max())]
+        if len(own) and len(floats) > 1:
+            there = np.interp(np.log(own[cost]), np.log(floats[cost]), floats["test_accuracy"])
+            found[seed] = float((own["test_accuracy"] - there).mean())
+    return pd.Series(found, dtype=float)
+
+
+def claims(table: pd.DataFrame) -> list[Claim]:
+    """Check whether a 1-bit model is the better choice at equal bytes and at equal milliseconds.
+
+    Args:
+        table: the result of `with_costs` for one kind of images.
+
+    Returns:
+        The claims, all of them ours; undecided where no sizes overlap.
+    """
+    words = {"bytes": "of as many bytes", "ms": "that take as long on this kind of CPU"}
+    found = []
+    for cost, text in words.items():
+        for scheme in dict.fromkeys(table["scheme"]):
+            if scheme == "float":
+                continue
+            sentence = f"{scheme} is more accurate than float models {text}."
+            differences = gains(table, scheme, cost)
+            if differences.empty:
+                found.append(Claim(sentence, "undecided", "no sizes overlap"))
+            else:
+                found.append(check_difference(sentence, estimate(differences)))
+    return found
+
+
+@styled
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw test accuracy against bytes and against milliseconds, with the front of what no other model beats.
+
+    Args:
+        table: the result of `with_costs`.
+    """
+
+    def panel(part: pd.DataFrame, cost: str, ax: Axes) -> None:
+        part = part.dropna(subset=[cost])
+        means = part.groupby(["scheme", "width", cost], sort=False)["test_accuracy"].mean().reset_index()
+        colors = colors_of(means["scheme"])
+        ends = {}
+        for scheme, line in means.groupby("scheme", sort=False):
+            line = line.sort_values(cost)
+            own = part[part["scheme"] == scheme]
+            ax.plot(own[cost], 100 * own["test_accuracy"], "o", color=colors[scheme], alpha=0.4, ms=2.6, mew=0)
+            ax.plot(line[cost], 100 * line["test_accuracy"], "o", color=colors[scheme], mec="white", mew=0.8, ms=6)
+            ends[scheme] = (line[cost].iloc[-1], 100 * line["test_accuracy"].iloc[-1])
+        front = means.sort_values([cost, "test_accuracy"], ascending=[True, False])
+        front = front[front["test_accuracy"] > front["test_accuracy"].cummax().shift(fill_value=-1.0)]
+        ax.step(front[cost], 100 * front["test_accuracy"], where="post", color="0.6", lw=0.9, zorder=1)
+        ax.set(xscale="log", xlabel="kB of the file" if cost == "bytes" else "ms for one image, one thread")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000 if cost == 'bytes' else x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_ylabel(axis_name("test_accuracy"))
+        label_ends(ax, ends, colors, {name: str(name) for name in ends})
+
+    return subplot_grid(table, COSTS, panel, None)
