@@ -1,4 +1,4 @@
-"""How every kernel is compiled: the one place that owns the options, the cache, the threads and the compile time.
+"""How every kernel is compiled: the one place that owns the options, the cache and the compile time.
 
 numba optimizes every function by itself, and again inside each caller that it is inlined into: the forward pass, a nest
 of kernels seven deep, would be compiled seven times. So a kernel has two forms. Python calls the entry, which is kept
@@ -44,7 +44,6 @@ else:
 FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
 """Whether one instruction looks up 16 floats in a table of 32."""
 
-_CHOSEN = threading.local()
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
 _REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane
@@ -286,87 +285,3 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> n
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def set_threads(threads: int | None = None) -> int:
-    """Set how many threads the calling thread's parallel kernels use from now on.
-
-    torch's thread count is a different one, and stays as it is.
-
-    Args:
-        threads: at least 1; more than numba started with (``NUMBA_NUM_THREADS``, by default every core) means all of
-            them. None takes ``OMP_NUM_THREADS`` where that is set, else all.
-
-    Returns:
-        The number of threads now in use.
-
-    Raises:
-        ValueError: if `threads` is less than one or not a whole number.
-    """
-    limit = config.NUMBA_NUM_THREADS
-    if threads is None:
-        given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-        threads = int(given) if given.isdecimal() and int(given) > 0 else limit
-    threads = min(check_threads(threads), limit)
-    if JIT:
-        _start_threads()
-        numba.set_num_threads(threads)
-        _CHOSEN.threads = threads
-    return threads
-
-
-def check_threads(threads: int) -> int:
-    """Check a number of threads.
-
-    Args:
-        threads: what should be a whole number of at least 1.
-
-    Returns:
-        The same number as int.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
-    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
-        raise ValueError(f"The number of threads must be a whole number of at least 1, not {threads!r}.")
-    return int(threads)
-
-
-def get_threads() -> int:
-    """Return how many threads the calling thread's parallel kernels use.
-
-    Returns:
-        The number set by `set_threads`, by default all that numba started with.
-    """
-    chosen = getattr(_CHOSEN, "threads", None)  # numba takes a microsecond to answer
-    if JIT and not chosen:
-        _start_threads()
-        return numba.get_num_threads()
-    return chosen or 1
-
-
-@functools.cache
-def _start_threads() -> None:
-    # numba starts its threads in torch's OpenMP runtime if that is loaded, and thereby sets the number that torch uses.
-    torch: Any = sys.modules.get("torch")
-    before = torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
-    numba.get_num_threads()
-    if before is not None:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def use_threads(threads: int | None) -> Iterator[int]:
-    """Use a number of threads inside a ``with`` block and restore the previous one afterwards.
-
-    Args:
-        threads: as for `set_threads`, but None keeps the current number.
-
-    Yields:
-        The number of threads in use.
-    """
-    before = get_threads()
-    try:
-        yield before if threads is None else set_threads(threads)
-    finally:
-        set_threads(before)

@@ -7,7 +7,8 @@ bits are zero.
 from binvit.bits.gemm import PreparedWeights, binary_matmul, prepare_weights, warm_up
 from binvit.bits.limit import popcount_limit
 from binvit.bits.packing import pack_levels, pack_planes, pack_signs, unpack_levels, unpack_signs, word_count
-from binvit.jit import aligned_empty, get_threads, set_threads, use_threads
+from binvit.jit import aligned_empty
+from binvit.threads import get_threads, set_threads, use_threads
 
 __all__ = [
     "PreparedWeights",

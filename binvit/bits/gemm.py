@@ -17,7 +17,8 @@ import numpy as np
 
 from binvit.bits.packing import check_words, pack_signs, word_count
 from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_common_bits, tile_of_signs
-from binvit.jit import aligned_empty, check_threads, get_threads, kernel, use_threads
+from binvit.jit import aligned_empty, kernel
+from binvit.threads import check_threads, get_threads, use_threads
 
 _WORDS, _HALVES = np.dtype("<u8"), np.dtype("<u4")
 _ROW_BLOCK = 240  # rows that meet a panel one after the other

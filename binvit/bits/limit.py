@@ -11,7 +11,8 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter
-from binvit.jit import JIT, get_threads, kernel, use_threads, vector_code
+from binvit.jit import JIT, kernel, vector_code
+from binvit.threads import get_threads, use_threads
 
 _LANES, _ACCUMULATORS = 16, 24
 _BITS_PER_ROUND = _ACCUMULATORS * _LANES * 32

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from binvit import bits
-from binvit.jit import check_threads
+from binvit.threads import check_threads
 
 _PAUSE = 0.01  # seconds; OpenMP's threads were seen to spin for 4 ms after a product
 _WARM_UP = 0.002  # seconds

@@ -11,8 +11,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from binvit.jit import JIT, get_threads, kernel
+from binvit.jit import JIT, kernel
 from binvit.nn.rules import Form
+from binvit.threads import get_threads
 
 BLOCK = 32  # rows that are summed together
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
