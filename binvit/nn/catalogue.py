@@ -216,7 +216,7 @@ def scheme(name: str, **overrides: Any) -> Scheme:
     """Return a scheme of the catalogue, with some fields changed.
 
     Args:
-        name: A name from `list_schemes()`.
+        name: a name from `list_schemes()`.
         overrides: fields of `Scheme` with their new values.
 
     Raises:

@@ -29,9 +29,9 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     `calibrate`.
 
     Args:
-        model: A `timm` `VisionTransformer` or `VisionTransformerDistilled` made of plain pre-norm blocks; query-key
+        model: a `timm` `VisionTransformer` or `VisionTransformerDistilled` made of plain pre-norm blocks; query-key
             norms, layer scale, registers, stochastic depth and every pooling are kept as they are.
-        scheme: A `Scheme` or the name of one.
+        scheme: a `Scheme` or the name of one.
 
     Returns:
         A model of a subclass of the model's class (`binvit.nn.model.Binarized`) with the attribute `scheme`, whose
@@ -127,7 +127,7 @@ def init_latent_weights(model: VisionTransformer) -> VisionTransformer:
     Weights that have a rule of their own in the MLP, and without `latent_init` in the scheme all, stay as they are.
 
     Args:
-        model: A binarized model.
+        model: a binarized model.
     """
     scheme = getattr(model, "scheme", None)
     if scheme is not None and scheme.latent_init is not None:
@@ -146,7 +146,7 @@ def round_vectors(model: VisionTransformer) -> VisionTransformer:
     Tensors with elements beyond the range of float16 stay as they are.
 
     Args:
-        model: A model that `binarize` returned, trained; its parameters keep the type float32.
+        model: a model that `binarize` returned, trained; its parameters keep the type float32.
 
     Raises:
         ValueError: if the model is not binarized.

@@ -25,7 +25,7 @@ class Binarizer(nn.Module):
         initialized: 0 before the parameters are set and 1 afterwards. An exponential moving average of a copy made
             before averages it like the parameters, which start from 0; divided by it they are the average of all
             values since the first batch.
-        sets_itself: A batch in training mode may set the parameters.
+        sets_itself: a batch in training mode may set the parameters.
     """
 
     initialized: Tensor

@@ -157,8 +157,8 @@ def set_scales(model: Any, images: Tensor) -> None:
     """Set those scales that have no value yet from one batch, in training mode.
 
     Args:
-        model: A binarized model; all its parts stay in their modes.
-        images: A batch, normalized like training images, finite.
+        model: a binarized model; all its parts stay in their modes.
+        images: a batch, normalized like training images, finite.
     """
     for binarizer in _binarizers(model):
         binarizer.sets_itself = True
@@ -235,8 +235,8 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
     """Set all scales of a binarized model from one batch, whatever they were, and return the model.
 
     Args:
-        model: A binarized model; it ends in the mode (training or evaluation) it came in.
-        images: A batch, float32 (B, 3, H, W), normalized like training images.
+        model: a binarized model; it ends in the mode (training or evaluation) it came in.
+        images: a batch, float32 (B, 3, H, W), normalized like training images.
         all_processes: in a torch.distributed job the first images of all processes count, so that scales are the same
             in all of them: every process must call. False sets this process's scales alone.
 

@@ -68,7 +68,7 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
     Width, depth, classes, patch, image size and heads follow from the shapes.
 
     Args:
-        path: A file that `torch.load(..., weights_only=True)` reads, with the key "model".
+        path: a file that `torch.load(..., weights_only=True)` reads, with the key "model".
         reduce: the set over which the group maxima run; "batch" is what the released code does.
 
     Returns:

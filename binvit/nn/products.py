@@ -47,7 +47,7 @@ def binarize(x: Tensor, rule: Rule, *parameters: Tensor) -> Tensor:
 
     Args:
         x: any tensor the rule accepts.
-        rule: A `binvit.nn.rules.Rule`.
+        rule: a `binvit.nn.rules.Rule`.
         parameters: the rule's parameters, in the order of `rule.parameters`.
 
     Returns:
@@ -169,8 +169,8 @@ def binary_product(
     Args:
         x: (..., M, K).
         w: (N, K), or (..., N, K) with the leading dimensions of x.
-        rule_x: A rule with one plane.
-        rule_w: A rule with one plane.
+        rule_x: a rule with one plane.
+        rule_w: a rule with one plane.
         parameters_x: parameters of rule_x.
         parameters_w: parameters of rule_w.
         shift: added to x before it is binarized; broadcasts against x.

@@ -63,7 +63,7 @@ def audit(model: PackedViT) -> Audit:
     """Count a model's bytes and operations by part.
 
     Args:
-        model: A packed model.
+        model: a packed model.
 
     Returns:
         The audit; patch embedding and heads count as float operations even where their weights have eight bits.

@@ -82,7 +82,7 @@ class Vit(Config):
         """Check that the sizes which decide over time and memory are those of the tensors, before anything is built.
 
         Args:
-            tensors: A packed file's tensors by name.
+            tensors: a packed file's tensors by name.
 
         Raises:
             ValueError: if the depth, the width or the number of patches is another.

@@ -16,7 +16,7 @@ class Plane(NamedTuple):
 
     Attributes:
         levels: integer values stored as floats, of the shape of the input.
-        scale: A tensor that broadcasts against `levels`, or None for 1.
+        scale: a tensor that broadcasts against `levels`, or None for 1.
         offset: whole numbers that broadcast against `levels`, or None for 0.
     """
 

@@ -48,7 +48,7 @@ def fold_block(block: Block, grid: tuple[int, int], prefix: int) -> dict[str, An
     """Return the entries of `binvit.packed.fast.forward.Layers` for one block, without the leading axis.
 
     Args:
-        block: A block of what `binvit.packed.exact.build_exact` returned.
+        block: a block of what `binvit.packed.exact.build_exact` returned.
         grid: patches along height and width.
         prefix: number of tokens before the patches.
 
