@@ -37,12 +37,13 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
 	touch $@
 
+# Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & $(BIN)/mypy && wait $$!
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
 	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks
 
 reproduce: $(READY)

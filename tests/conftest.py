@@ -10,3 +10,15 @@ from hypothesis import settings
 # No deadline: a machine with other work on it is slow now and then, and compiles on the first example.
 settings.register_profile("binvit", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("binvit")
+
+# What takes more than some ten seconds of a core, the longest first.
+SLOW = """
+    lab_trials_pool nn_model packed_exact packed_digits nn_convert packed_files packed_export bits_platforms
+    packed_warm_up readme packed_fast packed_vit jit lab_training_devices main packed_platforms lab_notebooks_plan
+"""
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the notebooks and slow files: processes take file after file, and all should end together."""
+    places = {f"test_{name}": place for place, name in enumerate(SLOW.split())}
+    items.sort(key=lambda item: -1 if item.path.suffix == ".ipynb" else places.get(item.path.stem, len(places)))

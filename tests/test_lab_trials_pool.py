@@ -307,14 +307,14 @@ def started(trials, results_dir, **options):
 
 
 def test_a_killed_child_takes_only_its_trial_with_it(tmp_path):
-    long = [tiny("gsb", seed, epochs=60, checkpoint_minutes=0.0, eval_every=60) for seed in (0, 1)]
+    long = [tiny("gsb", seed, epochs=40, checkpoint_minutes=0.0, eval_every=40) for seed in (0, 1)]
     parent, (first, second) = started(long, tmp_path)
     victim = next(trial for trial in long if any(trial.id in file.path for file in first.open_files()))
     first.kill()
     message = parent.communicate(timeout=120)[1]
     assert f"1 of 2 trials failed: {victim.describe()}: its process was killed or crashed (SIGKILL" in message
     (survivor,) = set(long) - {victim}
-    assert len(read_result(survivor, tmp_path).history) == 60
+    assert len(read_result(survivor, tmp_path).history) == 40
     assert not result_path(victim, tmp_path).exists()
     assert not psutil.wait_procs([second], timeout=20)[1]
 
@@ -459,7 +459,7 @@ def test_concurrent_processes_share_a_folder(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"similarity": 0.5, "teacher_epochs": 1}])
 def test_killed_run_continues_with_the_same_bits(tmp_path, options):
-    trial = tiny("gsb", epochs=100, checkpoint_minutes=0.0, eval_every=100, **options)
+    trial = tiny("gsb", epochs=40, checkpoint_minutes=0.0, eval_every=40, **options)
     child = subprocess.Popen(program(trial, results_dir=tmp_path), stdout=subprocess.DEVNULL)
     state = tmp_path / ".running" / f"{trial.id}.state"
     until = time.monotonic() + 120
@@ -470,7 +470,7 @@ def test_killed_run_continues_with_the_same_bits(tmp_path, options):
     assert state.exists()
     assert not result_path(trial, tmp_path).exists()
     done = torch.load(io.BytesIO(state.read_bytes()[32:]), weights_only=True)["position"]
-    assert 0 < done["epoch"] < 100
+    assert 0 < done["epoch"] < 40
     seen = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -478,7 +478,7 @@ def test_killed_run_continues_with_the_same_bits(tmp_path, options):
     whole = lab.train_trial(trial)
     torch.set_num_threads(threads)
     assert seen[0] > 1  # it did not start over
-    assert seen[-1] == 100
+    assert seen[-1] == 40
     assert not state.exists()
     assert read_result(trial, tmp_path).history == whole.history
 
