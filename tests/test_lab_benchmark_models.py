@@ -118,15 +118,28 @@ def test_memory_is_measured_in_processes_of_their_own():
     assert pages[0] == 1
 
 
+def ratios(**times):
+    """Return a table of ratios with intervals of 5 % to both sides."""
+    rows = [{"contender": name.replace("_", " "), "times": t} for name, t in times.items()]
+    table = pd.DataFrame(rows)
+    return table.assign(times_low=0.95 * table["times"], times_high=1.05 * table["times"], share_of_limit=0.9)
+
+
 def test_claims_about_speed_can_fail():
-    kernels = pd.DataFrame(
-        {"contender": ["torch float32", "binvit 1-bit"], "times": [3.0, 1.0], "share_of_limit": [np.nan, 0.9]}
-    )
-    models = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [7.0, 1.0]})
+    kernels, models = ratios(torch_float32=3.0, torch_int8=1.95), ratios(timm_float32=7.0, binvit_gsb=1.0)
     verdicts = [claim.verdict for claim in efficiency.claims(kernels, models)]
+    # Not measured, and an interval that crosses the bound, are both undecided.
     assert verdicts == ["no", "undecided", "undecided", "yes", "yes", "yes"]
-    training = pd.DataFrame({"contender": ["timm float32", "binvit gsb"], "times": [1.0, 1.6]})
-    assert efficiency.claims(kernels, models, training)[-1].verdict == "no"
+    for step, verdict in ((1.6, "no"), (1.5, "undecided"), (1.4, "yes")):
+        training = ratios(timm_float32=1.0, binvit_gsb=step)
+        assert efficiency.claims(kernels, models, training)[-1].verdict == verdict
+
+
+def test_a_busy_machine_decides_nothing_about_speed():
+    kernels, models = ratios(torch_float32=3.0, torch_int8=9.0), ratios(timm_float32=7.0, binvit_gsb=1.0)
+    found = efficiency.claims(kernels, models, others=0.3)
+    assert {claim.verdict for claim in found} == {"undecided"}
+    assert "other programs used 30% of the cores" in found[0].evidence
 
 
 def test_long_runs_are_counted_once_a_turn_and_short_ones_three_times():
@@ -184,17 +197,31 @@ def test_bench_ends_with_one_sentence(arguments, sentence, capsys, tmp_path, mon
 
 
 def test_a_busy_machine_is_told():
-    with machine.watch_load() as quiet:
-        sum(range(10**6))  # this process itself is no other program
+    quiet = machine.LoadWatch()
+    sum(range(10**6))  # this process itself is no other program
+    assert 0 <= quiet.stop().others <= 1
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        with machine.watch_load() as load:
-            time.sleep(1)
+        watch = machine.LoadWatch()
+        time.sleep(1)
+        load = watch.stop()
     finally:
         other.kill()
         other.wait()
-    assert 0 <= quiet.others <= 1
     assert load.others > 0.2 / machine.psutil.cpu_count()
     assert load.busy == (load.others > machine.BUSY)
     assert machine.Load(0.5).sentence().endswith("busy, and the numbers should not be trusted.")
     assert machine.Load(0.01).sentence() == "Meanwhile other programs used 1% of the cores."
+
+
+def test_a_ratio_has_an_interval_over_rounds():
+    rng = np.random.default_rng(0)
+    rounds = rng.uniform(0.8, 1.2, 40)  # what the machine does to both
+    times = {"theirs": np.repeat(6 * rounds, 3), "ours": rounds}
+    low, high = timing.ratio_interval(times["theirs"], times["ours"])
+    assert low == pytest.approx(6)
+    assert high == pytest.approx(6)
+    noisy = times["theirs"] * rng.uniform(0.9, 1.1, 120)
+    low, high = timing.ratio_interval(noisy, times["ours"])
+    assert 5.7 < low < 6 < high < 6.3
+    assert np.isnan(timing.ratio_interval(noisy[:3], times["ours"][:1])).all()  # one round has no interval

@@ -12,7 +12,7 @@ import torch
 from binvit import bits
 from binvit.bits.limit import run_in_registers
 from binvit.jit import JIT
-from binvit.lab.benchmark.timing import interleave, use_threads
+from binvit.lab.benchmark.timing import interleave, ratio_interval, use_threads
 
 WIDTHS = {"DeiT-T": 192, "DeiT-S": 384, "DeiT-B": 768}
 TOKENS = 197
@@ -40,7 +40,8 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
 
     Returns:
         One row per shape and contender: model, layer, m, k, n, threads, contender, seconds (median), rate (billions of
-        multiply-adds a second), times (how many times as fast the 1-bit product is), share_of_limit (of what population
+        multiply-adds a second), times (how many times as fast the 1-bit product is), times_low
+        and times_high (95 % interval over rounds), share_of_limit (of what population
         counts on registers alone reached in the same rounds on as many threads at once; 1-bit products only).
     """
     rng = np.random.default_rng(0)
@@ -63,13 +64,16 @@ def benchmark_kernels(names: Iterable[str] = WIDTHS, threads: int | None = None,
             contenders["binvit 1-bit"] = functools.partial(bits.binary_matmul, packed, weights, k, out=sums)
             if JIT:
                 contenders["population count"] = run_in_registers
-            medians = {label: float(np.median(t)) for label, t in interleave(contenders, seconds).items()}
+            times = interleave(contenders, seconds)
+            medians = {label: float(np.median(t)) for label, t in times.items()}
             limit = run_in_registers() / medians.pop("population count") if JIT else np.nan
             for label, median in medians.items():
+                low, high = ratio_interval(times[label], times["binvit 1-bit"])
                 rate = m * k * n / median / 1e9
                 rows.append(
                     {"model": name, "layer": layer, "m": m, "k": k, "n": n, "threads": threads, "contender": label}
                     | {"seconds": median, "rate": rate, "times": median / medians["binvit 1-bit"]}
+                    | {"times_low": low, "times_high": high}
                     | {"share_of_limit": rate * 1e9 / limit if label == "binvit 1-bit" else np.nan}
                 )
     return pd.DataFrame(rows)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -30,11 +28,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Load:
-    """How much of the machine other programs used, filled in when `watch_load` ends."""
+    """How much of the machine other programs used while something was measured."""
 
-    others: float = float("nan")
+    others: float
     """Their share of all cores' time, 0 to 1; what a host takes away from a virtual machine counts as theirs."""
 
     @property
@@ -48,19 +46,17 @@ class Load:
         return text + (": the machine was busy, and the numbers should not be trusted." if self.busy else ".")
 
 
-@contextmanager
-def watch_load() -> Iterator[Load]:
-    """Measure inside a `with` block how busy the machine is with anything but this process and its children.
+class LoadWatch:
+    """Measures, from when it is made, how busy the machine is with anything but this process and its ended children."""
 
-    Yields:
-        The load, known after the block.
-    """
-    load = Load()
-    start, ours, all_ = time.perf_counter(), _own_seconds(), _busy_seconds()
-    yield load
-    seconds = time.perf_counter() - start
-    others = (_busy_seconds() - all_) - (_own_seconds() - ours)
-    load.others = min(1.0, max(0.0, others / max(seconds * (psutil.cpu_count() or 1), 1e-9)))
+    def __init__(self) -> None:
+        self._start, self._ours, self._all = time.perf_counter(), _own_seconds(), _busy_seconds()
+
+    def stop(self) -> Load:
+        """Return the load since then; the watch goes on."""
+        seconds = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)
+        others = (_busy_seconds() - self._all) - (_own_seconds() - self._ours)
+        return Load(min(1.0, max(0.0, others / max(seconds, 1e-9))))
 
 
 def _busy_seconds() -> float:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from binvit.lab.benchmark.peers import PEERS, NotAvailable
 from binvit.lab.benchmark.steps import training_step
-from binvit.lab.benchmark.timing import interleave, use_threads
+from binvit.lab.benchmark.timing import interleave, ratio_interval, use_threads
 from binvit.nn import binarize, calibrate, scheme
 from binvit.nn.convert import VECTORS
 from binvit.packed import pack
@@ -75,7 +75,8 @@ def benchmark_models(
 
     Returns:
         One row per batch size and contender: batch, width, tokens, threads, contender, seconds (median), low and high
-        (quartiles), per_image, times (seconds over those of the fastest binary variant).
+        (quartiles), per_image, times (seconds over those of the fastest binary variant), times_low and times_high (95 %
+        interval over rounds).
     """
     model = random_model(width, image_size, depth)
     rows = []
@@ -91,12 +92,15 @@ def benchmark_models(
                     say(f"{name} is left out: {reason}.")
             contenders |= {name: functools.partial(run, images) for name, run in packed.items()}
             times = interleave(contenders, seconds)
-            fastest = min(np.median(times[name]) for name in packed) if packed else np.nan
+            ours = min(packed, key=lambda name: float(np.median(times[name])), default=None)
+            fastest = np.nan if ours is None else np.median(times[ours])
             for name, values in times.items():
                 low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
                 shape = {"batch": batch, "width": width, "tokens": (image_size // 16) ** 2 + 2, "threads": threads}
                 spread = {"seconds": median, "low": low, "high": high, "per_image": median / batch}
-                rows.append(shape | {"contender": name, "runs": len(values)} | spread | {"times": median / fastest})
+                ratio = (np.nan, np.nan) if ours is None else ratio_interval(values, times[ours])
+                spread |= {"times": median / fastest, "times_low": ratio[0], "times_high": ratio[1]}
+                rows.append(shape | {"contender": name, "runs": len(values)} | spread)
     return pd.DataFrame(rows)
 
 
@@ -138,7 +142,7 @@ def benchmark_training(
     batch: int = 8,
     variants: Iterable[str] = VARIANTS,
     threads: int | None = None,
-    rounds: int = 3,
+    rounds: int = 7,
     depth: int = 12,
     image_size: int = 224,
 ) -> pd.DataFrame:
@@ -153,7 +157,8 @@ def benchmark_training(
         image_size: pixels of an image's side, a multiple of 16.
 
     Returns:
-        One row per contender: contender, batch, threads, seconds (median), times (over the float step).
+        One row per contender: contender, batch, threads, seconds (median), times (over the float step), times_low and
+        times_high (95 % interval over rounds).
     """
     model = random_model(image_size=image_size, depth=depth, classes=100).train()
     model.set_distilled_training(True)
@@ -165,8 +170,9 @@ def benchmark_training(
             contenders[name] = training_step(binary, images, labels)
         times = interleave(contenders, least=rounds, most=rounds)
     medians = {name: float(np.median(t)) for name, t in times.items()}
-    rows = [
-        {"contender": name, "batch": batch, "threads": threads, "seconds": t, "times": t / medians["timm float32"]}
-        for name, t in medians.items()
-    ]
+    rows = []
+    for name, t in medians.items():
+        low, high = ratio_interval(times[name], times["timm float32"])
+        row = {"contender": name, "batch": batch, "threads": threads, "seconds": t}
+        rows.append(row | {"times": t / medians["timm float32"], "times_low": low, "times_high": high})
     return pd.DataFrame(rows)

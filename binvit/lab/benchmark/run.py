@@ -12,7 +12,7 @@ import pandas as pd
 from binvit import bits
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
-from binvit.lab.benchmark.machine import describe_cpu, watch_load
+from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
 from binvit.lab.benchmark.memory import benchmark_memory
 from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
@@ -66,8 +66,9 @@ def run_benchmarks(
     }
     tables = {}
     for part in parts:
-        with watch_load() as load:
-            table = runs[part]()
+        watch = LoadWatch()
+        table = runs[part]()
+        load = watch.stop()
         say(f"\n{part}\n" + table.to_string(index=False, float_format="{:.4g}".format))
         say(load.sentence())
         tables[part] = table.assign(cpu=describe_cpu(), others=round(load.others, 3))

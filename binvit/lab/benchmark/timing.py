@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from scipy.stats import quantile_test
 
 from binvit import bits
 from binvit.threads import check_threads
@@ -84,3 +85,19 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
                 run()
                 times[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def ratio_interval(times: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a median ratio over the rounds of `interleave`; NaN where there are too few.
+
+    Both see the same machine in a round, so that what slows all down does not widen the interval. It comes from order
+    statistics and assumes no distribution.
+
+    Args:
+        times: seconds of one contender, float64 (rounds or 3 rounds,).
+        reference: those of the other.
+    """
+    rounds = min(len(times), len(reference))
+    ratios = np.median(times.reshape(rounds, -1), 1) / np.median(reference.reshape(rounds, -1), 1)
+    interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)

@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 import binvit
 from binvit.lab.analysis.claims import Claim, check_difference
 from binvit.lab.analysis.statistics import estimate
-from binvit.lab.benchmark.machine import describe_cpu, watch_load
+from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
 from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.lab.data.datasets import ImageData
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
@@ -93,13 +93,15 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
             model, sizes[name] = _model(run, load(run.trial.dataset, root=run.trial.root))
             side = run.trial.get_recipe().image_size or load(run.trial.dataset, root=run.trial.root).image_size
             contenders[name] = functools.partial(_classify, model, torch.zeros(1, 3, side, side))
-        with use_threads(1), watch_load() as load_meanwhile:
+        watch = LoadWatch()
+        with use_threads(1):
             times = interleave(contenders, seconds)
+        others = watch.stop().others
         for name, run in own.items():
             low, median, high = 1000 * np.quantile(times[name], (0.25, 0.5, 0.75))
             row = {"data": data, "scheme": run.trial.scheme, "width": run.trial.get_recipe().width}
             row |= {"bytes": sizes[name], "ms": median, "low": low, "high": high}
-            rows.append(row | {"others": round(load_meanwhile.others, 3), "cpu": describe_cpu()})
+            rows.append(row | {"others": round(others, 3), "cpu": describe_cpu()})
     return pd.DataFrame(rows, columns=list(_MEASURED)).sort_values(list(_KEYS), ignore_index=True)
 
 
