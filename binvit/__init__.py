@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["bits", "lab", "nn", "packed"],
     submod_attrs={
         "nn": ["Scheme", "binarize", "calibrate", "list_schemes", "load_official_gsb", "round_vectors", "scheme"],
-        "packed": ["PackedViT", "export_onnx", "load", "pack", "save"],
+        "packed": ["PackedViT", "export_onnx", "list_models", "load", "pack", "save"],
     },
 )

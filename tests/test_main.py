@@ -294,7 +294,7 @@ def test_predict_refuses_what_it_cannot_read(capsys, model, tmp_path):
     assert "broken.png cannot be decoded" in refused(capsys, "predict", model, broken)
     assert "truncated.safetensors is truncated" in refused(capsys, "predict", truncated, picture)
     assert "picture.png" in refused(capsys, "predict", picture, picture)
-    assert "There is no checkpoint" in refused(capsys, "predict", tmp_path / "gone.safetensors", picture)
+    assert "There is no model" in refused(capsys, "predict", tmp_path / "gone.safetensors", picture)
     assert "holds no image" in refused(capsys, "predict", model, empty)
 
 

@@ -63,7 +63,7 @@ def test_every_scheme_survives_its_file(name, tmp_path):
 
 
 def test_missing_truncated_and_foreign_files(path, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no packed model"):
+    with pytest.raises(FileNotFoundError, match="There is no model"):
         binvit.load(tmp_path / "nowhere.safetensors")
     data = path.read_bytes()
     for length in (0, 4, 100, len(data) // 2, len(data) - 1):

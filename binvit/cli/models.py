@@ -125,6 +125,16 @@ def pack(model: Path, out: Path | None, exact: bool, float16: bool, licence: str
 
 
 @cli.command()
+def models() -> None:
+    """Print the trained models that come with the package: name, bytes, and what is known of each."""
+    import binvit
+    from binvit.packed.shipped import find_model
+
+    for name in binvit.list_models():
+        click.echo(f"{name}  {find_model(name).stat().st_size:,} bytes  {binvit.load(name).blueprint.card}")
+
+
+@cli.command()
 @click.argument("model", type=PATH)
 @click.argument("images", type=PATH, metavar="IMAGE_OR_FOLDER")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
@@ -133,8 +143,8 @@ def pack(model: Path, out: Path | None, exact: bool, float16: bool, licence: str
 def predict(model: Path, images: Path, top: int, form: str | None) -> None:
     """Print class names and probabilities for an image file or for all images of a folder.
 
-    MODEL is a file that binvit train or binvit pack has written. What is no image is skipped with a word on stderr,
-    where a progress bar is shown as well.
+    MODEL is a file that binvit train or binvit pack has written, or a name that binvit models prints. What is no image
+    is skipped with a word on stderr, where a progress bar is shown as well.
     """
     from tqdm import tqdm
 
@@ -154,8 +164,8 @@ def predict(model: Path, images: Path, top: int, form: str | None) -> None:
 def export(model: Path, out: Path) -> None:
     """Write a model as ONNX, for other runtimes.
 
-    MODEL is a file that binvit train or binvit pack has written. Its bits are floats in ONNX, which has no products of
-    bits: the answers are the same, size and speed those of a float model.
+    MODEL is a file that binvit train or binvit pack has written, or a name that binvit models prints. Its bits are
+    floats in ONNX, which has no products of bits: the answers are the same, size and speed those of a float model.
     """
     from binvit.lab.predict import open_packed
     from binvit.packed import export_onnx
@@ -171,7 +181,7 @@ def export(model: Path, out: Path) -> None:
 def audit(model: Path) -> None:
     """Print where a model's bytes and operations are, part by part.
 
-    MODEL is a file that binvit train or binvit pack has written.
+    MODEL is a file that binvit train or binvit pack has written, or a name that binvit models prints.
     """
     from binvit.lab.predict import open_packed
     from binvit.packed.audit import audit as count

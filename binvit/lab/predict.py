@@ -23,6 +23,7 @@ from binvit.lab.trials.trial import Trial
 from binvit.nn import round_vectors
 from binvit.packed import Card, PackedViT, load, pack, save
 from binvit.packed.files import is_packed
+from binvit.packed.shipped import find_model
 
 Skip = Callable[[str], None]
 """Told in a sentence what is left out; without one, what is no image ends the prediction with an error."""
@@ -57,12 +58,13 @@ def image_files(path: Path, skip: Skip | None = None) -> list[Path]:
 
 
 def open_model(path: Path) -> Classifier:
-    """Open a model that `binvit train` has kept or `binvit pack` has packed.
+    """Open a model that `binvit train` has kept, `binvit pack` has packed, or the package brings.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is neither, is damaged, or does not say what its images look like.
     """
+    path = find_model(path)
     if not is_packed(path):
         network, info = load_checkpoint(path)
         return Classifier(network, info.classes, info.image_size, info.mean, info.std)
@@ -80,8 +82,7 @@ def open_packed(path: Path) -> PackedViT:
         FileNotFoundError: there is no such file.
         ValueError: the file is neither, or is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model {path}.")
+    path = find_model(path)
     if is_packed(path):
         return load(path)
     network, info = load_checkpoint(path)

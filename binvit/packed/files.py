@@ -18,6 +18,7 @@ from torch import Tensor
 from binvit.config import Config, Switch, read_json, show
 from binvit.files import atomic_write
 from binvit.packed.blueprint import Blueprint
+from binvit.packed.shipped import find_model
 from binvit.packed.vit import PackedViT
 
 KEY = "binvit packed"
@@ -84,20 +85,18 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
     """Read a packed model that `save` has written; nothing depends on the file afterwards.
 
     Args:
-        path: the file.
+        path: the file, or the name of a model that comes with the package, such as "gsb-digits".
         exact: take the exact path (True) or the fast one (False); by default what the model was packed with.
 
     Returns:
         The packed model.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file or model.
         ValueError: if the file is truncated or damaged, no packed model, of another format version, or contradicts
             itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no packed model {path}.")
+    path = find_model(path)
     try:
         with safe_open(path, framework="pt") as file:  # the header alone: a foreign file may be large
             known = KEY in (file.metadata() or {})
