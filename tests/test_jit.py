@@ -103,36 +103,37 @@ def test_without_a_folder_to_write_to_kernels_are_compiled_and_that_is_said_once
     assert run(package, **nowhere, BINVIT_QUIET="1") == ("50 26.0\n", "")
 
 
-@pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_folder_without_space_costs_only_the_cache(package, size):
-    out, err = run(package, file_size=size)
-    assert out == "50 26.0\n"
-    assert err.count("\n") == 1
-    assert "File too large" in err
-    assert str(package / "cache") in err
-    assert not list((package / "cache").rglob("*.tmp*"))
+def test_a_folder_without_space_costs_only_the_cache(package):
+    for size in (0, 100, 5000):
+        out, err = run(package, file_size=size)
+        assert out == "50 26.0\n"
+        assert err.count("\n") == 1
+        assert "File too large" in err
+        assert str(package / "cache") in err
+        assert not list((package / "cache").rglob("*.tmp*"))
     assert run(package) == ("50 26.0\n", "")
 
 
-@pytest.mark.parametrize(
-    ("ending", "damage"),
-    {
-        "empty index": ("nbi", lambda content: b""),
-        "text for index": ("nbi", lambda content: b"I am a poem.\n" * 99),
-        "half the code": ("nbc", lambda content: content[: len(content) // 2]),
-        "zeros for code": ("nbc", lambda content: bytes(len(content))),
-        "a flipped bit": ("nbc", lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:]),
-    }.values(),
-)
-def test_damaged_files_are_made_anew_and_that_is_said_once(package, ending, damage):
+DAMAGES = {
+    "empty index": ("nbi", lambda content: b""),
+    "text for index": ("nbi", lambda content: b"I am a poem.\n" * 99),
+    "half the code": ("nbc", lambda content: content[: len(content) // 2]),
+    "zeros for code": ("nbc", lambda content: bytes(len(content))),
+    "a flipped bit": ("nbc", lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:]),
+}
+
+
+def test_damaged_files_are_made_anew_and_that_is_said_once(package):
     run(package)
-    for path, content in kept_code(package).items():
-        if path.suffix == f".{ending}":
-            path.write_bytes(damage(content))
-    out, err = run(package)
-    assert out == "50 26.0\n"
-    assert err.count("\n") == 1
-    assert "cannot read" in err
+    for name, (ending, damage) in DAMAGES.items():
+        files = [path for path in kept_code(package) if path.suffix == f".{ending}"]
+        assert len(files) == 2, f"not made anew before: {name}"
+        for path in files:
+            path.write_bytes(damage(path.read_bytes()))
+        out, err = run(package)
+        assert out == "50 26.0\n", name
+        assert err.count("\n") == 1, name
+        assert "cannot read" in err, name
     assert run(package) == ("50 26.0\n", "")
 
 

@@ -24,8 +24,7 @@ for scheme, options in SETTINGS.items():
 """
 SETTINGS = [
     {"NUMBA_DISABLE_JIT": "1"},
-    {"ATEN_CPU_CAPABILITY": "avx2"},
-    {"OMP_NUM_THREADS": "3", "NUMBA_NUM_THREADS": "3"},
+    {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "3", "NUMBA_NUM_THREADS": "3"},
 ]
 
 
