@@ -71,7 +71,13 @@ def test_images_of_mixed_sizes_get_the_size_of_the_recipe(tmp_path):
     assert training_budget.plan_table(noisy)["training images"].tolist() == [10, 10]
     with pytest.raises(ValueError, match="not squares of one size; give the image_size"):
         limited_samples.conditions(images, ["float"], ["none"], [2], [0])
-    values = {"dataset": images, "schemes": ["float"], "samples_per_class": 0, "changes": "image_size 16"}
+    values = {
+        "dataset": images,
+        "schemes": ["float"],
+        "samples_per_class": 0,
+        "changes": "image_size 16",
+        "archive": "",
+    }
     done = run_cells("07_label_noise", values, until="confusion_map(")
     assert done["data"].image_size == 16
     plt.close("all")

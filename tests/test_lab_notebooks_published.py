@@ -115,7 +115,7 @@ def test_archived_trials_are_shown_where_their_images_are_absent(tmp_path):
     noisy = values | {"samples_per_class": 4, "label_noises": [0.0, 0.5], "confused_noises": [0.5]}
     jobs = archive_maker.jobs(tmp_path, ["06"], **few) + archive_maker.jobs(tmp_path, ["07"], **noisy)
     archive_maker.fill(tmp_path, jobs)
-    before = [grid.notebook_runs(job) for job in jobs]
+    before = [archive_maker.training_runs(job) for job in jobs]
     assert len(published.archived_trials(jobs)) == sum(map(len, before))
     photos.unlink()
     runs = [module_runs(job) for job in jobs]

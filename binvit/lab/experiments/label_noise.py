@@ -17,7 +17,7 @@ from binvit.lab.analysis.claims import Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.parse import parse_changes, parse_images
-from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, with_bias
+from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, lines
 from binvit.lab.figures.panels import subplot_grid
@@ -136,17 +136,17 @@ def conditions(
         except FileNotFoundError:
             if not archive:
                 raise
-            continue  # neither the images nor a trial of theirs are there
+            continue  # an archive without a trial of these images
         each = part.samples_per_class or samples_per_class or None
         count = len(data.train) if each is None else each * len(data.classes)
-        matrix = confusion(part.dataset, data, data_dir, archive) if any(confused_noises) else None
+        matrix = confusion(part.dataset, data, archive) if any(confused_noises) else None
         if matrix:
             kinds += [{"label_noise": share, "noise": matrix} for share in confused_noises if share]
         options = changed | equal_updates(given, updates, count)
         settings = {"samples_per_class": each, "recipe_options": options, "root": data_dir}
         for kind in kinds:
             runs += run_levels(part, part.title, compared, seeds, recipe, settings | kind)
-    return runs
+    return require_known(runs, images, archive)
 
 
 def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:

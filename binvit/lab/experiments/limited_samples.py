@@ -22,7 +22,7 @@ from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.images import ImageSet
 from binvit.lab.experiments.design.parse import Images, parse_changes, parse_images
-from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, with_bias
+from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
@@ -112,7 +112,7 @@ def conditions(
         except FileNotFoundError:
             if not archive:
                 raise
-            continue  # neither the images nor a trial of theirs are there
+            continue  # an archive without a trial of these images
         most = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
         counts = [count for count in samples_per_class if count <= most]
         if not counts:
@@ -124,7 +124,7 @@ def conditions(
             options = changed | equal_updates(given, updates, count * len(data.classes))
             settings = {"samples_per_class": count, "recipe_options": options, "root": data_dir}
             runs += run_levels(part, _source_title(part), compared, seeds, recipe, settings)
-    return runs
+    return require_known(runs, images, archive)
 
 
 def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:

@@ -17,7 +17,7 @@ from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
 from binvit.lab.data.label_noise import Matrix, pixel_confusion
-from binvit.lab.data.sources import read_source, split_name
+from binvit.lab.data.sources import locate, read_source, split_name
 from binvit.lab.data.write import command_of
 from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, finished_result
 from binvit.lab.trials.trial import Trial
@@ -126,7 +126,9 @@ def counted_data(
     image_size: int | None = None,
     archive: str | Path,
 ) -> ImageData:
-    """Load a data set, or blank images in the number that an archive knows where its files are absent.
+    """Load an embedded data set, or blank images in the number that an archive knows.
+
+    Files are not looked at, so that an archive says the same whether they are there or not.
 
     Args:
         dataset: as `load_data` takes it.
@@ -136,28 +138,27 @@ def counted_data(
         archive: the folder with data.csv and trials/.
 
     Raises:
-        FileNotFoundError: the files are absent, and the archive does not know the data set either.
+        FileNotFoundError: the archive does not know the data set.
     """
-    if is_present(dataset, root):
+    if locate(dataset, root)[1] is None:
         return load_data(dataset, samples_per_class, root=root, image_size=image_size)
     known = (item for item in read_data(archive) if item.name == data_name(dataset) and item.train)
     counts = next(((int(item.classes), int(item.train), int(item.test)) for item in known), None)
     return blank_data(dataset, samples_per_class, root, image_size, counts)
 
 
-def confusion(dataset: str, data: ImageData, root: str | Path | None, archive: str | Path | None) -> Matrix | None:
+def confusion(dataset: str, data: ImageData, archive: str | Path | None = None) -> Matrix | None:
     """Return which classes of a data set look alike (`pixel_confusion`).
 
     Args:
         dataset: as `load_data` takes it.
-        data: its images, blank ones where the files are absent.
-        root: as `load_data` takes it.
-        archive: whose trials with class-conditional noise tell the matrix where the files are absent.
+        data: its images.
+        archive: whose trials with class-conditional noise tell the matrix, if `counted_data` has given blank images.
 
     Returns:
-        The matrix; None if the files are absent and no archived trial tells it.
+        The matrix; None if no archived trial tells it.
     """
-    if not archive or is_present(dataset, root):
+    if not archive or locate(dataset, None)[1] is None:
         return pixel_confusion(data.train, len(data.classes))
     path = _path(archive, data_name(dataset))
     trials = (_result(values, path).trial for values in _lines(path).values() if values["trial"].get("label_noise"))

@@ -211,6 +211,19 @@ def read_archive(runs: Sequence[Run], archive: str | Path) -> pd.DataFrame:
     return table[table["id"].notna()].reset_index(drop=True)
 
 
+def require_known(runs: list[Run], images: str, archive: str | Path | None) -> list[Run]:
+    """Return the runs, unless there is none because an archive knows none of the images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not runs:
+        raise ValueError(
+            f"The archive {archive} knows none of the images {images!r}; with an empty archive all is trained."
+        )
+    return runs
+
+
 def not_run(runs: Sequence[Run], table: pd.DataFrame, images: str = "") -> str:
     """Return what an experiment lacks, as text: conditions without trials, and how many trials others have.
 
