@@ -134,6 +134,8 @@ def module_runs(job):
 def test_baselines_are_archived_by_their_images(tmp_path):
     (job,) = archive_maker.jobs(tmp_path, ["06"], samples_per_class=[2, 5], seeds=[0, 1])
     p = checked_values(job)
+    assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 0  # there is nothing that it would stand beside
+    archive_maker.fill(tmp_path, [job], lambda run: run.condition == "float")
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 4
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 0
     runs = grid.notebook_runs(job)

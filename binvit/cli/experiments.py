@@ -178,7 +178,8 @@ def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
     click.echo(f"{new} trials are new in {out}, {len(found) - new} were there.")
     with suppress(FileNotFoundError):  # without a clone there are no notebooks, and nothing that they measure
         jobs = plan_.plan(project.folder("notebooks"), "archive")
-        click.echo(f"{take_measurements(jobs, results_dir, out)} measurements are new.")
+        if count := take_measurements(jobs, results_dir, out):
+            click.echo(f"{count} models and sets of images were measured for it.")
     if measured:
         from binvit.lab.experiments.efficiency import archive_bench
 

@@ -28,7 +28,7 @@ from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
-from binvit.lab.trials.archive import is_present, known_fingerprint
+from binvit.lab.trials.archive import find, is_present, known_fingerprint
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 
 BASELINES: dict[str, Callable[[], Any]] = {
@@ -188,7 +188,7 @@ def baselines(runs: Sequence[Run], archive: str | Path | None = None) -> pd.Data
 
 
 def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
-    """Archive the `baselines` of a notebook's images.
+    """Archive the `baselines` of a notebook's images, as far as they have archived trials to stand beside.
 
     Args:
         p: the notebook's parameters.
@@ -204,7 +204,7 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
     count = 0
     for run in runs(p):
         trial = run.trial
-        if trial.scheme != "float" or not is_present(trial.dataset, trial.root):
+        if trial.scheme != "float" or not is_present(trial.dataset, trial.root) or find(trial, archive) is None:
             continue
         key = trial.fingerprint, trial.samples_per_class, trial.seed
         if key not in done:
