@@ -10,6 +10,7 @@ from binvit.lab.notebooks.plan import Job, plan
 from binvit.lab.trials.archive import add
 from binvit.lab.trials.store import TrialResult
 
+NUMBERS = ("02", "03", "04", "05", "06", "07", "09")  # of the notebooks that read an archive
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
@@ -28,7 +29,7 @@ def jobs(archive, numbers=(), **values) -> list[Job]:
     found = []
     for job in plan(NOTEBOOKS, "archive", numbers):
         given = {"dataset": "digits", "seeds": [0, 1, 2]} | values
-        own = given | {"archive": str(archive)} if job.notebook.name[:2] in ("02", "03", "04", "05", "06", "07") else {}
+        own = given | {"archive": str(archive)} if job.notebook.name[:2] in NUMBERS else {}
         found.append(Job(job.notebook, own))
     return found
 

@@ -23,7 +23,6 @@ from binvit.lab.notebooks.plan import plan as plan_notebooks
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = ("02", "03", "04", "05", "06", "07")
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +42,14 @@ def archive(tmp_path_factory):
     def keep(run):
         return run.condition != "bnn" and not (run.trial.label_noise and (run.condition, run.trial.seed) == ("gsb", 2))
 
-    archive_maker.fill(folder, archive_maker.jobs(folder, NUMBERS), keep)
+    archive_maker.fill(folder, archive_maker.jobs(folder, archive_maker.NUMBERS), keep)
     (job,) = archive_maker.jobs(folder, ["03"])
     floats = [run.trial.id for run in grid.notebook_runs(job) if run.condition == "float"]
     archive_maker.losses(folder, floats)
     return folder
 
 
-def redraw_all(archive, out, numbers=NUMBERS):
+def redraw_all(archive, out, numbers=archive_maker.NUMBERS):
     readme = out.parent / "README.md"
     readme.write_text(f"before\n{first_page.BEGIN}\nold\n{first_page.END}\nafter\n")
     names = published.redraw_all(archive_maker.jobs(archive, numbers), archive, out, readme)
@@ -69,7 +68,7 @@ def test_figures_and_tables_of_an_archive_are_the_same_byte_for_byte(archive, dr
     del again["README.md"]
     assert again == {name: first[name] for name in again}
     assert {name[-3:] for name in again} == {"csv", "pdf", "png"}
-    for number in NUMBERS:
+    for number in archive_maker.NUMBERS:
         assert f"{number}_claims.csv" in first
         assert any(name.startswith(number) and name.endswith(".png") for name in first)
     table = pd.read_csv(tmp_path / "out" / "04_methods_table.csv")

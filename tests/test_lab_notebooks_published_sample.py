@@ -8,10 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from binvit.__main__ import cli
-from binvit.lab.experiments import gsb_ablation, information_loss, plan
+from binvit.lab.experiments import gsb_ablation, information_loss
+from binvit.lab.experiments.design import plan
 from binvit.lab.notebooks import grid, published
 from binvit.lab.trials import retrain
 from binvit.lab.trials.archive import add
+from binvit.lab.trials.measurements import add_measurements
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.store import read_results
 
@@ -56,25 +58,28 @@ def test_another_result_ends_with_exit_code_1(job, tmp_path, monkeypatch):
 
 
 def test_what_is_measured_on_models_is_archived_and_read_back(tmp_path):
-    few = {"seeds": [0], "samples_per_class": 8, "epochs": 1}
-    lost = few | {"train_each": False, "measured": 16}
-    parts = few | {"factors": ["reduction"], "changes": "width 16, depth 1, heads 2"}
-    first, second = archive_maker.jobs(tmp_path, ["03"], **lost) + archive_maker.jobs(tmp_path, ["05"], **parts)
-    runs, tables = {}, []
-    for job in (first, second):
-        runs[job.notebook.stem] = archive_maker.training_runs(job)
-        tables.append(plan.train(runs[job.notebook.stem], tmp_path / "results", progress=False))
-    add(read_results(tmp_path / "results")[0], tmp_path)
-    assert published.take_measurements([first, second], tmp_path / "results", tmp_path) == 5
-    assert published.take_measurements([first, second], tmp_path / "results", tmp_path) == 0
+    few = {"seeds": [0], "samples_per_class": 8, "epochs": 1, "train_each": False, "measured": 16}
+    (job,) = archive_maker.jobs(tmp_path, ["03"], **few)
+    runs, results = archive_maker.training_runs(job), tmp_path / "results"
+    trained = plan.train(runs, results, progress=False)
+    add(read_results(results)[0], tmp_path)
+    assert published.take_measurements([job], results, tmp_path) == 1
+    assert published.take_measurements([job], results, tmp_path) == 0
     options = {"images": 16, "thresholds": (0.7, 0.9), "reduce": "row", "least_squares": True}
-    measured = runs["03_information_loss"], tables[0], tmp_path / "results"
-    made = information_loss.measure(*measured, **options)
-    read = information_loss.measure(*measured, **options, archive=tmp_path)
+    made = information_loss.measure(runs, trained, results, **options)
+    read = information_loss.measure(runs, trained, results, **options, archive=tmp_path)
     pd.testing.assert_frame_equal(read, made[read.columns])
-    assert set(read) == set(made)
-    assert information_loss.measure(*measured, **options | {"images": 17}, archive=tmp_path).empty
-    made = gsb_ablation.measure_batches(runs["05_gsb_ablation"], tmp_path / "results")
-    pd.testing.assert_frame_equal(gsb_ablation.archived_batches(tables[1], tmp_path)[made.columns], made)
+    assert set(information_loss.LOSSES) & set(made) == set(information_loss.LOSSES) & set(read)
+    assert information_loss.measure(runs, trained, results, **options | {"images": 17}, archive=tmp_path).empty
     drawn = {path.name for path in (tmp_path / "measurements").glob("*.png")}
     assert drawn == {"03_attention_maps.png", "03_distributions.png"}
+
+
+def test_the_dependence_on_the_batch_is_read_by_the_trial(tmp_path):
+    rows = [{"id": "a", "largest_change": 1 / 3, "flipped": 0.5, "images": 256}]
+    add_measurements(tmp_path, gsb_ablation.BATCHES_TABLE, pd.DataFrame(rows), ["id"])
+    trials = [(gsb_ablation.GSB, "a"), ("reduction: over a row", "a"), ("reduction: over a head", "b")]
+    table = pd.DataFrame(trials, columns=["condition", "id"]).assign(data="digits", seed=0)
+    (row,) = gsb_ablation.archived_batches(table, tmp_path).to_dict("records")
+    assert (row["factor"], row["level"], row["largest_change"]) == ("reduction", "over a row", 1 / 3)
+    assert gsb_ablation.archived_batches(table, tmp_path / "none").empty

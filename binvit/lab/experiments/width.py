@@ -25,6 +25,7 @@ from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, load
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import axis_name, colors_of, label_ends, styled
 from binvit.lab.training.model import build_model
+from binvit.lab.trials.archive import find
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.lab.trials.tune import equal_terms
 from binvit.packed.files import to_bytes
@@ -130,11 +131,14 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         archive: folder of the archive.
 
     Returns:
-        How many kinds of images were measured; those that this kind of CPU has measured already are left out.
+        How many kinds of images were measured; those that this kind of CPU has measured already, and those without an
+        archived trial, are left out.
     """
     known = read_measurements(archive, TABLE)
     done = set(known.loc[known["cpu"] == describe_cpu(), "data"]) if len(known) else set()
-    left = [run for run in runs(p) if run.data not in done]
+    asked = runs(p)
+    shown = {run.data for run in asked if run.data not in done and find(run.trial, archive) is not None}
+    left = [run for run in asked if run.data in shown]
     if left:
         add_measurements(archive, TABLE, measure(left, loader(p)), [*_KEYS, "cpu"])
     return len({run.data for run in left})

@@ -59,7 +59,7 @@ def notebook_runs(job: Job) -> list[Run]:
     if find_spec(name) is None or not hasattr(experiment := importlib.import_module(name), "runs"):
         return []
     p = checked_values(job)
-    counts = "load" in inspect.signature(experiment.runs).parameters
+    counts = "load" in inspect.signature(experiment.runs).parameters and not p.archive  # which has its own counts
     return experiment.runs(p, load=_images) if counts else experiment.runs(p)
 
 

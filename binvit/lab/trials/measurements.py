@@ -48,7 +48,8 @@ def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: S
         archive: the folder with measurements/.
         name: the table's file name without ending.
         rows: what was measured.
-        keys: columns that say what the rows belong to, such as the identity of a trial or the kind of CPU.
+        keys: columns that say what the rows belong to, such as the identity of a trial or the kind of CPU; the table is
+            sorted by the first of them, and otherwise keeps the order in which things were measured.
     """
     if rows.empty:
         return
@@ -57,5 +58,5 @@ def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: S
         new = pd.MultiIndex.from_frame(rows[list(keys)].astype(str))
         before = before[~pd.MultiIndex.from_frame(before[list(keys)].astype(str)).isin(new)]
     table = pd.concat([before, rows], ignore_index=True) if len(before) else rows
-    table = table.sort_values(list(keys), kind="stable", key=lambda column: column.astype(str))
+    table = table.sort_values(keys[0], kind="stable", key=lambda column: column.astype(str))
     atomic_write(Path(archive) / FOLDER / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
