@@ -17,7 +17,7 @@ ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 @kernel(parallel=True, reorder=True)
 def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
-    """Signs of the shifted query and key: qkv (B, N, 3, H, d), shifts (H, d) -> (B, H, N, d) each."""
+    """Write the signs of the shifted query and key: qkv (B, N, 3, H, d), shifts (H, d) -> (B, H, N, d) each."""
     batch, n, _, heads, width = qkv.shape
     for row in prange(batch * heads):
         b, h = row // heads, row % heads
@@ -30,7 +30,7 @@ def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
 
 @kernel(parallel=True, reorder=True)
 def superpose_value(qkv, shift, scales, thresholds, extremes, out):
-    """Binarized value per head: qkv (B, N, 3, H, d), shift (H, d) -> out (B, H, N, d); extremes (B, H, 2): max, min."""
+    """Binarize the value per head: qkv (B, N, 3, H, d), shift (H, d) -> out (B, H, N, d), extremes (B, H, 2)."""
     batch, n, _, heads, width = qkv.shape
     for row in prange(batch * heads):
         b, h = row // heads, row % heads
@@ -55,7 +55,7 @@ def superpose_value(qkv, shift, scales, thresholds, extremes, out):
 
 @kernel(parallel=True, reorder=True)
 def superpose_map(product, bias, table, scales, thresholds, probability, out):
-    """Softmax by table, bias, maximum and groups of integer products (B, H, N, N), one row at a time."""
+    """Apply softmax by table, bias, maximum and groups to integer products (B, H, N, N), one row at a time."""
     batch, heads, n, m = product.shape
     for row in prange(batch * heads * n):
         b, rest = row // (heads * n), row % (heads * n)
@@ -166,7 +166,7 @@ def merge_gradients(
     counts,
     dshift,
 ):
-    """Gradients of query, key and value through their binarizers, written into one tensor (B, N, 3, H, d).
+    """Write the gradients of query, key and value through their binarizers into one tensor (B, N, 3, H, d).
 
     up_q, up_k, up_v (B, H, N, d) times `gains` are the gradients of the binarized tensors; sums (B * H, 2 + groups)
     collects the gradients of the scales before their normalization, counts (B * H, groups - 1) the sizes of the

@@ -145,24 +145,24 @@ def attention_core(
     scales_a: Sequence[Tensor],
     scales_v: Sequence[Tensor],
 ) -> Tensor:
-    """Attention from the joint projection to the context: scores, softmax, bias, superposition, product with the value.
+    """Compute attention from the joint projection to the context: scores, softmax, bias, superposition, product.
 
     Args:
         qkv: (B, N, 3 * H * d), float32 on the CPU.
         heads: H.
         bias: (H, N, N) or None.
-        shifts: Learned shifts of query, key and value, each (H, 1, d) or None.
-        rules: Rules of the map and of the value that `takes_attention` accepts.
-        scale_q: Elastic scale of the query, shape ().
-        scale_k: Elastic scale of the key, shape ().
-        scales_a: Parameters of the map's rule.
-        scales_v: Parameters of the value's rule.
+        shifts: learned shifts of query, key and value, each (H, 1, d) or None.
+        rules: rules of the map and of the value that `takes_attention` accepts.
+        scale_q: elastic scale of the query, shape ().
+        scale_k: elastic scale of the key, shape ().
+        scales_a: parameters of the map's rule.
+        scales_v: parameters of the value's rule.
 
     Returns:
         (B, N, H * d).
 
     Raises:
-        ValueError: If the bias is for another number of heads or tokens: the kernels do not look.
+        ValueError: if the bias is for another number of heads or tokens: the kernels do not look.
     """
     if bias is not None and bias.shape != (heads, qkv.shape[1], qkv.shape[1]):
         raise ValueError(f"A bias of shape {tuple(bias.shape)} does not fit {heads} heads and {qkv.shape[1]} tokens.")

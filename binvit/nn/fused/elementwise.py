@@ -47,7 +47,7 @@ def _share_of_largest(x, shift, share):
 
 @kernel(parallel=True, reorder=True)
 def binary_levels(x, shift, threshold, unsigned, share, means, out):
-    """Levels of x + shift, (M, K) with a shift of (K,): {0, 1} above the threshold if unsigned, else -1 and +1.
+    """Write the levels of x + shift, (M, K) with a shift of (K,): {0, 1} by the threshold if unsigned, else signs.
 
     means (M,), which may be empty, takes the mean size of every row.
     """
@@ -70,7 +70,7 @@ def binary_levels(x, shift, threshold, unsigned, share, means, out):
 
 @kernel(parallel=True, reorder=True)
 def centred_signs(w, out):
-    """Signs of w - mean(w), (N, K), into out; returns the mean of |w|."""
+    """Write the signs of w - mean(w), (N, K), into out and return the mean of |w|."""
     rows, k = w.shape
     sums, sizes = np.empty(rows), np.empty(rows)
     for r in prange(rows):
@@ -88,7 +88,7 @@ def centred_signs(w, out):
 
 @kernel(reorder=True)
 def ede_slope(x, t):
-    """IR-Net's slope k t (1 - tanh^2(t x)), k = max(1 / t, 1), written so that it becomes vector code."""
+    """Return IR-Net's slope k t (1 - tanh^2(t x)), k = max(1 / t, 1), written so that it becomes vector code."""
     u = max(np.float32(-2.885390082) * abs(t * x), np.float32(-120))  # base-2 logarithm of e^(-2 |t x|)
     whole = np.floor(u + np.float32(0.5))
     f = (u - whole) * np.float32(0.6931471806)
@@ -100,7 +100,7 @@ def ede_slope(x, t):
 
 @kernel(parallel=True, reorder=True)
 def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift):
-    """Gradients of a binarizer of x + shift, (M, K) with a shift of (K,).
+    """Write the gradients of a binarizer of x + shift, (M, K) with a shift of (K,).
 
     `gain` g is the gradient of the levels' sum before the factors of the form; times `passed`, the row's mean (M,) and
     the slope it is the gradient of x, which is written to `out` (which may be g) or added to it; dshift (K,) takes the

@@ -104,7 +104,7 @@ def end_forward(y, x, vectors, parts, eps, activation, out):
 
 @kernel(parallel=True, reorder=True)
 def end_backward(y, x, g, vectors, parts, eps, activation, dy, dx, dvectors):
-    """Gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N)."""
+    """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N)."""
     rows, n = y.shape
     k = x.shape[1]
     blocks = (rows + BLOCK - 1) // BLOCK
@@ -218,10 +218,10 @@ def layer_end(y: Tensor, x: Tensor | None, end: End, vectors: Sequence[Tensor | 
     """Compute `binvit.nn.block_parts.LayerEnd`.
 
     Args:
-        y: Products (..., N), float32 on the CPU.
-        x: The layer's own input (..., K), or None; one of the widths divides the other.
-        end: The parts without parameters.
-        vectors: Factor, weight and bias of the norm, the activation's inner shift, slope and outer shift, factor and
+        y: products (..., N), float32 on the CPU.
+        x: the layer's own input (..., K), or None; one of the widths divides the other.
+        end: the parts without parameters.
+        vectors: factor, weight and bias of the norm, the activation's inner shift, slope and outer shift, factor and
             offset of the channels' scale; each (N,) or None.
 
     Returns:
