@@ -2,7 +2,7 @@ import dataclasses
 from typing import Optional
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import binvit
@@ -136,6 +136,7 @@ def test_all_schemes_and_recipes_pass():
     assert check_parameters(running("recipes: list[str] = ['smoke', 'cpu', 'paper']")).recipes[1] == "cpu"
 
 
+@settings(max_examples=30)  # each makes ten records, which takes a tenth of a second
 @given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(), st.booleans(), st.none()))
 def test_convert_keeps_values_of_the_right_type_and_refuses_others(value):
     fits = {"int": int, "str": str, "bool": bool}
