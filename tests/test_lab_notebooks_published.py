@@ -174,6 +174,11 @@ def test_cells_tell_verdict_difference_interval_and_seeds():
     assert first_page.cell(all_of("a beats all", [claim, worse])) == "**no**: 1 of 2 fail; 5 seeds"
     assert first_page.cell(Claim("a beats d", "undecided", "no trial of 'd' was run")) == "not run"
     assert first_page.cell(None) == "not run"
+    lone = check_difference("a beats e", Difference(0.05, float("nan"), float("nan"), 1, "a", "e", "test_accuracy"))
+    assert first_page.cell(lone) == "**undecided**: +5.0; 1 seed"
+    assert first_page.cell(all_of("a beats all", [lone])) == "**undecided**: 1 of 1 undecided; 1 seed"
+    absent = Claim("a beats d", "undecided", "no trial of 'd' was run")
+    assert first_page.cell(all_of("a beats all", [absent])) == "not run"
     (corrected, _) = correct(
         [dataclasses.replace(claim, kind="confirmatory"), dataclasses.replace(worse, kind="confirmatory")]
     )

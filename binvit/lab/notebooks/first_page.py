@@ -83,17 +83,18 @@ def cell(claim: Claim | None) -> str:
     Args:
         claim: what was checked; None if nothing was.
     """
-    if claim is None or (claim.p is None and claim.estimate is None):
+    if claim is None or re.search(r"(was|not) run$", claim.evidence):
         return NOT_RUN
     if claim.estimate is None:  # several differences
         part = re.match(r"\d+ of \d+", claim.evidence)
-        seeds = re.search(r"(\d+) seeds?", claim.evidence)
+        seeds = re.search(r"\d+ seeds?", claim.evidence)
         told = [f"{part[0]} {'fail' if claim.verdict == 'no' else 'undecided'}"] if part else []
-        return f"**{claim.verdict}**: " + "; ".join([*told, *([f"{seeds[1]} seeds"] if seeds else [])])
+        return f"**{claim.verdict}**: " + "; ".join([*told, *([seeds[0]] if seeds else [])])
     estimate, factor, spec = claim.estimate, *((100, "+.1f") if claim.percent else (1, "+.3g"))
     low, high = claim.corrected or (estimate.low, estimate.high)
     spread = "" if math.isnan(low) else f" ({factor * low:{spec}} to {factor * high:{spec}})"
-    return f"**{claim.verdict}**: {factor * estimate.mean:{spec}}{spread}; {estimate.n} seeds"
+    seeds = f"{estimate.n} seed{'s' * (estimate.n > 1)}"
+    return f"**{claim.verdict}**: {factor * estimate.mean:{spec}}{spread}; {seeds}"
 
 
 def results_table(notebooks: Mapping[str, Mapping[str, Any]]) -> str:
