@@ -87,9 +87,9 @@ def cell(claim: Claim | None) -> str:
         return NOT_RUN
     if claim.estimate is None:  # several differences
         part = re.match(r"\d+ of \d+", claim.evidence)
-        seeds = re.search(r"\d+ seeds?", claim.evidence)
+        counted = re.search(r"\d+ seeds?", claim.evidence)
         told = [f"{part[0]} {'fail' if claim.verdict == 'no' else 'undecided'}"] if part else []
-        return f"**{claim.verdict}**: " + "; ".join([*told, *([seeds[0]] if seeds else [])])
+        return f"**{claim.verdict}**: " + "; ".join([*told, *([counted[0]] if counted else [])])
     estimate, factor, spec = claim.estimate, *((100, "+.1f") if claim.percent else (1, "+.3g"))
     low, high = claim.corrected or (estimate.low, estimate.high)
     spread = "" if math.isnan(low) else f" ({factor * low:{spec}} to {factor * high:{spec}})"
