@@ -14,7 +14,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from binvit.nn.block_parts import Branches, LayerEnd
+from binvit.nn.block_parts import Branches, LayerEnd, PartNorm
 from binvit.nn.layer_parts import BiasedAttention
 from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.files import pack_header
@@ -118,10 +118,11 @@ def _count_operations(model: PackedViT, binary: Counter, floats: Counter) -> Non
 
 
 def _count_norm(name: str, module: Any, vit: VisionTransformer, tokens: int) -> int:
+    if isinstance(module, PartNorm):
+        return 4 * tokens * len(module.weight)
     if not hasattr(module, "normalized_shape"):
         return 0
     rows = {"fc_norm": 1, "attn_pool.norm": getattr(vit.attn_pool, "latent_len", 1)}.get(name, tokens)
-    rows *= getattr(module, "parts", 1)
     if name.endswith((".q_norm", ".k_norm")):
         rows *= vit.blocks[0].attn.num_heads
     return 4 * rows * module.normalized_shape[-1]  # mean, variance, normalization, weight and bias
