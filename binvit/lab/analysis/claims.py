@@ -252,6 +252,8 @@ def _interval_evidence(e: Estimate, margin: float, percent: bool) -> str:
         spread = "interval unknown"
     else:
         spread = f"95 % interval {factor * e.low:{spec}} to {factor * e.high:{spec}}"
+    if e.n > 1 and e.mean == e.low == e.high == 0:
+        spread = "both sides are equal in every seed"
     return f"{name}{factor * e.mean:{spec}}{unit} ({spread}, {seeds}; more than {factor * margin:{spec}} demanded)"
 
 

@@ -92,6 +92,8 @@ def cell(claim: Claim | None) -> str:
         return f"**{claim.verdict}**: " + "; ".join([*told, *([counted[0]] if counted else [])])
     estimate, factor, spec = claim.estimate, *((100, "+.1f") if claim.percent else (1, "+.3g"))
     low, high = claim.corrected or (estimate.low, estimate.high)
+    if claim.percent:  # no difference of two shares is beyond 100 points
+        low, high = max(low, -1.0), min(high, 1.0)
     spread = "" if math.isnan(low) else f" ({factor * low:{spec}} to {factor * high:{spec}})"
     seeds = f"{estimate.n} seed{'s' * (estimate.n > 1)}"
     return f"**{claim.verdict}**: {factor * estimate.mean:{spec}}{spread}; {seeds}"
