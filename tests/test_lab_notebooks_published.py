@@ -1,6 +1,7 @@
 """What follows from an archive: figures and tables the same each time, nothing trained, what is not there named."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,9 @@ from binvit.lab.experiments.design import plan
 from binvit.lab.notebooks import first_page, grid, published
 from binvit.lab.notebooks.plan import checked_values
 from binvit.lab.notebooks.plan import plan as plan_notebooks
+from binvit.lab.training.rates import tuned_rate
 from binvit.lab.trials.measurements import add_measurements, read_measurements
+from binvit.lab.trials.trial import Trial
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,6 +208,20 @@ def test_what_is_committed_follows_from_the_committed_archive(tmp_path):
             assert path.read_bytes() == (folder / name).read_bytes(), f"make figures writes another {name}"
         elif name.endswith(".png") and matplotlib.__version__ == drawn_with():
             np.testing.assert_array_equal(mpimg.imread(path), mpimg.imread(folder / name), name)
+
+
+def test_published_trials_train_at_rates_that_validation_images_chose():
+    lines = [
+        json.loads(line)
+        for path in (ROOT / "paper_figures" / "trials").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    trials = [Trial.from_dict(line["trial"]) for line in lines]
+    taken = [trial for trial in trials if trial.evaluate_on == "test" and "lr" not in trial.recipe_options]
+    assert taken
+    for trial in taken:
+        bias = trial.get_scheme().attention_bias
+        assert tuned_rate(trial.dataset, trial.recipe, trial.scheme, bias) == trial.get_recipe().lr, trial.describe()
 
 
 def drawn_with() -> str:
