@@ -16,6 +16,7 @@ SLOW = """
     packed_export lab_trials_pool nn_model packed_exact packed_digits nn_convert packed_files jit packed_audit
     packed_warm_up packed_vit lab_training_devices readme packed_fast lab_benchmark_models bits_platforms
     lab_training_loop lab_notebooks_plan lab_notebooks_grid packed_platforms main
+    lab_notebooks_published
 """
 
 
