@@ -37,8 +37,9 @@ def program(*trials, results_dir, **options):
     return [
         sys.executable,
         "-c",
-        "import json, sys, torch\n"
+        "import json, signal, sys, torch\n"
         "from binvit.lab import Trial, run_trials\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's &
         "torch.set_num_threads(1)\n"
         "trials = [Trial.from_dict(item) for item in json.loads(sys.argv[1])]\n"
         "print(run_trials(trials, sys.argv[2], progress=False, **json.loads(sys.argv[3])).to_json(orient='records'))",
