@@ -292,10 +292,26 @@ def test_several_jobs_give_the_same_numbers_and_survive_failures(tmp_path):
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """End what a failed test has left: its trainings would slow down all tests that follow."""
+    yield
+    while STARTED:
+        parent = STARTED.pop()
+        if parent.poll() is None:
+            for process in [*psutil.Process(parent.pid).children(recursive=True), parent]:
+                process.kill()
+            parent.communicate()
+
+
 def started(trials, results_dir, **options):
     """Start trials in two children of a process of their own; return it and the children, once all have begun."""
     command = program(*trials, results_dir=results_dir, jobs=2, **options)
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    STARTED.append(parent)
     states = [results_dir / ".running" / f"{trial.id}.state" for trial in trials]
     until = time.monotonic() + 200
     while not all(state.exists() for state in states):
