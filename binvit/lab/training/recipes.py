@@ -24,36 +24,28 @@ def mlp_weights_stage(epochs: int) -> Stage:
     return Stage(epochs, {"components": ("mlp",), "input": "float", "hidden": "float"})
 
 
+# Seconds on one thread: the embedded digits, 16 patches of 2x2 pixels and the class token.
+_SMOKE = Recipe(
+    name="smoke",
+    width=48,
+    depth=3,
+    heads=2,
+    mlp_ratio=2.0,
+    epochs=30,
+    batch_size=64,
+    eval_every=5,
+    lr=2e-3,
+    warmup=0.125,
+)
+# Half a minute on one thread: the same model trained out. On validation images twice the epochs gain the float model
+# less than a point.
+_DIGITS = dataclasses.replace(_SMOKE, name="digits", epochs=60, eval_every=10)
+
 _REGISTRY = {
     recipe.name: recipe
     for recipe in (
-        # Seconds on one thread: the embedded digits, 16 patches of 2x2 pixels and the class token.
-        Recipe(
-            name="smoke",
-            width=48,
-            depth=3,
-            heads=2,
-            mlp_ratio=2.0,
-            epochs=30,
-            batch_size=64,
-            eval_every=5,
-            lr=2e-3,
-            warmup=0.125,
-        ),
-        # Half a minute on one thread: the same model trained out. On validation images twice the epochs gain the float
-        # model less than a point.
-        Recipe(
-            name="digits",
-            width=48,
-            depth=3,
-            heads=2,
-            mlp_ratio=2.0,
-            epochs=60,
-            batch_size=64,
-            eval_every=10,
-            lr=2e-3,
-            warmup=0.125,
-        ),
+        _SMOKE,
+        _DIGITS,
         # Minutes on two cores: photographs of 32 to 64 pixels, 64 patches and the class token.
         Recipe(
             name="cpu",
