@@ -35,12 +35,13 @@ def test_unknown_commands_of_formulas_are_shown_as_written():
 
 
 def test_text_is_escaped_and_templates_need_all_their_values():
-    page = pages.render("notebook.html.j2", title="<T>", outcome=Outcome("<n>", Path("n"), 75.0), cells="<p>")
+    outcome = Outcome("<n>", Path("n"), 75.0)
+    page = pages.render("notebook.html.j2", title="<T>", outcome=outcome, cells="<p>", smoke=False)
     assert "<title>&lt;T&gt;</title>" in page
-    assert "&lt;n&gt;, size smoke, 1 min 15 s" in page
+    assert "&lt;n&gt;, size archive, 1 min 15 s" in page
     assert "<p>" in page
     with pytest.raises(Exception, match="'cells' is undefined"):
-        pages.render("notebook.html.j2", title="T", outcome=Outcome("n", Path("n"), 1.0))
+        pages.render("notebook.html.j2", title="T", outcome=outcome, smoke=False)
 
 
 def test_whatever_may_be_wide_scrolls_by_itself(tmp_path):
