@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from binvit.lab.analysis import claims
-from binvit.lab.analysis.statistics import Difference, Estimate
+from binvit.lab.analysis.statistics import Difference, Estimate, estimate
 
 
 def difference(low: float, high: float, n: int = 3) -> Difference:
@@ -190,3 +190,11 @@ def test_the_table_tells_what_correction_changed():
     assert (shown["low"] > 0).all()
     assert (shown["corrected_low"] < 0).all()
     np.testing.assert_allclose(shown["p"], 0.03)
+
+
+@pytest.mark.parametrize(("values", "verdict"), [([0.0] * 3, "undecided"), ([0.1] * 3, "yes"), ([-0.1] * 3, "no")])
+def test_equal_sides_say_nothing_about_which_is_larger(values, verdict):
+    """Accuracies are shares of some hundred images: three seeds may well be equal by chance, which no t test knows."""
+    claim = claims.check_difference("a exceeds b.", estimate(values))
+    (corrected,) = claims.correct(claims.confirm("a paper", claim))
+    assert (claim.verdict, corrected.verdict) == (verdict, verdict)

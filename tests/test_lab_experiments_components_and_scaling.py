@@ -89,8 +89,15 @@ def test_the_patch_embedding_stands_beside_float():
     assert table["test_accuracy"].max() == 0.91
 
 
-def test_claims_fail_where_nothing_differs():
-    assert verdicts(accuracies()) == ["no"] * 12 + ["yes"]
+def test_nothing_is_better_where_nothing_differs():
+    assert verdicts(accuracies()) == ["no"] * 2 + ["undecided"] * 10 + ["yes"]
+
+
+def test_claims_fail_where_factors_harm():
+    harm = {"no factor": 0.0, "weights": -0.02, "weights and inputs": -0.04, "learned": -0.06}
+    parts = ("MLP", "MHSA", "both", "patch embedding")
+    values = {f"{part}, {factor}": 0.7 + harm[factor] for part in parts for factor in harm}
+    assert verdicts(accuracies(**values, nothing=0.78)) == ["no"] * 13
 
 
 def test_claims_hold_where_the_papers_are_right():

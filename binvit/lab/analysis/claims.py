@@ -32,7 +32,8 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
     """Check the claim that a difference, or a mean, is larger than a margin.
 
     Yes if the whole 95 % interval lies above the margin, no if none of it does, and undecided if the interval crosses
-    the margin or is unknown because there is a single seed. "Not worse than by 2 points" is the margin -0.02.
+    the margin, is unknown because there is a single seed, or is the margin itself, all seeds being equal. "Not worse
+    than by 2 points" is the margin -0.02.
 
     Args:
         sentence: what is claimed.
@@ -47,7 +48,7 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
         ValueError: if the margin is not finite, since such a claim could not fail (or not hold).
     """
     _require_finite("margin", margin)
-    if math.isnan(difference.low) or math.isnan(difference.high):
+    if math.isnan(difference.low) or math.isnan(difference.high) or difference.low == difference.high == margin:
         verdict: Verdict = "undecided"
     elif difference.low > margin:
         verdict = "yes"

@@ -42,13 +42,13 @@ class Estimate:
             margin: in the units of the mean.
 
         Returns:
-            Two numbers that add up to 1; None for a single number. Equal numbers without spread leave no doubt:
-            (0, 1) above the margin, else (1, 0).
+            Two numbers that add up to 1; None for a single number. Equal numbers leave no doubt, (0, 1) above the
+            margin and (1, 0) below it; at the margin itself they say nothing.
         """
         if math.isnan(self.low):
             return None
         if self._standard_error == 0:
-            return (0.0, 1.0) if self.mean > margin else (1.0, 0.0)
+            return (0.5, 0.5) if self.mean == margin else (0.0, 1.0) if self.mean > margin else (1.0, 0.0)
         t = (self.mean - margin) / self._standard_error
         return float(stats.t.sf(t, self.n - 1)), float(stats.t.cdf(t, self.n - 1))
 
