@@ -1,5 +1,6 @@
 """How kernels are compiled and kept on disk, in a small package of the same layout, each run in its own process."""
 
+import ast
 import os
 import resource
 import shutil
@@ -226,3 +227,41 @@ def test_compiled_code_and_code_from_disk_sum_in_the_same_order(package):
     loaded = run(package, GRADIENTS, BINVIT_QUIET="1", PYTHONHASHSEED="2")
     assert kept_code(package) == first != {}
     assert compiled == loaded
+
+
+def sums_and_writes(loop):
+    """Names that an innermost loop sums over its turns, and whether it writes an element of an array."""
+    nodes = [node for statement in loop.body for node in ast.walk(statement)]
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    own = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    added = [node.target for node in nodes if isinstance(node, ast.AugAssign)]
+    turn = {name.id for name in ast.walk(loop.target) if isinstance(name, ast.Name)}
+    sums = {target.id for target in added if isinstance(target, ast.Name)} - own
+    for target in added:
+        if isinstance(target, ast.Subscript) and not turn & {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}:
+            sums.add(ast.unparse(target))
+    return sums, any(isinstance(target, ast.Subscript) for target in [*targets, *added])
+
+
+def test_loops_that_sum_write_nothing():
+    """Whether arrays lie within 256 bytes of each other would decide the order: LLVM then adds one by one.
+
+    It compares addresses before a loop that reads and writes, and takes it apart into vectors only where no turn can
+    read what an earlier one wrote; a gradient then depended on where two small arrays happened to lie.
+    """
+    looked = 0
+    for path in Path(jit.__file__).parent.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and "reorder=True" in map_unparsed(function.decorator_list):
+                for loop in ast.walk(function):
+                    if isinstance(loop, ast.For) and not any(
+                        isinstance(n, ast.For) for s in loop.body for n in ast.walk(s)
+                    ):
+                        sums, writes = sums_and_writes(loop)
+                        assert not (sums and writes), f"{path.name}, line {loop.lineno}: {sums}"
+                        looked += bool(sums)
+    assert looked > 10
+
+
+def map_unparsed(nodes):
+    return " ".join(map(ast.unparse, nodes))

@@ -65,9 +65,9 @@ def superpose_map(product, bias, table, scales, thresholds, probability, out):
             top = max(top, product[b, h, i, j])
         total = ZERO
         for j in range(m):
-            e = table[np.int32((top - product[b, h, i, j]) * HALF)]
-            probability[b, h, i, j] = e
-            total += e
+            probability[b, h, i, j] = table[np.int32((top - product[b, h, i, j]) * HALF)]
+        for j in range(m):
+            total += probability[b, h, i, j]
         inverse = ONE / total
         highest = np.float32(-np.inf)
         for j in range(m):
@@ -118,11 +118,10 @@ def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscale
             ramp = ZERO
             half = HALF * first
             for j in range(m):
-                up = g[b, h, i, j]
-                level += up if a[j] > half else ZERO
-                inside = up if (a[j] >= 0) and (a[j] <= first) else ZERO
-                ramp += a[j] * inside
-                d[j] = inside
+                d[j] = g[b, h, i, j] if (a[j] >= 0) and (a[j] <= first) else ZERO
+            for j in range(m):
+                level += g[b, h, i, j] if a[j] > half else ZERO
+                ramp += a[j] * d[j]
             dscales[row, 0] += level - ramp / first
             for t in range(groups - 1):
                 limit = thresholds[t] * highest
@@ -130,10 +129,10 @@ def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscale
                 total = ZERO
                 count = ZERO
                 for j in range(m):
-                    kept = g[b, h, i, j] if a[j] > limit else ZERO
-                    total += kept
+                    d[j] += scale * (g[b, h, i, j] if a[j] > limit else ZERO)
+                for j in range(m):
+                    total += g[b, h, i, j] if a[j] > limit else ZERO
                     count += ONE if a[j] > limit else ZERO
-                    d[j] += scale * kept
                 dscales[row, t + 1] += total
                 counts[row, t] += count
             inner = ZERO
@@ -180,28 +179,33 @@ def merge_gradients(
             level, ramp = ZERO, ZERO
             for c in range(width):
                 v, up = qkv[b, i, 0, h, c] + shift_q[h, c], up_q[b, h, i, c] * gains[0]
-                level += up if v >= 0 else -up
                 d = up if abs(v) <= scale_q else ZERO
-                ramp += v * d
                 out[b, i, 0, h, c] = d
                 dshift[b, 0, h, c] += d
+            for c in range(width):
+                v, up = qkv[b, i, 0, h, c] + shift_q[h, c], up_q[b, h, i, c] * gains[0]
+                level += up if v >= 0 else -up
+                ramp += v * out[b, i, 0, h, c]
             sums[row, 0] += level - ramp / scale_q
             level, ramp = ZERO, ZERO
             for c in range(width):
                 v, up = qkv[b, i, 1, h, c] + shift_k[h, c], up_k[b, h, i, c] * gains[1]
-                level += up if v >= 0 else -up
                 d = up if abs(v) <= scale_k else ZERO
-                ramp += v * d
                 out[b, i, 1, h, c] = d
                 dshift[b, 1, h, c] += d
+            for c in range(width):
+                v, up = qkv[b, i, 1, h, c] + shift_k[h, c], up_k[b, h, i, c] * gains[1]
+                level += up if v >= 0 else -up
+                ramp += v * out[b, i, 1, h, c]
             sums[row, 1] += level - ramp / scale_k
             level, ramp = ZERO, ZERO
             for c in range(width):
                 v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
+                out[b, i, 2, h, c] = up if abs(v) <= scales[0] else ZERO
+            for c in range(width):
+                v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
                 level += up if v >= 0 else -up
-                d = up if abs(v) <= scales[0] else ZERO
-                ramp += v * d
-                out[b, i, 2, h, c] = d
+                ramp += v * out[b, i, 2, h, c]
             sums[row, 2] += level - ramp / scales[0]
             for t in range(groups - 1):
                 top, bottom = thresholds[t] * extremes[b, h, 0], thresholds[t] * extremes[b, h, 1]
@@ -210,12 +214,14 @@ def merge_gradients(
                 for c in range(width):
                     v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
                     kept = (v > top) | (v < bottom)
-                    inside = abs(v) <= scale
+                    out[b, i, 2, h, c] += up if abs(v) <= scale or not kept else ZERO
+                for c in range(width):
+                    v, up = qkv[b, i, 2, h, c] + shift_v[h, c], up_v[b, h, i, c]
+                    kept = (v > top) | (v < bottom)
                     up_kept = up if kept else ZERO
                     level += up_kept if v >= 0 else -up_kept
-                    ramp += v * up_kept if inside else ZERO
+                    ramp += v * up_kept if abs(v) <= scale else ZERO
                     count += ONE if kept else ZERO
-                    out[b, i, 2, h, c] += up if inside or not kept else ZERO
                 sums[row, 3 + t] += level - ramp / scale
                 counts[row, t] += count
             for c in range(width):

@@ -119,14 +119,15 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, sh
             if slope == 0:
                 for j in range(k):
                     v = x[r, j] + shift[j] - limit
+                    row[j] = g[r, j] * gain * factor if (v >= low) and (v <= high) else ZERO
+                for j in range(k):
+                    v = x[r, j] + shift[j] - limit
                     up = g[r, j] * gain
                     if unsigned:
                         level += up if v > threshold else ZERO
                     else:
                         level += up if v >= 0 else -up
-                    d = up * factor if (v >= low) and (v <= high) else ZERO
-                    ramp += v * d
-                    row[j] = d
+                    ramp += v * row[j]
             elif slope == 1:
                 for j in range(k):
                     size = abs(x[r, j] + shift[j] - limit)
