@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 # Resolved on first use, so that `import binvit` loads neither torch nor kernels.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
