@@ -1,16 +1,22 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from archive_maker import result
 from image_files import parquet_file
 
+from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials.archive import add, data_name, find, read_data, stored_result
+from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.store import read_result
-from binvit.lab.trials.trial import Trial
+from binvit.lab.trials.trial import Trial, teacher_trial
+from binvit.nn.schemes import Scheme
+
+ARCHIVE = Path(__file__).parents[1] / "paper_figures"
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 64, "eval_every": 2}
 
@@ -59,6 +65,30 @@ def test_a_trial_whose_rate_was_chosen_anew_is_another_and_the_old_line_stays_re
     assert find(trial, tmp_path).test_accuracy == 0.7
     monkeypatch.undo()
     assert find(trial, tmp_path).test_accuracy == 0.123456789
+
+
+def test_a_distilled_trial_of_an_older_archive_is_read_beside_the_teacher_it_had(tmp_path, monkeypatch):
+    trial = Trial("digits", "gsb", recipe_options=TINY | {"lr": 1e-3, "distillation": "hard"})
+    older = dataclasses.replace(result(trial), id=trial.untaught_identity(trial.fingerprint))
+    assert older.id != trial.id
+    add([older], tmp_path)
+    assert find(trial, tmp_path) is None  # nobody knows which teacher it had
+    add([result(teacher_trial(trial))], tmp_path)
+    assert find(trial, tmp_path).id == older.id
+    monkeypatch.setattr("binvit.lab.trials.trial.tuned_rate", lambda *_: 0.0123)  # of another teacher
+    assert find(trial, tmp_path) is None
+
+
+def test_published_trials_have_the_identities_that_follow_from_their_lines():
+    lines = [line for path in (ARCHIVE / "trials").glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    assert len(lines) >= 244
+    for values in map(json.loads, lines):
+        trial, recipe = Trial.from_dict(values["trial"]), Recipe.from_dict(values["recipe"])
+        name = identity(trial, recipe, Scheme.from_dict(values["scheme"]), values["fingerprint"])
+        if recipe.trains_teacher and name != values["id"]:
+            fixed = dataclasses.replace(trial, recipe_options={**trial.recipe_options, "lr": recipe.lr})
+            name = fixed.identity(values["fingerprint"])
+        assert name == values["id"]
 
 
 def test_the_results_folder_comes_first(tmp_path):

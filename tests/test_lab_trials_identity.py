@@ -10,8 +10,10 @@ from binvit import lab
 from binvit.lab.data import images as image_module
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.sources import read_source
+from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.store import finished_result, load_kept, model_path, read_result, result_path
+from binvit.lab.trials.train_trial import train_trial
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 1, "batch_size": 64}
@@ -100,6 +102,50 @@ def test_identity_is_of_what_is_trained_and_not_of_how_it_was_written():
     assert len(found | {plain.id}) == len(others) + 1
     assert plain.identity("sha256:0") != plain.identity("sha256:1")
     assert all(name.startswith(f"{trial.scheme}-{trial.recipe}-") for trial in same if (name := trial.id))
+
+
+def student(scheme="gsb", **options):
+    return Trial("digits", scheme, recipe_options=TINY | {"lr": 1e-3, "distillation": "hard"} | options)
+
+
+def test_another_teacher_makes_another_trial(monkeypatch):
+    trial, alone = student(), student(distillation="none")
+    before = trial.id, alone.id
+    others = [
+        student(teacher_epochs=2),
+        dataclasses.replace(trial, seed=1),
+        dataclasses.replace(trial, label_noise=0.1),
+    ]
+    assert len({trial.id, *(other.id for other in others)}) == 4
+    assert trial.identity("sha256:0") != trial.identity("sha256:1")
+    # A rate that was chosen anew for float models: nothing that the student itself is trained with has changed.
+    monkeypatch.setattr("binvit.lab.trials.trial.tuned_rate", lambda data, recipe, scheme, bias: 0.0123)
+    assert teacher_trial(trial).get_recipe().lr == 0.0123
+    assert trial.get_recipe().lr == alone.get_recipe().lr == 1e-3
+    assert trial.id != before[0]
+    assert alone.id == before[1]
+
+
+def test_the_content_of_a_teachers_file_counts_and_not_its_place(tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        taught = train_trial(Trial("digits", "float", seed=seed, samples_per_class=2, recipe_options=TINY))
+        save_checkpoint(path, taught.model, taught.info)
+    first, second = (student(teacher=str(path)) for path in paths)
+    assert len({first.id, second.id, student().id}) == 3
+    shutil.copy(paths[0], tmp_path / "elsewhere.safetensors")
+    assert student(teacher=str(tmp_path / "elsewhere.safetensors")).id == first.id
+    assert Trial.from_dict(first.to_dict()).id == first.id
+    losses = [train_trial(trial).history[0]["train_loss"] for trial in (first, second)]
+    assert losses[0] != losses[1]
+    shutil.copy(paths[1], paths[0])
+    assert student(teacher=str(paths[0])).id == second.id
+    with pytest.raises(
+        ValueError, match=r"0\.safetensors is not the one that the trial names: its hash is not sha256:"
+    ):
+        train_trial(first)
+    with pytest.raises(FileNotFoundError, match=r"learns from a teacher with the hash sha256:.*; give its file"):
+        train_trial(student(teacher_hash=first.get_recipe().teacher_hash))
 
 
 def test_results_that_do_not_name_their_images_are_told_of_once_and_left_alone(tmp_path):

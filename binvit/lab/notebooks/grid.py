@@ -98,7 +98,7 @@ def grid(jobs: Iterable[Job]) -> list[Planned]:
     def add(trial: Trial, number: str, keep_model: bool) -> str | None:
         recipe = trial.get_recipe()
         needs: tuple[str, ...] = ()
-        if recipe.has_teacher and not recipe.teacher:
+        if recipe.trains_teacher:
             teacher = add(teacher_trial(trial), number, True)
             needs = () if teacher is None else (teacher,)
         identity = trial.id if _is_there(trial.dataset, trial.root) else None

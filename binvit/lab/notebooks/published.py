@@ -56,8 +56,7 @@ def archived_trials(jobs: Sequence[Job]) -> list[Archived]:
 
 
 def _teacher(trial: Trial, archive: Path, otherwise: float) -> float:
-    recipe = trial.get_recipe()
-    if not recipe.has_teacher or recipe.teacher:
+    if not trial.get_recipe().trains_teacher:
         return 0.0
     teacher = find(teacher_trial(trial), archive)
     return otherwise if teacher is None else teacher.seconds * teacher.threads

@@ -112,8 +112,10 @@ class Recipe(Config):
     weight_penalty: Share = 0.0
     """Share of BHViT's penalty, which pulls 1-bit weights to -1 and +1, in the loss of the last tenth of epochs of the
     last stage, 0 to 1; 0 is off, 0.1 in the paper."""
-    teacher: Text = ""
+    teacher: Text = dataclasses.field(default="", compare=False)
     """Checkpoint of the teacher; "" trains a float twin of the model on the same data first."""
+    teacher_hash: Annotated[Text, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    """SHA-256 of that file, as with `weights_hash`."""
     teacher_epochs: Count | None = None
     """Epochs of a teacher trained first; None takes the sum over all stages."""
     teacher_pretrained: Switch = False
@@ -172,6 +174,11 @@ class Recipe(Config):
     def has_teacher(self) -> bool:
         """Whether a teacher takes part in the training."""
         return self.distillation != "none" or self.similarity > 0
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the teacher is a trial of its own, which is trained first."""
+        return self.has_teacher and not (self.teacher or self.teacher_hash)
 
 
 @functools.cache

@@ -22,14 +22,18 @@ _HEADS = ("head", "head_dist")
 _REACH_SECONDS = 5
 
 
-def file_hash(path: str | Path) -> str:
+def file_hash(path: str | Path, what: str = "weights") -> str:
     """Return "sha256:" and the hexadecimal SHA-256 of a file's content.
+
+    Args:
+        path: the file.
+        what: what it holds, for the errors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no regular file.
     """
-    with open(require_regular(expanded(path), "file of weights"), "rb") as file:
+    with open(require_regular(expanded(path), f"file of {what}"), "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

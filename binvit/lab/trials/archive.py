@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from binvit.lab.data.label_noise import Matrix, pixel_confusion
 from binvit.lab.data.sources import locate, read_source, split_name
 from binvit.lab.data.write import command_of
 from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, finished_result
-from binvit.lab.trials.trial import Trial
+from binvit.lab.trials.trial import Trial, teacher_trial
 
 # Kept in full by each line's scheme; a line needs no description.
 _UNTOLD = ("description", "reference")
@@ -81,7 +81,7 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
         return None
     for name in [item.name for item in read_data(archive) if item.fingerprint == fingerprint]:
         path = _path(archive, name)
-        values = _lines(path).get(trial.identity(fingerprint))
+        values = _line_of(trial, fingerprint, _lines(path))
         if values is not None:
             result = replace(_result(values, path), trial=trial)
             try:
@@ -90,6 +90,14 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
                 continue
             return result
     return None
+
+
+def _line_of(trial: Trial, fingerprint: str, lines: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return a trial's line; an older one of a distilled trial, which names no teacher, had the one archived beside."""
+    found = lines.get(trial.identity(fingerprint))
+    if found is None and trial.get_recipe().trains_teacher and teacher_trial(trial).identity(fingerprint) in lines:
+        return lines.get(trial.untaught_identity(fingerprint))
+    return found
 
 
 def known_fingerprint(trial: Trial, archive: str | Path) -> str | None:

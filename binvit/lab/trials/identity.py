@@ -19,27 +19,30 @@ def counted(trial: Any) -> list[str]:
     return ["seed", "samples_per_class", "label_noise", "evaluate_on", *(["noise"] if trial.label_noise else [])]
 
 
-def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str) -> str:
+def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str, teacher: str = "") -> str:
     """Return the identity of a trial on its data, which names the files of its result and its model.
 
-    It follows from the resolved scheme and recipe, the seed, samples and noise, what the model is evaluated on, and the
-    images; not from where they lie, nor from which options were written out.
+    It follows from the resolved scheme and recipe, the seed, samples and noise, what the model is evaluated on, the
+    teacher, and the images; not from where they lie, nor from which options were written out.
 
     Args:
         trial: the configuration.
         recipe: its recipe with the options applied.
         scheme: its scheme, likewise.
         fingerprint: of its data set.
+        teacher: identity of the trial that trains its teacher first; "" if there is none.
 
     Returns:
         The names of scheme and recipe, the seed and 16 hexadecimal digits.
     """
-    values = {
+    values: dict[str, Any] = {
         "data": fingerprint,
         "scheme": _told(scheme),
         "recipe": {name: value for name, value in _told(recipe).items() if name not in IDLE},
         "trial": {name: value for name, value in _told(trial).items() if name in counted(trial)},
     }
+    if teacher:
+        values["teacher"] = teacher
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     return f"{scheme.name}-{recipe.name}-{trial.seed}-{digest}"
 

@@ -13,12 +13,14 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from binvit.lab.data.datasets import ImageData, load_data
+from binvit.lab.data.sources import expanded
 from binvit.lab.randomness import own_random_state
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import cpu_kind
+from binvit.lab.training.weights import file_hash
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -93,7 +95,7 @@ def run_trial(
             return True
         teacher = None
         recipe = trial.get_recipe()
-        if recipe.has_teacher and not recipe.teacher:
+        if recipe.trains_teacher:
             taught = teacher_trial(trial)
             run_trial(taught, results_dir, keep_model=True, report=report, device=device)
             teacher = load_model(taught, results_dir)
@@ -229,11 +231,17 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
 
 
 def _teacher(trial: Trial, recipe: Recipe, data: ImageData, device: str) -> nn.Module:
-    if not recipe.teacher:
+    if recipe.trains_teacher:
         result = train_trial(teacher_trial(trial), device=device)
         assert result.model is not None  # it was just trained
         return result.model
-    model, info = load_checkpoint(recipe.teacher)
+    if not recipe.teacher:
+        raise FileNotFoundError(f"The trial learns from a teacher with the hash {recipe.teacher_hash}; give its file.")
+    if file_hash(recipe.teacher, "the teacher") != recipe.teacher_hash:
+        raise ValueError(
+            f"The teacher {recipe.teacher} is not the one that the trial names: its hash is not {recipe.teacher_hash}."
+        )
+    model, info = load_checkpoint(expanded(recipe.teacher))
     if len(info.classes) != len(data.classes) or info.image_size != data.image_size:
         has = f"{len(info.classes)} classes and images of {info.image_size} pixels"
         needs = f"{len(data.classes)} and {data.image_size}"

@@ -73,10 +73,11 @@ class Trial(Config):
         return name
 
     def __post_init__(self) -> None:
-        weights = self.recipe_options.get("weights")
-        if isinstance(weights, str) and weights and "weights_hash" not in self.recipe_options:
-            known = {**self.recipe_options, "weights_hash": file_hash(weights)}
-            object.__setattr__(self, "recipe_options", Options(known))
+        for name, what in (("weights", "weights"), ("teacher", "the teacher")):
+            path = self.recipe_options.get(name)
+            if isinstance(path, str) and path and f"{name}_hash" not in self.recipe_options:
+                known = {**self.recipe_options, f"{name}_hash": file_hash(path, what)}
+                object.__setattr__(self, "recipe_options", Options(known))
         for name, resolve in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
             options = getattr(self, name)
             record = resolve(options)
@@ -113,6 +114,11 @@ class Trial(Config):
 
     def identity(self, fingerprint: str) -> str:
         """Return the trial's identity on images of this fingerprint, wherever they lie."""
+        teacher = teacher_trial(self).identity(fingerprint) if self.get_recipe().trains_teacher else ""
+        return identity(self, self.get_recipe(), self.get_scheme(), fingerprint, teacher)
+
+    def untaught_identity(self, fingerprint: str) -> str:
+        """Return the identity that does not say which teacher is trained first, as it was in older archives."""
         return identity(self, self.get_recipe(), self.get_scheme(), fingerprint)
 
     def describe(self) -> str:
