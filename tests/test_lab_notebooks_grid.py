@@ -1,6 +1,9 @@
 """Plans of notebooks: the same trials as the notebooks run, counted right, and trained one at a time."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -135,3 +138,37 @@ def test_a_plan_of_other_images_is_refused(tmp_path):
         CliRunner().invoke(cli, ["train", "--id", "x"], catch_exceptions=False)
     with pytest.raises(FileNotFoundError, match="no file of trials"):
         grid.read_planned(tmp_path / "none")
+
+
+def snakemake(folder: Path, settings: dict, *arguments: str) -> dict[str, int]:
+    """Run the Snakefile with settings and return how many jobs of each rule it has to do."""
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "snakemake", "-s", str(NOTEBOOKS / "Snakefile"), "--cores", "2", *arguments]
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run([*command, "--configfile", "config.yaml"], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE)}
+
+
+def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path):
+    values = {"seeds": [0], "schemes": ["float", "gsb"]}
+    trials = {item.id for item in grid.grid(plan(NOTEBOOKS, "smoke", ["01", "06"], values))}
+    assert len(trials) > 2
+    # As if all had run: empty files stand for what the jobs write, and only their dates are set.
+    files = [f"results/{trial}.json" for trial in trials] + [
+        f"report/{number}/outcomes.json" for number in ("01", "06")
+    ]
+    for file in (*files, "report/index.html"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    settings = {"only": "01 06", "parameters": values}
+    jobs = snakemake(tmp_path, settings, "--touch", "--forceall")
+    assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
+    lines = [json.loads(line) for line in (tmp_path / "report" / "plan.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines if "id" in line} == trials
+    # A place for figures is no part of a trial; a second seed has trials of its own, and leaves the first one's.
+    values["figures_dir"] = "figures"
+    assert snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules") == {"notebook": 2, "report": 1, "total": 3}
+    values["seeds"] = [0, 1]
+    jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
+    assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
