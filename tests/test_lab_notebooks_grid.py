@@ -34,6 +34,7 @@ def runs_of_cells(job: Job, monkeypatch) -> dict[str, bool]:
 
     for module in (binvit.lab, experiments_plan, training_budget):
         monkeypatch.setattr(module, "run_trials", run_trials)
+    monkeypatch.setattr("binvit.lab.experiments.width.measure", lambda *values: pd.DataFrame())  # of untrained models
     monkeypatch.setattr("binvit.lab.figures.panels.save", lambda *values, **tables: None)
     namespace = {"__name__": "__main__"}
     for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:
@@ -51,14 +52,15 @@ def runs_of_cells(job: Job, monkeypatch) -> dict[str, bool]:
     return asked
 
 
-@pytest.mark.parametrize("size", ["smoke"])
-@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07"])
+@pytest.mark.parametrize("size", ["smoke", "cpu", "paper"])
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07", "09"])
 def test_plan_and_notebook_name_the_same_trials(size, number, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (job,) = plan(NOTEBOOKS, size, [number])
+    (job,) = plan(NOTEBOOKS, size, [number], {} if size == "smoke" else {"dataset": "digits"})
     planned = {item.id: item for item in grid.grid([job])}
     teachers = {teacher for item in planned.values() for teacher in item.needs}
     asked = runs_of_cells(job, monkeypatch)
+    assert len(asked) >= 2
     assert set(planned) == set(asked) | teachers
     assert teachers or size != "paper"
     for identity, item in planned.items():

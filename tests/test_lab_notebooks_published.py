@@ -61,12 +61,36 @@ def redraw_all(archive, out, numbers=archive_maker.NUMBERS):
 
 @pytest.fixture(scope="module")
 def drawn(archive, tmp_path_factory):
-    """The files, and what the notebooks' cells have left."""
-    return redraw_all(archive, tmp_path_factory.mktemp("drawn") / "out")
+    """The files, what the notebooks' cells have left, and the trials that each of them has looked for."""
+    asked: dict[str, set[Trial]] = {}
+
+    def redraw(job, out):
+        asked[job.notebook.name[:2]] = set()
+        return given_redraw(job, out)
+
+    def read_trials(trials, folder):
+        asked[max(asked)].update(trials)
+        return given_read(trials, folder)
+
+    given_redraw, given_read = published.redraw, plan.read_trials
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "redraw", redraw)
+        patch.setattr(plan, "read_trials", read_trials)
+        return *redraw_all(archive, tmp_path_factory.mktemp("drawn") / "out"), asked
+
+
+@pytest.mark.parametrize("number", archive_maker.NUMBERS)
+def test_a_notebook_looks_for_the_trials_that_a_plan_of_the_published_size_trains(drawn, number):
+    values = {"dataset": "digits", "seeds": [0, 1, 2]}
+    planned = grid.grid(plan_notebooks(archive_maker.NOTEBOOKS, "cpu", [number], values))
+    teachers = {teacher for item in planned for teacher in item.needs}
+    asked = {trial.id for trial in drawn[2][number]}
+    assert len(asked) >= 9
+    assert {item.id for item in planned} == asked | teachers
 
 
 def test_figures_and_tables_of_an_archive_are_the_same_byte_for_byte(archive, drawn, tmp_path):
-    first, _ = drawn
+    first = drawn[0]
     again, _ = redraw_all(archive, tmp_path / "out", ["04"])
     del again["README.md"]
     assert again == {name: first[name] for name in again}
