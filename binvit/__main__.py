@@ -36,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-_FAILED_WORK = (errno.EDQUOT, errno.EIO, errno.ENOSPC)  # a full or broken disk; other numbers tell of a wrong path
+_FAILED_WORK = (
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+)  # a full or broken disk; other numbers tell of a wrong path
 
 
 def _tell(message: Warning | str, *where: object) -> None:

@@ -25,6 +25,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
 
     Raises:
         ValueError: if the path leads to something that is no plain file, such as a folder or a device.
+        OSError: if it cannot be written; the error names the path.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
@@ -41,6 +42,9 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
         with suppress(FileNotFoundError):
             temporary.chmod(target.stat().st_mode)
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk names no file, others the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)

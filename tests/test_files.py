@@ -1,4 +1,6 @@
+import errno
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -67,6 +69,19 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
         atomic_write(path, "\ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_write_that_finds_no_room_names_the_file_and_leaves_the_old_one(tmp_path):
+    path = atomic_write(tmp_path / "a.txt", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # the system's own error, which names no file
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            atomic_write(path, bytes(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caught.value.errno, caught.value.filename, caught.value.filename2) == (errno.EFBIG, str(path), None)
+    assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
 
 
 def test_file_and_folder_are_on_disk_before_and_after_the_rename(tmp_path, monkeypatch):

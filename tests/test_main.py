@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import notebook_maker
+import numpy as np
+import packed_models
 import pytest
 from PIL import Image
 
@@ -178,13 +180,14 @@ def test_failed_training_and_wrong_input_have_codes_of_their_own(capsys, tmp_pat
     assert err == f"Error: 1 of 1 trials failed: digits, gsb, smoke, seed 0: {error}\n"
 
 
-def test_a_full_disk_is_no_wrong_input(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_no_wrong_input(capsys, tmp_path, monkeypatch, number):
     def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device", "model.packed.safetensors")
+        raise OSError(number, os.strerror(number), "model.packed.safetensors")
 
     monkeypatch.setattr(predict, "pack_checkpoint", fail)
     found = run(capsys, "pack", tmp_path / "model.safetensors")
-    assert found == (1, "", "Error: No space left on device: model.packed.safetensors.\n")
+    assert found == (1, "", f"Error: {os.strerror(number)}: model.packed.safetensors.\n")
 
 
 def test_predict_prints_probabilities_of_a_file_and_of_a_folder(capsys, model, tmp_path):
@@ -280,6 +283,34 @@ def test_pack_refuses_what_it_cannot_pack(capsys, model, tmp_path):
     (tmp_path / "text.safetensors").write_text("no model")
     assert "text.safetensors is truncated" in refused(capsys, "pack", tmp_path / "text.safetensors")
     assert not list(tmp_path.glob("*.packed.*"))
+
+
+def test_export_writes_onnx_that_answers_alike(capsys, tmp_path):
+    runtime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    packed = binvit.pack(packed_models.trained("bit", steps=1, depth=1))
+    binvit.save(packed, tmp_path / "packed.safetensors")
+    path = tmp_path / "new" / "model.onnx"
+    code, out, err = run(capsys, "export", tmp_path / "packed.safetensors", path)
+    assert (code, out, err) == (0, f"The exported model is {path}, {path.stat().st_size / 1e6:.2f} MB.\n", "")
+    x = packed_models.images(3).numpy()
+    (logits,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], {"images": x})
+    np.testing.assert_allclose(logits, packed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_export_refuses_what_it_cannot_export(capsys, model, tmp_path, monkeypatch):
+    before, out = model.read_bytes(), tmp_path / "model.onnx"
+    (tmp_path / "text.safetensors").write_text("no model")
+    assert "There is no model" in refused(capsys, "export", tmp_path / "gone.safetensors", out)
+    assert "text.safetensors is truncated" in refused(capsys, "export", tmp_path / "text.safetensors", out)
+    assert "would replace the model" in refused(
+        capsys, "export", model, model.parent / ".." / model.parent.name / model.name
+    )
+    assert "Missing argument 'MODEL.onnx'" in refused(capsys, "export", model)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    sentence = "onnxscript is not installed (pip install binvit[export])."
+    assert refused(capsys, "export", model, out) == sentence
+    assert not out.exists()
+    assert model.read_bytes() == before
 
 
 def test_predict_refuses_what_it_cannot_read(capsys, model, tmp_path):
