@@ -7,20 +7,16 @@ import time
 from dataclasses import dataclass
 
 import psutil
-from llvmlite import binding
 
-from binvit.lab.training.resume import cpu_kind
+from binvit.lab.training.resume import cpu_kind, cpu_vectors
 
 BUSY = 0.05
 """Share of the cores that other programs may use before a measurement is no longer trusted."""
-_FEATURES = {"avx2": "AVX2", "avx512vpopcntdq": "AVX-512 VPOPCNTDQ", "amx-int8": "AMX int8", "dotprod": "dot products"}
 
 
 def describe_cpu() -> str:
     """Return the kind of CPU, the features that speed depends on, and the number of cores."""
-    known = binding.get_host_cpu_features()
-    found = [name for feature, name in _FEATURES.items() if known.get(feature)]
-    return f"{cpu_kind()} with {', '.join(found) or 'none of ' + ', '.join(_FEATURES.values())}, {_cores()} cores"
+    return f"{cpu_kind()} with {cpu_vectors()}, {_cores()} cores"
 
 
 def _cores() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from llvmlite import binding
 from torch import nn
 
 import binvit
@@ -38,9 +39,21 @@ def cpu_kind() -> str:
     return platform.processor() or platform.machine()
 
 
+_VECTORS = {"avx2": "AVX2", "avx512vpopcntdq": "AVX-512 VPOPCNTDQ", "amx-int8": "AMX int8", "dotprod": "dot products"}
+
+
+@functools.cache
+def cpu_vectors() -> str:
+    """Return this CPU's vector extensions that speed and last digits depend on; virtual machines may hide its model."""
+    known = binding.get_host_cpu_features()
+    found = [name for feature, name in _VECTORS.items() if known.get(feature)]
+    return ", ".join(found) or f"none of {', '.join(_VECTORS.values())}"
+
+
 def environment(team: Team) -> dict[str, str]:
-    """Return what may change a result's last digits: versions, device, kind of CPU and threads."""
-    return versions() | {"device": team.description, "cpu": cpu_kind(), "threads": str(torch.get_num_threads())}
+    """Return what may change a result's last digits: versions, device, kind of CPU, its vectors and threads."""
+    cpu = {"cpu": cpu_kind(), "vectors": cpu_vectors()}
+    return versions() | {"device": team.description} | cpu | {"threads": str(torch.get_num_threads())}
 
 
 def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -150,11 +150,7 @@ def _stored(
 def _tell_changes(results: list[TrialResult], team: Team, jobs: int) -> None:
     """Warn of stored results that were made in another environment than trials that would be run now."""
     now = environment(team) | ({} if jobs == 1 else {"threads": str(max(1, cores() // jobs))})
-    made = [
-        result.versions | {"device": result.device, "cpu": result.cpu, "threads": str(result.threads)}
-        for result in results
-    ]
-    counts = Counter(text for item in made if (text := changes(item, now)))
+    counts = Counter(text for result in results if (text := changes(result.environment, now)))
     for text, count in counts.items():
         were = "stored result was" if count == 1 else "stored results were"
         warnings.warn(f"{count} {were} made with {text}; training now may give other last digits.", stacklevel=3)

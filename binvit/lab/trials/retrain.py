@@ -109,7 +109,7 @@ def retrain(
             )
             continue
         again = read_result(item.trial, results_dir)
-        different = changes(_environment(item.result), _environment(again))
+        different = changes(item.result.environment, again.environment)
         allowed, seeds = spread(item.result, known)
         difference = again.test_accuracy - before
         if difference == 0 and again.train_accuracy == item.result.train_accuracy:
@@ -148,7 +148,3 @@ def spread(result: TrialResult, known: Iterable[TrialResult]) -> tuple[float, in
 def _condition(result: TrialResult) -> tuple[object, ...]:
     trial = dataclasses.replace(result.trial, seed=0, root=None, dataset="digits", recipe_options={}, scheme_options={})
     return trial, result.recipe, result.scheme
-
-
-def _environment(result: TrialResult) -> dict[str, str]:
-    return result.versions | {"device": result.device, "cpu": result.cpu, "threads": str(result.threads)}

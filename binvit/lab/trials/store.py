@@ -160,6 +160,8 @@ class TrialResult(Config):
     """Kind of CPU."""
     id: Text
     """The identity of the trial on its data when it was trained; a rate chosen later may change the trial's own."""
+    vectors: Text = ""
+    """Vector extensions of the CPU, of which its kind says little on a virtual machine; "" in older results."""
     model: Annotated[SkipValidation[torch.nn.Module | None], Field(exclude=True)] = field(
         default=None, compare=False, repr=False
     )
@@ -168,6 +170,12 @@ class TrialResult(Config):
         default=None, compare=False, repr=False
     )
     """What `save_checkpoint` needs beside the model; None if the result was read from a file."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What may have changed its last digits, as far as it is known; see `training.resume.environment`."""
+        told = {"vectors": self.vectors} if self.vectors else {}
+        return self.versions | {"device": self.device, "cpu": self.cpu, "threads": str(self.threads)} | told
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""

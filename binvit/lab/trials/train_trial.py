@@ -19,7 +19,7 @@ from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.training.resume import cpu_kind
+from binvit.lab.training.resume import cpu_kind, cpu_vectors
 from binvit.lab.training.weights import file_hash
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
@@ -224,6 +224,7 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         device=training.team.description,
         fingerprint=trial.fingerprint,
         cpu=cpu_kind(),
+        vectors=cpu_vectors(),
         id=trial.id,
         model=training.model.eval(),
         info=training.describe(),
