@@ -23,7 +23,7 @@ from binvit.cli.group import PATH, cli
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
 @click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
 @click.option("--check", "count", type=click.IntRange(0), metavar="N",
-              help="Archived trials to train again.  [default: one per notebook, four minutes at most]")  # fmt: skip
+              help="Archived trials to train again.  [default: at least one per notebook, minutes in all]")  # fmt: skip
 @click.option("--sample-seed", type=int, default=0, show_default=True, help="Decides which trials these are.")
 def reproduce(
     size: str,

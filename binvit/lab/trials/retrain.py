@@ -18,6 +18,7 @@ from binvit.lab.trials.store import TrialResult, read_result
 from binvit.lab.trials.trial import Trial
 
 MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
+FILL = 2.5  # minutes up to which more than one trial of a notebook are trained again
 LEAST = 0.01  # a difference of accuracy that no spread of few seeds rules out
 CONFIDENCE = 0.99  # of the interval that two trainings of one condition differ by
 COLUMNS = ("notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with")
@@ -48,13 +49,16 @@ def choose(
     Args:
         candidates: trials whose images are here.
         seed: decides the choice.
-        count: how many; None takes one for each notebook, as far as they take no longer than `minutes` on two cores.
+        count: how many; None takes one for each notebook, as far as they take no longer than `minutes` on two cores,
+            and then more of any as long as all take no longer than `FILL` minutes.
         minutes: likewise.
 
     Returns:
         The trials; fewer than asked for if there are no more.
     """
     order = sorted({item.result.id: item for item in candidates}.values(), key=lambda item: item.result.id)
+    if count is None:  # side by side does not help a single one
+        order = [item for item in order if item.seconds <= 60 * minutes * item.result.threads]
     random.Random(seed).shuffle(order)
     if count is not None:
         return order[:count]
@@ -62,14 +66,14 @@ def choose(
     left, numbers = 2 * 60 * minutes, sorted({item.notebook for item in order})
     for place, number in enumerate(numbers):
         share = left / (len(numbers) - place)  # what one notebook leaves is for the next
-        longest = 60 * minutes  # side by side does not help a single one
-        fits = [
-            item
-            for item in order
-            if item.notebook == number and item.seconds <= min(share, longest * item.result.threads)
-        ]
+        fits = [item for item in order if item.notebook == number and item.seconds <= share]
         chosen += fits[:1]
         left -= sum(item.seconds for item in fits[:1])
+    spent = sum(item.seconds for item in chosen)
+    for item in order:
+        if item not in chosen and spent + item.seconds <= 2 * 60 * min(FILL, minutes):
+            chosen.append(item)
+            spent += item.seconds
     return chosen
 
 
