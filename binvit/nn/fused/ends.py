@@ -18,7 +18,8 @@ from binvit.jit import kernel
 from binvit.nn.fused import elementwise
 from binvit.nn.precision import full_precision
 
-BLOCK = 64  # rows whose gradients of vectors are summed together
+BLOCK = 128  # rows whose gradients of vectors are summed together
+TILE = 1024  # numbers that a loop goes over: few enough for the first-level cache, enough to be worth its start
 ZERO, ONE = np.float32(0), np.float32(1)
 FACTOR, WEIGHT, BIAS, SHIFT_IN, SLOPE, SHIFT_OUT, ALPHA, BETA = range(8)
 _DEFAULTS = (1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
@@ -34,139 +35,189 @@ class End(NamedTuple):
 
 
 @kernel(reorder=True)
-def _normalized(y, factor, parts, eps, hat, deviations):
-    # y times the factor, normalized part by part if there are parts.
-    n = y.size
-    for j in range(n):
-        hat[j] = y[j] * factor[j]
-    if parts:
-        size = n // parts
-        for p in range(parts):
-            part = hat[p * size : (p + 1) * size]
-            mean = ZERO
-            for j in range(size):
-                mean += part[j]
-            mean /= np.float32(size)
-            square = ZERO
-            for j in range(size):
-                square += (part[j] - mean) * (part[j] - mean)
-            inverse = ONE / np.sqrt(square / np.float32(size) + eps)
-            deviations[p] = inverse
-            for j in range(size):
-                part[j] = (part[j] - mean) * inverse
+def _normalize(hat, size, eps, deviations):
+    # Every `size` neighbours by themselves, in place.
+    for p in range(hat.size // size):
+        part = hat[p * size : (p + 1) * size]
+        mean, square = ZERO, ZERO
+        for j in range(size):
+            mean += part[j]
+        mean /= np.float32(size)
+        for j in range(size):
+            square += (part[j] - mean) * (part[j] - mean)
+        inverse = ONE / np.sqrt(square / np.float32(size) + eps)
+        deviations[p] = inverse
+        for j in range(size):
+            part[j] = (part[j] - mean) * inverse
 
 
 @kernel(reorder=True)
-def _with_own_input(hat, x, weight, bias, out):
-    # The norm's weight and bias, and the own input brought to the width.
-    n, k = out.size, x.size
-    for j in range(n):
-        out[j] = hat[j] * weight[j] + bias[j]
+def _normalize_backward(d, hat, size, deviations):
+    for p in range(d.size // size):
+        part, h, inverse = d[p * size : (p + 1) * size], hat[p * size : (p + 1) * size], deviations[p]
+        mean, along = ZERO, ZERO
+        for j in range(size):
+            mean += part[j]
+            along += part[j] * h[j]
+        mean, along = mean / np.float32(size), along / np.float32(size)
+        for j in range(size):
+            part[j] = (part[j] - mean - h[j] * along) * inverse
+
+
+@kernel(reorder=True)
+def _add_own_input(out, x, n, k):
+    # Own inputs of rows of k numbers to rows of n.
     if k > n:
         group = k // n
         share = ONE / np.float32(group)
-        for j in range(n):
-            total = ZERO
-            for i in range(group):
-                total += x[j * group + i]
-            out[j] += total * share
+        if group == 4:  # neighbours at a constant distance become vector code
+            for j in range(out.size):
+                out[j] += ((x[4 * j] + x[4 * j + 1]) + (x[4 * j + 2] + x[4 * j + 3])) * share
+        elif group == 2:
+            for j in range(out.size):
+                out[j] += (x[2 * j] + x[2 * j + 1]) * share
+        else:
+            for j in range(out.size):
+                total = ZERO
+                for i in range(group):
+                    total += x[j * group + i]
+                out[j] += total * share
     elif k:
-        for start in range(0, n, k):
+        for start in range(0, out.size, k):
+            part, own = out[start : start + k], x[start // n * k : start // n * k + k]
             for j in range(k):
-                out[start + j] += x[j]
+                part[j] += own[j]
+
+
+@kernel(reorder=True)
+def _own_input_backward(d, dx, n, k):
+    if k > n:
+        group = k // n
+        share = ONE / np.float32(group)
+        for j in range(d.size):
+            for i in range(group):
+                dx[j * group + i] = d[j] * share
+    elif k:
+        dx[:] = ZERO
+        for start in range(0, d.size, k):
+            part, own = d[start : start + k], dx[start // n * k : start // n * k + k]
+            for j in range(k):
+                own[j] += part[j]
 
 
 @kernel(parallel=True, reorder=True)
-def end_forward(y, x, vectors, parts, eps, activation, out):
-    """Map products (M, N) and own inputs (M, K), K = 0 for none, to (M, N); vectors (8, N) in the order of the module.
+def end_forward(y, x, vectors, size, eps, activation, out):
+    """Map products (M, N) and own inputs (M, K), K = 0 for none, to (M, N).
 
-    activation: a value of `ACTIVATIONS`.
+    vectors (8, R N) in the order of the module, each R times side by side: for R rows at once. size: numbers that are
+    normalized together, 0 for no norm. activation: a value of `ACTIVATIONS`.
     """
     rows, n = y.shape
+    k, tall = x.shape[1], vectors.shape[1] // n
     for block in prange((rows + BLOCK - 1) // BLOCK):
-        hat, deviations = np.empty(n, np.float32), np.empty(max(parts, 1), np.float32)
-        for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            row = out[r]
-            _normalized(y[r], vectors[FACTOR], parts, eps, hat, deviations)
-            _with_own_input(hat, x[r], vectors[WEIGHT], vectors[BIAS], row)
+        last, deviations = min(rows, (block + 1) * BLOCK), np.empty(vectors.shape[1], np.float32)
+        factor, weight, bias = vectors[FACTOR], vectors[WEIGHT], vectors[BIAS]
+        shift, slope, shift_out = vectors[SHIFT_IN], vectors[SLOPE], vectors[SHIFT_OUT]
+        alpha, beta = vectors[ALPHA], vectors[BETA]
+        for r in range(block * BLOCK, last, tall):
+            stop = min(last, r + tall)
+            given, row = y[r:stop].reshape((stop - r) * n), out[r:stop].reshape((stop - r) * n)
+            for j in range(row.size):
+                row[j] = given[j] * factor[j]
+            if size:
+                _normalize(row, size, eps, deviations)
+                for j in range(row.size):
+                    row[j] = row[j] * weight[j] + bias[j]
+            _add_own_input(row, x[r:stop].reshape((stop - r) * k), n, k)
             if activation == 1:
-                for j in range(n):
+                for j in range(row.size):
                     v = row[j]
                     v = ONE if v > ONE else v
                     row[j] = -ONE if v < -ONE else v
             elif activation == 2:
-                for j in range(n):
-                    v = row[j] + vectors[SHIFT_IN, j]
-                    row[j] = (v if v > 0 else vectors[SLOPE, j] * v) + vectors[SHIFT_OUT, j]
-            for j in range(n):
-                row[j] = row[j] * vectors[ALPHA, j] + vectors[BETA, j]
+                for j in range(row.size):
+                    v = row[j] + shift[j]
+                    low = slope[j] * v
+                    row[j] = (v if v > ZERO else low) + shift_out[j]
+            for j in range(row.size):
+                row[j] = row[j] * alpha[j] + beta[j]
 
 
 @kernel(parallel=True, reorder=True)
-def end_backward(y, x, g, vectors, parts, eps, activation, dy, dx, dvectors):
-    """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N)."""
+def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
+    """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N).
+
+    Every loop touches few arrays: the compiler makes vector code where it can check that they are apart.
+    """
     rows, n = y.shape
-    k = x.shape[1]
-    blocks = (rows + BLOCK - 1) // BLOCK
+    k, wide = x.shape[1], vectors.shape[1]
+    tall, blocks = wide // n, (rows + BLOCK - 1) // BLOCK
     sums = np.zeros((blocks, 8, n), np.float32)
     for block in prange(blocks):
-        hat, moved, d = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-        deviations, total = np.empty(max(parts, 1), np.float32), sums[block]
-        for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            _normalized(y[r], vectors[FACTOR], parts, eps, hat, deviations)
-            _with_own_input(hat, x[r], vectors[WEIGHT], vectors[BIAS], moved)
-            for j in range(n):
-                total[BETA, j] += g[r, j]
-                d[j] = g[r, j] * vectors[ALPHA, j]
+        last, deviations, total = min(rows, (block + 1) * BLOCK), np.empty(wide, np.float32), np.zeros_like(vectors)
+        hats, inputs, work = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
+        factor, weight, bias = vectors[FACTOR], vectors[WEIGHT], vectors[BIAS]
+        shift, slope, shift_out, alpha = vectors[SHIFT_IN], vectors[SLOPE], vectors[SHIFT_OUT], vectors[ALPHA]
+        of_factor, of_weight, of_bias = total[FACTOR], total[WEIGHT], total[BIAS]
+        of_shift, of_slope, of_shift_out = total[SHIFT_IN], total[SLOPE], total[SHIFT_OUT]
+        of_alpha, of_beta = total[ALPHA], total[BETA]
+        for r in range(block * BLOCK, last, tall):
+            stop = min(last, r + tall)
+            count = (stop - r) * n
+            given, up, out = y[r:stop].reshape(count), g[r:stop].reshape(count), dy[r:stop].reshape(count)
+            hat, moved, d = hats[:count], inputs[:count], work[:count]
+            for j in range(count):
+                hat[j] = given[j] * factor[j]
+            if size:
+                _normalize(hat, size, eps, deviations)
+            for j in range(count):
+                moved[j] = hat[j] * weight[j] + bias[j]
+            _add_own_input(moved, x[r:stop].reshape((stop - r) * k), n, k)
+            for j in range(count):
+                of_beta[j] += up[j]
+                d[j] = up[j] * alpha[j]
             if activation == 2:
-                for j in range(n):
-                    v = moved[j] + vectors[SHIFT_IN, j]
-                    low = v if v <= ZERO else ZERO
-                    z = (v if v > ZERO else vectors[SLOPE, j] * v) + vectors[SHIFT_OUT, j]
-                    total[ALPHA, j] += g[r, j] * z
-                    total[SHIFT_OUT, j] += d[j]
-                    total[SLOPE, j] += d[j] * low
-                    d[j] = d[j] if v > ZERO else d[j] * vectors[SLOPE, j]
-                    total[SHIFT_IN, j] += d[j]
-            elif activation == 1:
-                for j in range(n):
+                for j in range(count):
+                    moved[j] += shift[j]
+                for j in range(count):
+                    of_shift_out[j] += d[j]
                     v = moved[j]
-                    z = ONE if v > ONE else v
-                    total[ALPHA, j] += g[r, j] * (-ONE if z < -ONE else z)
-                    d[j] = d[j] if abs(v) < ONE else ZERO
+                    of_slope[j] += d[j] * (v if v <= ZERO else ZERO)
+                for j in range(count):
+                    v = moved[j]
+                    low = slope[j] * v
+                    of_alpha[j] += up[j] * ((v if v > ZERO else low) + shift_out[j])
+                for j in range(count):
+                    v, high = moved[j], d[j]
+                    low = high * slope[j]
+                    v = high if v > ZERO else low
+                    d[j] = v
+                    of_shift[j] += v
+            elif activation == 1:
+                for j in range(count):
+                    v, above = moved[j], d[j]
+                    d[j] = above if abs(v) < ONE else ZERO
+                    v = ONE if v > ONE else v
+                    of_alpha[j] += up[j] * (-ONE if v < -ONE else v)
             else:
+                for j in range(count):
+                    of_alpha[j] += up[j] * moved[j]
+            _own_input_backward(d, dx[r:stop].reshape((stop - r) * k), n, k)
+            if size:
+                for j in range(count):
+                    of_weight[j] += d[j] * hat[j]
+                    of_bias[j] += d[j]
+                for j in range(count):
+                    d[j] *= weight[j]
+                _normalize_backward(d, hat, size, deviations)
+            for j in range(count):
+                of_factor[j] += d[j] * given[j]
+                out[j] = d[j] * factor[j]
+        for i in range(8):
+            for start in range(0, wide, n):
+                part, summed = total[i, start : start + n], sums[block, i]
                 for j in range(n):
-                    total[ALPHA, j] += g[r, j] * moved[j]
-            if k > n:
-                group = k // n
-                share = ONE / np.float32(group)
-                for j in range(n):
-                    for i in range(group):
-                        dx[r, j * group + i] = d[j] * share
-            elif k:
-                for j in range(k):
-                    dx[r, j] = d[j]
-                for start in range(k, n, k):
-                    for j in range(k):
-                        dx[r, j] += d[start + j]
-            if parts:
-                size = n // parts
-                for j in range(n):
-                    total[WEIGHT, j] += d[j] * hat[j]
-                    total[BIAS, j] += d[j]
-                    d[j] *= vectors[WEIGHT, j]
-                for p in range(parts):
-                    part, h = d[p * size : (p + 1) * size], hat[p * size : (p + 1) * size]
-                    mean, along = ZERO, ZERO
-                    for j in range(size):
-                        mean += part[j]
-                        along += part[j] * h[j]
-                    mean, along = mean / np.float32(size), along / np.float32(size)
-                    for j in range(size):
-                        part[j] = (part[j] - mean - h[j] * along) * deviations[p]
-            for j in range(n):
-                total[FACTOR, j] += d[j] * y[r, j]
-                dy[r, j] = d[j] * vectors[FACTOR, j]
+                    summed[j] += part[j]
     dvectors[:] = 0
     for block in range(blocks):
         for i in range(8):
@@ -175,10 +226,11 @@ def end_backward(y, x, g, vectors, parts, eps, activation, dy, dx, dvectors):
 
 
 def _table(vectors: Sequence[Tensor | None], width: int) -> np.ndarray:
-    table = np.empty((len(_DEFAULTS), width), np.float32)
-    for row, value, default in zip(table, vectors, _DEFAULTS, strict=True):
-        row[:] = default if value is None else value.detach().numpy()
-    return table
+    """Return the vectors (8, R N), each as many times as fill a tile of a power of two of rows."""
+    table = np.empty((len(_DEFAULTS), 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
+    for rows, value, default in zip(table, vectors, _DEFAULTS, strict=True):
+        rows[:] = default if value is None else value.detach().numpy()
+    return table.reshape(len(table), -1)
 
 
 def _own_rows(x: Tensor | None, rows: int) -> np.ndarray:
@@ -188,27 +240,25 @@ def _own_rows(x: Tensor | None, rows: int) -> np.ndarray:
 class _LayerEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, end: End, y: Tensor, x: Tensor | None, *vectors: Tensor | None) -> Tensor:
-        rows = elementwise.rows_of(y)
+        rows, width = elementwise.rows_of(y), y.shape[-1]
         out = y.new_empty(y.shape)
-        kind, eps = ACTIVATIONS[end.activation], np.float32(end.eps)
-        own, table = _own_rows(x, len(rows)), _table(vectors, y.shape[-1])
-        end_forward(rows, own, table, end.parts, eps, kind, out.view(rows.shape).numpy())
-        ctx.end = end
-        ctx.save_for_backward(y, x, *vectors)
+        ctx.how = width // end.parts if end.parts else 0, np.float32(end.eps), ACTIVATIONS[end.activation]
+        ctx.table, ctx.given = _table(vectors, width), [value is not None for value in vectors]
+        end_forward(rows, _own_rows(x, len(rows)), ctx.table, *ctx.how, out.view(rows.shape).numpy())
+        ctx.save_for_backward(y, x)
         return out
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        y, x, *vectors = ctx.saved_tensors
-        end, rows = ctx.end, elementwise.rows_of(y)
-        own, table = _own_rows(x, len(rows)), _table(vectors, y.shape[-1])
-        dy, dx, dtable = y.new_empty(y.shape), np.empty_like(own), np.empty_like(table)
-        kind, eps, up = ACTIVATIONS[end.activation], np.float32(end.eps), elementwise.rows_of(g)
-        end_backward(rows, own, up, table, end.parts, eps, kind, dy.view(rows.shape).numpy(), dx, dtable)
-        summed = torch.from_numpy(dtable).unbind()
-        dvectors = [None if value is None else d for value, d in zip(vectors, summed, strict=True)]
+        y, x = ctx.saved_tensors
+        rows = elementwise.rows_of(y)
+        own, summed = _own_rows(x, len(rows)), y.new_empty(len(_DEFAULTS), y.shape[-1])
+        dy, dx = y.new_empty(y.shape), np.empty_like(own)
+        up, out = elementwise.rows_of(g), dy.view(rows.shape).numpy()
+        end_backward(rows, own, up, ctx.table, *ctx.how, out, dx, summed.numpy())
+        dvectors = [d if given else None for given, d in zip(ctx.given, summed.unbind(), strict=True)]
         return None, dy, None if x is None else torch.from_numpy(dx).view(x.shape), *dvectors
 
 
