@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import binvit
 from binvit.nn.convert import set_progress
-from binvit.nn.fused import autograd, elementwise, linear
+from binvit.nn.fused import autograd, elementwise, formed, linear
 from binvit.nn.products import binary_product
 from binvit.nn.rules import Elastic
 
@@ -42,10 +42,15 @@ def run_with_two_threads(code: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+# Schemes whose query, key, map and value all have rules with a form.
+FORMED = "bnn", "xnor++", "bireal", "irnet", "reactnet", "bibert", "bivit", "binaryvit", "bit"
+
+
 @pytest.mark.parametrize(
     "scheme",
     [
         binvit.scheme("gsb"),
+        binvit.scheme("bit", attention_bias="full", attention_shift=True),
         binvit.scheme("gsb", reduce="head", attention="elastic"),
         binvit.scheme("gsb", thresholds=(), attention_bias="none"),
         binvit.scheme("gsb", thresholds=(0.5,), attention_bias="relative", weight="bwn_channel"),
@@ -58,11 +63,13 @@ def test_fused_step_equals_the_rules(scheme, monkeypatch):
     model = trained(scheme)
     set_progress(model, 0.8)
     x = torch.randn(6, 3, 15, 15)
-    used = []
-    attention = autograd.attention_core
-    monkeypatch.setattr(autograd, "attention_core", lambda *a: used.append(1) or attention(*a))
+    used = set()
+    for module, name in ((autograd, "attention_core"), (formed, "attention_by_forms")):
+        core = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, core=core: used.add(core.__name__) or core(*a))
     y, grads = gradients(model, x)
-    assert bool(used) == (scheme.name in ("gsb", "elastic"))
+    forms = {"attention_core": ("gsb", "elastic"), "attention_by_forms": FORMED}
+    assert used == {name for name, schemes in forms.items() if scheme.name in schemes}
     monkeypatch.setattr(elementwise, "usable", lambda *tensors: False)
     expected, expected_grads = gradients(model, x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from torch import nn
 import binvit
 from binvit.nn import AttentionBias, Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv, rules
 from binvit.nn.block_parts import LayerEnd, RPReLU
+from binvit.nn.fused import autograd, formed
 from binvit.nn.rules import GsbAttention, HeadSign
 from binvit.nn.schemes import PLACES
 
@@ -505,14 +506,22 @@ def test_a_bias_for_another_number_of_tokens_is_refused(training, kind, n):
 
 
 @pytest.mark.parametrize("options", [{"attn_drop": 0.5}, {"qk_norm": True}])
-def test_what_the_fused_core_does_not_know_goes_step_by_step(options):
-    layer = attention_layer(binvit.scheme("gsb"), **options)
+@pytest.mark.parametrize("scheme", ["gsb", "bit"])
+def test_what_the_fused_core_does_not_know_goes_step_by_step(options, scheme, monkeypatch):
+    used = []
+    for module, name in ((autograd, "attention_core"), (formed, "attention_by_forms")):
+        core = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, core=core: used.append(1) or core(*a))
+    layer = attention_layer(binvit.scheme(scheme), **options)
     x = tokens().float()
-    layer(x)
-    assert not layer._can_fuse(layer.qkv(x))
-    plain = attention_layer(binvit.scheme("gsb"))
+    for _ in range(2):
+        layer(x)
+    assert not used
+    plain = attention_layer(binvit.scheme(scheme))
     plain(x)
-    assert plain._can_fuse(plain.qkv(x))
+    assert not used  # the first batch sets scales
+    plain(x)
+    assert used
 
 
 @pytest.mark.parametrize("mask", [{"attn_mask": torch.zeros(5, 5)}, {"is_causal": True}])

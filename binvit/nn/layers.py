@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from binvit.nn.block_parts import Branches, LayerEnd, clip
-from binvit.nn.fused import autograd
+from binvit.nn.fused import autograd, formed
 from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.linear import scheme_linear
 from binvit.nn.products import attention_product, binary_product, superpose
@@ -107,8 +108,27 @@ class BinaryAttention(nn.Module):
         if self.bias is not None:
             self.bias.check(x, attn_mask, is_causal)
         qkv = self.qkv(x)
-        y = self._fused(qkv) if self._can_fuse(qkv) else self._by_steps(qkv)
-        return self.proj_drop(self.proj(self.norm(y)))
+        return self.proj_drop(self.proj(self.norm(self._attended(qkv))))
+
+    def _attended(self, qkv: Tensor) -> Tensor:
+        """Return the context (B, N, H * d): fused where possible, in training, but not in the first batch."""
+        map_, value = self.attention_binarizer, self.value_binarizer
+        binarizers = self.query_binarizer, self.key_binarizer, map_, value
+        plain = self.training and not (self.record or self.attn_drop.p) and all(b.is_set for b in binarizers)
+        if not (plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)):
+            return self._by_steps(qkv)
+        rules = rule_q, rule_k, rule_a, rule_v = binarizers[0].rule, binarizers[1].rule, map_.rule, value.rule
+        bias = None if self.bias is None else self.bias()
+        shifts = self.query_shift, self.key_shift, self.value_shift
+        values = [binarizer.values(qkv) for binarizer in binarizers]
+        plain = self.softmax and self.context_end is None
+        if plain and autograd.takes_attention(rule_q, rule_k, rule_a, rule_v, qkv):
+            scales = *values[0], *values[1], *values[2:]
+            return autograd.attention_core(qkv, self.num_heads, bias, shifts, (rule_a, rule_v), *scales)
+        if not formed.takes_forms(rules, values, qkv):
+            return self._by_steps(qkv)
+        y = formed.attention_by_forms(qkv, self.num_heads, self.softmax, bias, shifts, rules, values)
+        return self._ended(y, qkv.unflatten(-1, (3, -1)).unbind(2))
 
     def _by_steps(self, qkv: Tensor) -> Tensor:
         split = self.split_heads(qkv)
@@ -118,37 +138,17 @@ class BinaryAttention(nn.Module):
         a = self.attn_drop(self.attention_map(scores))
         if self.record:
             self._keep(scores, a, q, k, v)
-        y = self._merge_heads(self.attend(a, v))
+        return self._ended(self._merge_heads(self.attend(a, v)), [self._merge_heads(x) for x in split])
+
+    def _ended(self, y: Tensor, split: Sequence[Tensor]) -> Tensor:
         if self.context_end is None:
             return y
-        if not self.context_end.own_input:
-            return self.context_end(y)
-        query, key, value = map(self._merge_heads, split)
-        return self.context_end(y, query + key + value)
+        query, key, value = split
+        return self.context_end(y, query + key + value if self.context_end.own_input else None)
 
     @staticmethod
     def _merge_heads(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)
-
-    def _can_fuse(self, qkv: Tensor) -> bool:
-        """Return whether the fused core takes the batch: in training, but not the first one, which sets the scales."""
-        binarizers = self.query_binarizer, self.key_binarizer, self.attention_binarizer, self.value_binarizer
-        plain = self.training and self.softmax and not (self.record or self.context_end or self.attn_drop.p)
-        plain = plain and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        query, key, map_, value = (binarizer.rule for binarizer in binarizers)
-        return plain and binarizers[2].is_set and autograd.takes_attention(query, key, map_, value, qkv)
-
-    def _fused(self, qkv: Tensor) -> Tensor:
-        query, key, map_, value = (
-            self.query_binarizer,
-            self.key_binarizer,
-            self.attention_binarizer,
-            self.value_binarizer,
-        )
-        bias = None if self.bias is None else self.bias()
-        shifts = self.query_shift, self.key_shift, self.value_shift
-        scales = *query.values(qkv), *key.values(qkv), map_.values(qkv), value.values(qkv)
-        return autograd.attention_core(qkv, self.num_heads, bias, shifts, (map_.rule, value.rule), *scales)
 
     @torch.no_grad()
     def _keep(self, scores: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:

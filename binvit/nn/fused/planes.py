@@ -14,33 +14,52 @@ from binvit.nn.rules import Form, Plane, Rule
 _NONE = np.empty(0, np.float32)
 
 
-def _form(rule: Rule, x: Tensor, parameters: Sequence[Tensor]) -> Form | None:
+def form_of(rule: Rule, x: Tensor, parameters: Sequence[Tensor]) -> Form | None:
+    """Return the rule's form with these parameters, None if the kernels cannot take it or x."""
     if rule.is_float or not elementwise.usable(x, *parameters) or any(p.numel() != 1 for p in parameters):
         return None
     form = rule.form(*(p.item() for p in parameters))
     return form if form is not None and form.mean == "none" else None
 
 
+def _rows_of(x: Tensor, form: Form) -> np.ndarray:
+    """View x as rows: the tensor's own where they matter, else longer ones, which make better vector code."""
+    rows = elementwise.rows_of(x)
+    return rows if form.share or x.dim() < 3 else rows.reshape(-1, x.shape[-1] * x.shape[-2])
+
+
+def levels(form: Form, x: Tensor) -> Tensor:
+    """Return the levels of x, of its shape."""
+    rows, out = _rows_of(x, form), x.new_empty(x.shape)
+    limits, shift = elementwise.numbers(form)[3:], elementwise.vector(None, rows.shape[1])
+    elementwise.binary_levels(rows, shift, *limits, _NONE, out.view(rows.shape).numpy())
+    return out
+
+
+def gradients(
+    rule: Rule, form: Form, x: Tensor, g: Tensor, gain: float, dx: Tensor, *parameters: Tensor
+) -> tuple[Any, ...]:
+    """Return the gradients to the parameters for the gradient gain * g of the binarized x, and write dx, contiguous."""
+    rows, up = _rows_of(x, form), _rows_of(g, form)
+    shift, gain_x = elementwise.vector(None, rows.shape[1]), np.float32(form.gain)
+    out, kind, ignored = dx.view(rows.shape).numpy(), elementwise.numbers(form), np.empty_like(shift)
+    sums = elementwise.binary_backward(rows, shift, up, np.float32(gain), *kind, gain_x, _NONE, False, out, ignored)
+    values = rule.parameter_gradients(*sums, x.numel(), *(p.item() for p in parameters))
+    return tuple(None if v is None else p.new_full(p.shape, float(v)) for p, v in zip(parameters, values, strict=True))
+
+
 def planes(rule: Rule, x: Tensor, *parameters: Tensor) -> list[Plane]:
     """Return what `rule.planes(x, *parameters)` does, to the last bit."""
-    form = _form(rule, x, parameters)
+    form = form_of(rule, x, parameters)
     if form is None:
         return rule.planes(x, *parameters)
-    levels = x.new_empty(x.shape)
-    out, limits = levels.view(-1, x.shape[-1]).numpy(), elementwise.numbers(form)[3:]
-    elementwise.binary_levels(elementwise.rows_of(x), elementwise.vector(None, x.shape[-1]), *limits, _NONE, out)
-    return [Plane(levels, None if form.scale == 1 else x.new_tensor(form.scale))]
+    return [Plane(levels(form, x), None if form.scale == 1 else x.new_tensor(form.scale))]
 
 
 def backward(rule: Rule, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
     """Return what `rule.backward(x, g, *parameters)` does, up to the rounding of sums."""
-    form = _form(rule, x, parameters)
+    form = form_of(rule, x, parameters)
     if form is None or not elementwise.usable(g):
         return rule.backward(x, g, *parameters)
-    one, width = np.float32(1), x.shape[-1]
-    dx, dshift = x.new_empty(x.shape), np.empty(width, np.float32)
-    out, kind, gain = dx.view(-1, width).numpy(), elementwise.numbers(form), np.float32(form.gain)
-    rows, up, shift = elementwise.rows_of(x), elementwise.rows_of(g), elementwise.vector(None, width)
-    sums = elementwise.binary_backward(rows, shift, up, one, *kind, gain, _NONE, False, out, dshift)
-    values = rule.parameter_gradients(*sums, x.numel(), *(p.item() for p in parameters))
-    return dx, *(None if v is None else p.new_full(p.shape, float(v)) for p, v in zip(parameters, values, strict=True))
+    dx = x.new_empty(x.shape)
+    return dx, *gradients(rule, form, x, g, 1.0, dx, *parameters)
