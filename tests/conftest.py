@@ -5,10 +5,12 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("BINVIT_QUIET", "1")  # what is said on stderr does not depend on what was compiled before
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# No deadline: a machine with other work on it is slow now and then, and compiles on the first example.
-settings.register_profile("binvit", deadline=None, derandomize="CI" in os.environ)
+# No limits of time: a machine with other work on it is slow now and then, one that is emulated always, and the first
+# example compiles.
+SLOW_IS_FINE = [HealthCheck.too_slow]
+settings.register_profile("binvit", deadline=None, suppress_health_check=SLOW_IS_FINE, derandomize="CI" in os.environ)
 settings.load_profile("binvit")
 
 # What takes more than some ten seconds of a core, the longest first.
