@@ -198,3 +198,16 @@ def test_equal_sides_say_nothing_about_which_is_larger(values, verdict):
     claim = claims.check_difference("a exceeds b.", estimate(values))
     (corrected,) = claims.correct(claims.confirm("a paper", claim))
     assert (claim.verdict, corrected.verdict) == (verdict, verdict)
+
+
+@pytest.mark.parametrize(("weak", "verdict"), [(0.29, "undecided"), (0.31, "yes")])
+def test_what_does_not_train_is_compared_with_nothing(weak, verdict):
+    rows = [(scheme, seed, value + seed / 1000) for scheme, value in (("a", 0.9), ("b", weak)) for seed in range(3)]
+    df = pd.DataFrame(rows, columns=["scheme", "seed", "test_accuracy"])
+    assert claims.check_pair("a exceeds b.", df, "a", "b").verdict == "yes"
+    claim = claims.check_pair("a exceeds b.", df.assign(chance=0.1), "a", "b")
+    assert claim.verdict == verdict
+    assert ("b does not train: 29.1 % of test images, 10.0 % by chance" in claim.evidence) == (weak < 0.3)
+    assert claims.check_pair("b exceeds a.", df.assign(chance=0.1), "b", "a").verdict == (
+        "no" if weak > 0.3 else verdict
+    )

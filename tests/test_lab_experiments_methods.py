@@ -54,7 +54,7 @@ def test_what_does_not_train_is_shown_and_enters_nothing():
 
 def test_chance_and_the_heading_stand_in_the_figure():
     runs = plan.plan(methods.conditions(["float"]), "digits", [0])
-    assert methods.chance(runs) == {"digits": 0.1}
+    assert plan.chance(runs) == {"digits": 0.1}
     figure = methods.draw(trials({"float": 0.9, "bnn": 0.2, "gsb": 0.8}, 0.1), {"digits": 0.1})
     (ax,) = figure.axes
     assert {"chance"} <= {text.get_text() for text in ax.texts}

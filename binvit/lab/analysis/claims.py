@@ -13,6 +13,7 @@ from binvit.lab.analysis.statistics import Difference, Estimate, estimate, paire
 from binvit.lab.analysis.verdicts import Claim, Verdict, confirm, correct, verdict_of
 
 __all__ = [
+    "LEAST",
     "Claim",
     "all_of",
     "check_difference",
@@ -26,6 +27,9 @@ __all__ = [
     "table",
     "verdicts",
 ]
+
+LEAST = 3
+"""Below so many times chance a model has learned nothing worth comparing."""
 
 
 def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, percent: bool = True) -> Claim:
@@ -75,7 +79,7 @@ def check_pair(
 
     Args:
         sentence: what is claimed.
-        df: one row per trial.
+        df: one row per trial; if it has the column chance, sides that have learned nothing (`LEAST`) are not compared.
         a: the value of column ``on`` that is claimed to be larger.
         b: the value of column ``on`` that it is compared with.
         margin: what the difference must exceed; negative for "not worse than by".
@@ -98,6 +102,11 @@ def check_pair(
     df = shared(df, a, b, on, pair)
     if df.empty:
         return Claim(sentence, "undecided", f"no pair of {a!r} and {b!r} was run")
+    for name in (a, b) if "chance" in df else ():
+        mean, chance = df.loc[df[on] == name, ["test_accuracy", "chance"]].mean()
+        if mean < LEAST * chance:
+            text = f"{name} does not train: {100 * mean:.1f} % of test images, {100 * chance:.1f} % by chance"
+            return Claim(sentence, "undecided", text)
     return check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
 
 

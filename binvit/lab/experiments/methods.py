@@ -1,7 +1,6 @@
 """All published binarizers on the same model: families, published numbers, and the claims of that experiment."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import binvit
-from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
+from binvit.lab.analysis.claims import LEAST, Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
-from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
@@ -24,7 +22,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "group superposition": ("elastic", "gsb"),
 }
 CNN, TRANSFORMER = list(FAMILIES)[1:3]
-LEAST, UNTRAINED = 3, "does not train"  # below so many times chance a scheme has learned nothing worth comparing
+UNTRAINED = "does not train"
 PUBLISHED = ("notebook", "data", "model", "scheme", "what", "top1", "source", "grade")
 
 
@@ -61,27 +59,12 @@ def _place(scheme: str) -> int:
     return known.index(scheme) if scheme in known else len(known)
 
 
-def chance(runs: Sequence[Run], load: Callable[..., ImageData] = load_data) -> dict[str, float]:
-    """Return the accuracy of guessing by the name of the images; those that nobody knows are left out.
-
-    Args:
-        runs: the result of `plan`.
-        load: what loads the images.
-    """
-    found = {}
-    for data, trial in {run.data: run.trial for run in reversed(runs)}.items():
-        with suppress(FileNotFoundError):  # without images and archived trials there is nothing to compare with it
-            images = load(trial.dataset, root=trial.root, image_size=trial.get_recipe().image_size)
-            found[data] = 1 / len(images.classes)
-    return found
-
-
 def with_families(table: pd.DataFrame, guessing: Mapping[str, float]) -> pd.DataFrame:
     """Add the columns family and trains, which is false where the mean is below three times chance.
 
     Args:
         table: the result of `plan.train` for `conditions`.
-        guessing: the result of `chance`.
+        guessing: the result of `plan.chance`.
     """
     mean = table.groupby(["data", "condition"])["test_accuracy"].transform("mean")
     trains = mean.astype(float) >= LEAST * table["data"].map(guessing).astype(float)
@@ -150,7 +133,7 @@ def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
 
     Args:
         table: the result of `with_families`.
-        guessing: the result of `chance`.
+        guessing: the result of `plan.chance`.
     """
     table = table.sort_values("trains", ascending=False, kind="stable")  # what does not train stands last
     summary = summarize(table, ["data", "family", "condition", "scheme"])

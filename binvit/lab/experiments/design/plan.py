@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,21 @@ def loader(p: Any) -> Callable[..., ImageData]:
     return functools.partial(counted_data, archive=archive) if (archive := archive_dir(p)) else load_data
 
 
+def chance(runs: Sequence[Run], load: Callable[..., ImageData] = load_data) -> dict[str, float]:
+    """Return the accuracy of guessing by the name of the images; those that nobody knows are left out.
+
+    Args:
+        runs: the result of `plan`.
+        load: what loads the images.
+    """
+    found = {}
+    for data, trial in {run.data: run.trial for run in reversed(runs)}.items():
+        with suppress(FileNotFoundError):  # without images and archived trials there is nothing to compare with it
+            images = load(trial.dataset, root=trial.root, image_size=trial.get_recipe().image_size)
+            found[data] = 1 / len(images.classes)
+    return found
+
+
 def archive_dir(p: Any) -> Path | None:
     """Return the folder of the archive that a notebook reads instead of training, None if it trains."""
     return folder(p.archive) if p.archive else None
@@ -174,7 +190,7 @@ def train(
             (`not_run` names them).
 
     Returns:
-        One row per run: condition and data, then the columns of `run_trials`.
+        One row per run: condition and data, then the columns of `run_trials`, then chance, the accuracy of guessing.
     """
     if archive:
         return read_archive(runs, archive)
@@ -190,7 +206,8 @@ def train(
     table = pd.concat(parts, ignore_index=True)
     order = {(run.condition, run.data, run.trial.seed): row for row, run in enumerate(runs)}
     rows = [order[row] for row in zip(table["condition"], table["data"], table["seed"], strict=True)]
-    return table.iloc[pd.Series(rows).argsort()].reset_index(drop=True)
+    table = table.iloc[pd.Series(rows).argsort()].reset_index(drop=True)
+    return table.assign(chance=table["data"].map(chance(runs)))
 
 
 def read_archive(runs: Sequence[Run], archive: str | Path) -> pd.DataFrame:
@@ -208,7 +225,8 @@ def read_archive(runs: Sequence[Run], archive: str | Path) -> pd.DataFrame:
     table.insert(0, "condition", [run.condition for run in runs])
     measured = [*MEASURED, "clean_train_accuracy", "memorized", "parameters", "id"]
     table = table.reindex(columns=list(dict.fromkeys([*table.columns, *measured])))
-    return table[table["id"].notna()].reset_index(drop=True)
+    guessing = chance(runs, functools.partial(counted_data, archive=folder(archive)))
+    return table.assign(chance=table["data"].map(guessing))[table["id"].notna()].reset_index(drop=True)
 
 
 def require_known(runs: list[Run], images: str, archive: str | Path | None) -> list[Run]:

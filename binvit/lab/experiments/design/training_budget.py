@@ -13,7 +13,7 @@ import pandas as pd
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.data.label_noise import Matrix
 from binvit.lab.experiments.design.parse import Images
-from binvit.lab.experiments.design.plan import Condition, Run, changed, read_archive
+from binvit.lab.experiments.design.plan import Condition, Run, chance, changed, read_archive
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.trial import Trial
@@ -92,13 +92,14 @@ def run(runs: Sequence[Run], results_dir: str | Path, jobs: int = 1, archive: st
         archive: as for `plan.train`.
 
     Returns:
-        The columns of `run_trials`, with "condition", "data", the images' name, "labels", how they go wrong
-        ("symmetric" or "class-conditional"), and "gap", training minus test accuracy.
+        The columns of `run_trials`, with "condition", "data", the images' name, "chance", the accuracy of guessing,
+        "labels", how they go wrong ("symmetric" or "class-conditional"), and "gap", training minus test accuracy.
     """
     if archive:
         table = read_archive(runs, archive)
     else:
         names = {"condition": [item.condition for item in runs], "data": [item.data for item in runs]}
         table = run_trials([item.trial for item in runs], results_dir, jobs).assign(**names)
+        table["chance"] = table["data"].map(chance(runs))
     kinds = [_kind(noise) for noise in table["noise"]]
     return table.assign(labels=kinds, gap=table["train_accuracy"] - table["test_accuracy"])
