@@ -23,7 +23,7 @@ from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.lab.data.datasets import ImageData
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import axis_name, colors_of, label_ends, styled
+from binvit.lab.figures.style import axis_name, caption, colors_of, label_ends, styled
 from binvit.lab.training.model import build_model
 from binvit.lab.trials.archive import find
 from binvit.lab.trials.measurements import add_measurements, read_measurements
@@ -246,4 +246,6 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(axis_name("test_accuracy"))
         label_ends(ax, ends, colors, {name: str(name) for name in ends})
 
-    return subplot_grid(table, COSTS, panel, None)
+    fig = subplot_grid(table, COSTS, panel, None)
+    caption(fig, "large: mean over the seeds, small: single seeds; line: what no model of the same cost beats")
+    return fig
