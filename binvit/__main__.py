@@ -1,7 +1,6 @@
 """The command line: `binvit COMMAND` or `python -m binvit COMMAND`.
 
-Wrong input ends with one
-sentence on stderr and exit code 2, failed work with exit code 1.
+Wrong input ends with one sentence on stderr and exit code 2, failed work with exit code 1.
 """
 
 from __future__ import annotations
@@ -36,12 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-_FAILED_WORK = (
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENOSPC,
-)  # a full or broken disk; other numbers tell of a wrong path
+# A full or broken disk; other numbers tell of a wrong path.
+_FAILED_WORK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 
 def _tell(message: Warning | str, *where: object) -> None:
@@ -50,7 +45,9 @@ def _tell(message: Warning | str, *where: object) -> None:
 
 
 def _refuse(sentence: str, code: int = 2) -> None:
-    click.echo(f"Error: {sentence}", err=True)
+    # Names of files and folders may hold line breaks and codes that a terminal obeys.
+    printable = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
+    click.echo(f"Error: {''.join(printable)}", err=True)
     sys.exit(code)
 
 

@@ -219,7 +219,7 @@ def test_third_split_is_kept_as_validation(parquet):
         (lambda rows: rows[20].update(label=3), r"label 3 in row 20 of .* 3 classes with training images"),
         (lambda rows: [row.update(label=[row["label"]]) for row in rows], r"label \[0\] in row 0 .* not an integer"),
         (lambda rows: rows[2].update(label=None), r"label 0\.0 in row 0 .* not an integer"),
-        (lambda rows: [row.pop("label") for row in rows], r"lacks the column 'label'; it has image, split"),
+        (lambda rows: [row.pop("label") for row in rows], r"lacks the column 'label'; it has \['image', 'split'\]"),
         (lambda rows: rows[1].update(split="extra"), r"holds 'extra'; expected train, test or val"),
         (lambda rows: [row.update(split="train") for row in rows], r"holds no test images"),
         (lambda rows: rows[0].update(image=encode(flat(0, (9, 9)))), r"not squares of one size; give the image_size"),
@@ -313,6 +313,8 @@ def test_chaoyang_folder(chaoyang):
         (lambda lists: lists["train"][2].update(name="train/../../x"), ValueError, r"no path inside"),
         (lambda lists: lists["train"][2].update(name="/etc/passwd"), ValueError, r"'/etc/passwd'.* no path inside"),
         (lambda lists: lists["train"][2].update(name=None), ValueError, r"None.* no path inside"),
+        (lambda lists: lists["train"][2].update(name="a\n.png"), ValueError, r"names 'a\\n\.png', which is no path"),
+        (lambda lists: lists["train"][1].update({"la\nbel": lists["train"][1].pop("label")}), ValueError, r"\['la\\nbel"),
         (
             lambda lists: lists["train"][2].update(name="train/x.png"),
             FileNotFoundError,

@@ -327,6 +327,8 @@ def test_predict_refuses_what_it_cannot_read(capsys, model, tmp_path):
     assert "picture.png" in refused(capsys, "predict", picture, picture)
     assert "There is no model" in refused(capsys, "predict", tmp_path / "gone.safetensors", picture)
     assert "holds no image" in refused(capsys, "predict", model, empty)
+    told = refused(capsys, "predict", model, tmp_path / "two\nlines\x1b[31m.png")
+    assert r"two\nlines\x1b[31m.png" in told
 
 
 def test_reproduce_writes_a_report_and_fails_at_the_end_if_a_notebook_failed(capsys, tmp_path):

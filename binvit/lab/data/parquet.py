@@ -44,8 +44,7 @@ def read_parquet(location: Path, test: bool = True) -> Source:
         columns = [name for name in ("image", "label", "split") if name in schema.names]
         for name in ("image", "label"):
             if name not in columns:
-                has = ", ".join(schema.names) or "none"
-                raise ValueError(f"{location} lacks the column {name!r}; it has {has}.")
+                raise ValueError(f"{location} lacks the column {name!r}; it has {show(schema.names)}.")
         for name in columns:
             if schema.names.count(name) > 1:
                 raise ValueError(f"{location} has the column {name!r} more than once.")

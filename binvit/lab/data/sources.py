@@ -129,7 +129,7 @@ def _chaoyang(location: Path) -> Source:
         for row, entry in enumerate(entries):
             missing = [key for key in ("name", "label") if key not in entry]
             if missing:
-                raise ValueError(f'Entry {row} of {path} lacks "{missing[0]}"; it has {", ".join(sorted(entry))}.')
+                raise ValueError(f'Entry {row} of {path} lacks "{missing[0]}"; it has {show(sorted(entry))}.')
         images = [_inside(location, entry["name"], row, path) for row, entry in enumerate(entries)]
         labels = checked_labels([entry["label"] for entry in entries], len(classes), str(path))
         for row, image in enumerate(images):
@@ -139,8 +139,8 @@ def _chaoyang(location: Path) -> Source:
 
 
 def _inside(folder: Path, name: object, row: int, origin: Path) -> Path:
-    """Join a path named by a file to its folder, refusing any that leaves it."""
-    path = os.path.normpath(name) if isinstance(name, str) and name else ".."
+    """Join a path named by a file to its folder, refusing any that leaves it or cannot be printed."""
+    path = os.path.normpath(name) if isinstance(name, str) and name.isprintable() and name else ".."
     if os.path.isabs(path) or path.split(os.sep)[0] == "..":
         raise ValueError(f"Entry {row} of {origin} names {show(name)}, which is no path inside {folder}.")
     return folder / path
