@@ -314,7 +314,11 @@ def test_chaoyang_folder(chaoyang):
         (lambda lists: lists["train"][2].update(name="/etc/passwd"), ValueError, r"'/etc/passwd'.* no path inside"),
         (lambda lists: lists["train"][2].update(name=None), ValueError, r"None.* no path inside"),
         (lambda lists: lists["train"][2].update(name="a\n.png"), ValueError, r"names 'a\\n\.png', which is no path"),
-        (lambda lists: lists["train"][1].update({"la\nbel": lists["train"][1].pop("label")}), ValueError, r"\['la\\nbel"),
+        (
+            lambda lists: lists["train"].__setitem__(1, {"name": "a", "la\nbel": 0}),
+            ValueError,
+            r"has \['la\\nbel', 'na",
+        ),
         (
             lambda lists: lists["train"][2].update(name="train/x.png"),
             FileNotFoundError,

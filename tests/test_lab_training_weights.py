@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import time
 
@@ -6,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from archive_maker import result
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
@@ -13,6 +15,7 @@ import binvit
 from binvit.lab.training.model import build_model, default_patch_size
 from binvit.lab.training.recipes import list_recipes, parse_options, recipe
 from binvit.lab.training.weights import create_pretrained, file_hash, load_weights
+from binvit.lab.trials import archive
 from binvit.lab.trials.train_trial import train_trial
 from binvit.lab.trials.trial import Trial
 
@@ -114,8 +117,26 @@ def test_the_content_of_the_weights_is_part_of_the_trial(tmp_path):
     (tmp_path / "a.pth").write_bytes((tmp_path / "b.pth").read_bytes())
     with pytest.raises(ValueError, match=r"a\.pth are not those that the trial names"):
         train_trial(first)
-    with pytest.raises(FileNotFoundError, match=r"starts from weights with the hash sha256:.*; give their file"):
-        train_trial(small(weights_hash=first.get_recipe().weights_hash))
+    known = small(weights_hash=first.get_recipe().weights_hash)
+    with pytest.raises(FileNotFoundError, match=r"starts from weights with the hash sha256:.*; give their file\.$"):
+        train_trial(known)
+    found = dataclasses.replace(known, root=str(tmp_path))  # beside the data, under any name
+    assert found.id == first.id
+    assert train_trial(found).history[0]["train_loss"] == trained[0]
+    (tmp_path / "elsewhere.pth").unlink()
+    (tmp_path / "c.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"give their file, or put it into the folder"):
+        train_trial(found)
+
+
+def test_an_archived_line_names_weights_by_their_hash_alone(tmp_path):
+    torch.save(VisionTransformer(img_size=16, num_classes=5, **SHAPE).state_dict(), tmp_path / "a.pth")
+    trial = small(weights=str(tmp_path / "a.pth"))
+    archive.add([result(trial)], tmp_path / "archive")
+    (line,) = (tmp_path / "archive" / "trials" / "digits.jsonl").read_text().splitlines()
+    assert str(tmp_path) not in line
+    assert archive.find(trial, tmp_path / "archive").id == trial.id
+    assert archive.find(small(weights_hash=trial.get_recipe().weights_hash), tmp_path / "archive").id == trial.id
 
 
 def test_pretrained_weights_are_refused_at_once_without_a_network(tmp_path, monkeypatch):
@@ -152,6 +173,7 @@ def test_pretrained_weights_of_the_cache_need_no_network(tmp_path, monkeypatch):
 def test_the_default_patch_divides_the_side():
     found = {side: default_patch_size(side) for side in (4, 6, 8, 12, 20, 28, 30, 32, 36, 62, 64, 96, 100, 224)}
     assert found == {4: 2, 6: 2, 8: 2, 12: 2, 20: 2, 28: 4, 30: 3, 32: 4, 36: 4, 62: 2, 64: 8, 96: 12, 100: 10, 224: 28}
+    assert [default_patch_size(side, 4) for side in (8, 28, 32, 64, 224)] == [2, 7, 8, 16, 56]
     for side in (1, 2, 3, 7, 31, 97):
         with pytest.raises(ValueError, match=f"Images of {side} pixels cannot .*--image-size .* such as [1-9]"):
             default_patch_size(side)

@@ -59,7 +59,7 @@ def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) ->
         if image_size % model.patch_embed.patch_size[0]:
             raise ValueError(_indivisible(image_size, model.patch_embed.patch_size[0]))
         return model
-    patch_size = recipe.patch_size or default_patch_size(image_size)
+    patch_size = recipe.patch_size or default_patch_size(image_size, recipe.patches)
     if image_size % patch_size:
         raise ValueError(_indivisible(image_size, patch_size))
     cls = VisionTransformerDistilled if recipe.distilled else VisionTransformer
@@ -79,8 +79,12 @@ def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) ->
     )
 
 
-def default_patch_size(image_size: int) -> int:
-    """Return the divisor of an image's side that is nearest to an eighth of it, at least 2.
+def default_patch_size(image_size: int, patches: int = 8) -> int:
+    """Return the divisor of an image's side that is nearest to an even part of it, at least 2.
+
+    Args:
+        image_size: pixels of the side.
+        patches: how many parts the side should have.
 
     Raises:
         ValueError: no divisor gives 2 to 32 patches a side.
@@ -91,7 +95,7 @@ def default_patch_size(image_size: int) -> int:
             f"Images of {image_size} pixels cannot be divided into patches of equal size; "
             f"give another side with --image-size (the recipe's image_size), such as {_multiple(image_size, 8)}."
         )
-    return min(useful, key=lambda size: abs(size - image_size / 8))
+    return min(useful, key=lambda size: abs(size - image_size / patches))
 
 
 def _indivisible(image_size: int, patch_size: int) -> str:

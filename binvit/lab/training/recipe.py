@@ -31,7 +31,7 @@ class Recipe(Config):
     name: Text
     """The registered recipe this one started from."""
     model: Text | None = None
-    """A timm model name; None builds a vision transformer from the eight fields that follow."""
+    """A timm model name; None builds a vision transformer from the fields from `width` to `drop_path`."""
     pretrained: Switch = False
     """Start from timm's pretrained weights (downloaded by timm); only with `model`."""
     weights: Text = dataclasses.field(default="", compare=False)
@@ -47,7 +47,10 @@ class Recipe(Config):
     mlp_ratio: Annotated[Number, Field(gt=0, le=2**10)] = 4.0
     """Width of the hidden layer over `width`."""
     patch_size: Count | None = None
-    """Pixels of a patch's side; None takes the divisor of the image's side nearest to an eighth of it, at least 2."""
+    """Pixels of a patch's side; None takes the divisor of the image's side nearest to its part of `patches`, at least
+    2."""
+    patches: Count = 8
+    """Patches along a side that an unnamed `patch_size` aims at."""
     distilled: Switch = False
     """Add a distillation token and its head."""
     global_pool: Literal["token", "avg"] = "token"

@@ -19,6 +19,7 @@ from binvit.images import require_regular
 from binvit.lab.data.sources import expanded
 
 _HEADS = ("head", "head_dist")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _REACH_SECONDS = 5
 
 
@@ -35,6 +36,28 @@ def file_hash(path: str | Path, what: str = "weights") -> str:
     """
     with open(require_regular(expanded(path), f"file of {what}"), "rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def find_weights(expected_hash: str, folder: str | Path | None) -> str:
+    """Return the file of weights in a folder that has a hash, whatever its name.
+
+    Args:
+        expected_hash: what `file_hash` returns for it.
+        folder: where to look, its folders left out; None looks nowhere.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    place = expanded(folder) if folder else None
+    files = sorted(place.iterdir()) if place and place.is_dir() else []
+    for path in files:
+        if path.suffix in _SUFFIXES and path.is_file() and file_hash(path) == expected_hash:
+            return str(path)
+    where = f", or put it into the folder {folder}" if folder else ""
+    raise FileNotFoundError(f"The trial starts from weights with the hash {expected_hash}; give their file{where}.")
 
 
 def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str = "") -> None:

@@ -24,6 +24,8 @@ from binvit.lab.trials.trial import Trial, teacher_trial
 
 # Kept in full by each line's scheme; a line needs no description.
 _UNTOLD = ("description", "reference")
+# Where files lay on the machine that trained; their hashes stay.
+_PLACES = ("weights", "teacher")
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,8 @@ def _line(result: TrialResult) -> str:
     """Return a result as one line: the history as one list per column, rounded to four digits."""
     values = {"id": result.id} | result.to_dict()
     values["trial"].pop("root")
+    for options in (values["trial"]["recipe_options"], values["recipe"]):
+        options |= {name: "" for name in _PLACES if name in options}
     values["scheme"] = {name: value for name, value in values["scheme"].items() if name not in _UNTOLD}
     values["history"] = {
         name: [float(f"{record[name]:.4g}") if isinstance(record[name], float) else record[name] for record in history]

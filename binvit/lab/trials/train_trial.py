@@ -1,5 +1,6 @@
 """One trial from its data to its files: trained, measured, kept."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from binvit.lab.training.devices import Team
 from binvit.lab.training.loop import Progress, Training, TrainingDiverged
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import cpu_kind, cpu_vectors
-from binvit.lab.training.weights import file_hash
+from binvit.lab.training.weights import file_hash, find_weights
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -174,6 +175,8 @@ def train_trial(
 
 def _training(trial: Trial, teacher: nn.Module | None, team: Team, resume: str | Path | None) -> Training:
     recipe = trial.get_recipe()
+    if recipe.weights_hash and not recipe.weights:
+        recipe = dataclasses.replace(recipe, weights=find_weights(recipe.weights_hash, trial.root))
     data = load_data(
         trial.dataset,
         samples_per_class=trial.samples_per_class,
