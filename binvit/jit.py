@@ -28,7 +28,7 @@ from llvmlite.binding import Linkage
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
+from numba.core.compiler import Compiler, Flags
 from numba.extending import intrinsic
 
 config: Any = numba.config  # which numba fills at run time
@@ -84,6 +84,8 @@ class _Kernel:
         except RuntimeError:  # numba found no folder: a read-only installation without a home
             self._entry._cache = _NoCache()
         self._nested = njit(no_cpython_wrapper=True, pipeline_class=_NestedCompiler)(function)
+        for form in (self._entry, self._nested):
+            form._compiler._customize_flags = _Flags
 
     def __call__(self, *arguments: Any) -> Any:
         return self._entry(*arguments)
@@ -91,6 +93,19 @@ class _Kernel:
     @property
     def _numba_type_(self) -> numba.types.Type:  # what the kernel's name means in compiled code
         return self._nested._numba_type_
+
+
+class _Flags(Flags):
+    # numba compares the flags at each function that it resolves, option by option: a tenth of the compile time.
+
+    __slots__ = ()
+    _HASH = hash(Flags())
+
+    def __hash__(self) -> int:
+        return self._HASH
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == other._values if isinstance(other, _Flags) else super().__eq__(other)
 
 
 class _EntryCompiler(Compiler):
