@@ -1,6 +1,7 @@
 """The design and the claims about components and factors."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from experiment_tables import table_of
@@ -87,6 +88,9 @@ def test_the_patch_embedding_stands_beside_float():
     assert list(table["factor"].unique()) == ["nothing", *components_and_scaling.FACTORS]
     assert len(table) == 3 * 5
     assert table["test_accuracy"].max() == 0.91
+    alone = accuracies().query("component == 'nothing'").assign(data="photographs")
+    both = components_and_scaling.patch_embedding(pd.concat([accuracies(), alone]))
+    assert set(both["data"]) == {"digits"}  # nothing stands beside the float models of photographs
 
 
 def test_nothing_is_better_where_nothing_differs():

@@ -68,3 +68,11 @@ def test_figure_has_a_panel_for_each_cost():
     figure = width.draw(table(0.65))
     assert [ax.get_xlabel() for ax in figure.axes] == ["kB of the file", "ms for one image, one thread"]
     assert all(ax.get_xscale() == "log" for ax in figure.axes)
+
+
+def test_models_that_were_not_measured_have_no_panel():
+    measured = table(0.65)
+    unmeasured = measured.assign(data="photographs", bytes=float("nan"), ms=float("nan"))
+    figure = width.draw(pd.concat([measured, unmeasured]))
+    assert len(figure.axes) == 2
+    assert "photographs" not in [ax.get_title() for ax in figure.axes]

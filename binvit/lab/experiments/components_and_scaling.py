@@ -70,12 +70,13 @@ def with_factors(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def patch_embedding(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the trials whose patch embedding alone is 1-bit, and the float ones.
+    """Return the trials whose patch embedding alone is 1-bit, and the float ones on the same images.
 
     Args:
         table: the result of `with_factors`.
     """
-    return table[table["component"].isin([NOTHING, PATCHES])]
+    run = table.loc[table["component"] == PATCHES, "data"]
+    return table[table["component"].isin([NOTHING, PATCHES]) & table["data"].isin(run)]
 
 
 def draw(table: pd.DataFrame) -> Figure:

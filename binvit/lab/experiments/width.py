@@ -222,11 +222,10 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw test accuracy against bytes and against milliseconds, with the front of what no other model beats.
 
     Args:
-        table: the result of `with_costs`.
+        table: the result of `with_costs`; models that were not measured are not drawn.
     """
 
     def panel(part: pd.DataFrame, cost: str, ax: Axes) -> None:
-        part = part.dropna(subset=[cost])
         means = part.groupby(["scheme", "width", cost], sort=False)["test_accuracy"].mean().reset_index()
         colors = colors_of(means["scheme"])
         ends = {}
@@ -246,6 +245,6 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(axis_name("test_accuracy"))
         label_ends(ax, ends, colors, {name: str(name) for name in ends})
 
-    fig = subplot_grid(table, COSTS, panel, None)
+    fig = subplot_grid(table.dropna(subset=list(COSTS)), COSTS, panel, None)
     caption(fig, "large: mean over the seeds, small: single seeds; line: what no model of the same cost beats")
     return fig
