@@ -55,8 +55,8 @@ _CPU = Recipe(
     crop=0.5,
     flip=0.5,
 )
-# Four minutes on one thread: a thousand photographs of 64 pixels, 16 patches and the class token. Not quite trained out:
-# on validation images twice the epochs gain the float model 1.4 points, 30.3 to 31.7 % (two seeds).
+# Four minutes on one thread: a thousand photographs of 64 pixels, 16 patches and the class token. Not quite trained
+# out: on validation images twice the epochs gain the float model 1.4 points, 30.3 to 31.7 % (two seeds).
 _FLOWERS = dataclasses.replace(_CPU, name="flowers", patches=4, epochs=160, eval_every=40, lr=1e-3)
 
 _REGISTRY = {
