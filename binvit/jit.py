@@ -96,7 +96,7 @@ class _Kernel:
 
 
 class _Flags(Flags):
-    # numba compares the flags at each function that it resolves, option by option: a tenth of the compile time.
+    # numba compares the flags at each function that it resolves, all options one by one; what is set decides as well.
 
     __slots__ = ()
     _HASH = hash(Flags())

@@ -161,6 +161,7 @@ def train_trial(
     Raises:
         TrainingDiverged: the loss is no longer finite.
         ValueError: data, recipe and scheme do not fit together.
+        FileNotFoundError: data, weights or a teacher are missing.
     """
     team = Team(device)
     with own_random_state(team.device):  # around the data, too: what reads them may draw when it is imported
