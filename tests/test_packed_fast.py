@@ -7,7 +7,7 @@ from packed_models import SIMPLE, images, logits_of, trained
 
 import binvit
 from binvit import bits
-from binvit.packed.fast.path import _ONE_TORCH_THREAD, torch_threads
+from binvit.packed.fast.path import ONE_TORCH_THREAD, torch_threads
 from binvit.packed.fast.threads import TEAM
 
 X = images(20)
@@ -169,7 +169,7 @@ def test_the_number_of_torch_threads_outlives_overlapping_passes():
     seen = []
 
     def overlap():
-        with _ONE_TORCH_THREAD:
+        with ONE_TORCH_THREAD:
             entered.set()
             leave.wait(10)
             seen.append(torch.get_num_threads())
@@ -178,7 +178,7 @@ def test_the_number_of_torch_threads_outlives_overlapping_passes():
     torch.set_num_threads(3)
     try:
         worker = threading.Thread(target=overlap)
-        with _ONE_TORCH_THREAD:
+        with ONE_TORCH_THREAD:
             worker.start()
             entered.wait(10)
         assert torch.get_num_threads() == 3

@@ -1,14 +1,16 @@
 import itertools
+import subprocess
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from packed_models import images, trained
 
 import binvit
-from binvit.packed.fast import threads
+from binvit.packed.fast import path, threads
 from binvit.packed.fast.threads import Pool
 
 
@@ -98,3 +100,58 @@ def test_python_threads_with_batches_of_several_sizes_share_a_model(options):
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+@pytest.mark.parametrize("order", [[0], [1], [0, 1], [1, 0]])
+def test_one_image_needs_none_of_the_threads_that_share_it(monkeypatch, order):
+    class OneByOne:
+        """A team of which some never come, and some when all work is done."""
+
+        def run(self, task, threads):
+            for number in order if threads == 2 else [0]:  # a machine may have one core
+                task(number, threads)
+
+    packed, one = binvit.pack(trained("gsb")), images(1)
+    expected = packed(one, threads=1)
+    monkeypatch.setattr(path, "TEAM", OneByOne())
+    assert torch.equal(packed(one, threads=2), expected)
+
+
+# Every image is larger than what torch does with one thread of its own accord.
+_TORCH_SLEEPS = """
+import sys, threading
+from pathlib import Path
+import torch, binvit
+from timm.models.vision_transformer import VisionTransformer
+
+def cpu_time():
+    own = {str(thread.native_id) for thread in threading.enumerate()}
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name not in own]
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+torch.set_num_threads(2)
+vit = VisionTransformer(img_size=160, patch_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+images = torch.randn(2, 3, 160, 160)
+packed = binvit.pack(binvit.calibrate(binvit.binarize(vit, "gsb"), images), mean=(0.5,) * 3, std=(0.5,) * 3)
+photo = (255 * torch.rand(160, 160, 3)).byte().numpy()
+tried = {"sum": images.sum, "one": lambda: packed(images[:1]), "two": lambda: packed(images)}
+tried["photo"] = lambda: packed.predict([photo, photo])
+holes = images / 0
+tried["nan"] = lambda: packed(holes)
+for name, call in tried.items():
+    call()
+    threading.Event().wait(0.3)  # what spins falls asleep
+    before = cpu_time()
+    call()
+    threading.Event().wait(0.3)
+    print(name, sum(cpu_time().values()) - sum(before.values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="this system does not count threads' time")
+def test_a_prediction_wakes_no_thread_of_torch():
+    done = subprocess.run([sys.executable, "-c", _TORCH_SLEEPS], capture_output=True, text=True, check=True)
+    spent = {name: int(nanoseconds) for name, nanoseconds in map(str.split, done.stdout.splitlines())}
+    if not spent.pop("sum"):
+        pytest.skip("torch has one thread on this machine")
+    assert spent == dict.fromkeys(("one", "two", "photo", "nan"), 0)

@@ -18,7 +18,7 @@ from binvit.nn.precision import forked, on_cpu
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
 from binvit.packed.fast.fold import NotFoldable
-from binvit.packed.fast.path import FastPath, torch_threads
+from binvit.packed.fast.path import ONE_TORCH_THREAD, FastPath, torch_threads
 
 PARTS = (
     "1-bit weights",
@@ -121,9 +121,14 @@ class PackedViT:
         if self._fast is None or not self._fast.takes(len(images)):
             with bits.use_threads(1 if forked() else None):  # numba ends a forked process that asks for OpenMP
                 return self._model(images)
-        if math.isfinite(images.sum().item()):  # one pass; a sum beyond float32 only takes the longer way
-            return self._fast(images, threads)
-        return poison(self._fast(images.nan_to_num(0, 0, 0), threads), images)
+        with ONE_TORCH_THREAD:
+            finite = math.isfinite(images.sum().item())  # one pass; a sum beyond float32 only takes the longer way
+            clean = images if finite else images.nan_to_num(0, 0, 0)
+        logits = self._fast(clean, threads)
+        if finite:
+            return logits
+        with ONE_TORCH_THREAD:
+            return poison(logits, images)
 
     def preprocess(self, images: Source | Sequence[Source]) -> Tensor:
         """Turn images into what the model reads, as training did: decoded, resized, cut and normalized.
@@ -148,7 +153,8 @@ class PackedViT:
         pixels = np.empty((len(sources), *size, channels), np.uint8)
         for i, source in enumerate(sources):
             pixels[i] = to_pixels(source, channels, plan.vit.img_size, plan.resize, plan.interpolation)
-        return normalize(pixels, plan.mean, plan.std)
+        with ONE_TORCH_THREAD:
+            return normalize(pixels, plan.mean, plan.std)
 
     def predict(
         self, images: Tensor | Source | Sequence[Source], top: int = 5, threads: int | None = None
@@ -182,7 +188,8 @@ class PackedViT:
                 f"Images need finite pixels, but those of image {int(unknown.nonzero()[0])} in the batch are not."
             )
         names = self.classes or tuple(f"class {number}" for number in range(count))
-        probabilities, numbers = logits.softmax(-1).topk(min(int(top), count))
+        with ONE_TORCH_THREAD:
+            probabilities, numbers = logits.softmax(-1).topk(min(int(top), count))
         return [
             [(names[number], probability) for number, probability in zip(*pair, strict=True)]
             for pair in zip(numbers.tolist(), probabilities.tolist(), strict=True)

@@ -1,8 +1,8 @@
 """The fast path's forward pass through the blocks: the steps of `binvit.bits`, composed into one compiled function.
 
 A block works on token rows (`_enter`, `_leave`) and on heads (`_score`, `_attend`). For many images every thread runs
-whole passes; for one image the threads share the rows and the heads and meet twice a block. Zeros are passed as
-`np.int64(0)`: a literal would make numba compile a copy of the callee for its value.
+whole passes; for one image the threads share the rows and the heads and wait for each other twice a block. Zeros are
+passed as `np.int64(0)`: a literal would make numba compile a copy of the callee for its value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from binvit.packed.fast.layernorm import normalize_and_pack
 from binvit.packed.fast.layout import ROW, SAMPLE
 from binvit.packed.fast.patches import embed_patches
 from binvit.packed.fast.softmax import add_bias, exponentiate, group_bounds
-from binvit.packed.fast.threads import meet, take_next
+from binvit.packed.fast.threads import take_next, wait_for
+
+_LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
+_PARTS = 4  # of a step for each thread
 
 
 @kernel
@@ -268,8 +271,11 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
 
 
 @kernel
-def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
+def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
     """Run one image from pixels to the last block together with other threads that call the same.
+
+    A step is cut into parts, and a thread takes the next part that nobody has. So nobody waits for a thread that starts
+    late, because another program's threads are still on its core; one that never comes is not missed.
 
     Args:
         s: the folded blocks; no maximum may run over all heads.
@@ -281,24 +287,55 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, gates):
         heads: from `make_scratch`.
         task: this thread's number.
         tasks: number of threads.
-        gates: int64 (3 L + 1,) zeros, where threads meet and share heads.
+        counters: int64 (`shared_counters(blocks)`,) zeros: parts that were taken and parts that are done of each step.
     """
-    tokens, blocks = x.shape[0], s.norms.shape[0]
-    tiles = (tokens + TILE - 1) // TILE
-    start, stop = tiles * task // tasks * TILE, min(tokens, tiles * (task + 1) // tasks * TILE)
-    nothing, own = np.empty(3, np.float32), np.int64(0)
+    tokens, blocks, own, step = x.shape[0], s.norms.shape[0], np.int64(0), np.int64(0)
+    nothing = np.empty(3, np.float32)
     if patches.weights.shape[0]:
         count = patches.positions.shape[0]
-        tiles = (count + TILE - 1) // TILE
-        embed_patches(patches, image, x, tiles * task // tasks * TILE, min(count, tiles * (task + 1) // tasks * TILE))
-        meet(gates, 3 * blocks, tasks)
-    for block in range(blocks):
-        _enter(s, block, x, c, own, start, stop)
-        meet(gates, 3 * block, tasks)
-        head = take_next(gates, 3 * block + 1)
-        while head < s.heads:
-            _score(s, biases, block, head, c, heads, own, task)
-            _attend(s, block, head, c, heads, own, task, nothing)
-            head = take_next(gates, 3 * block + 1)
-        meet(gates, 3 * block + 2, tasks)
-        _leave(s, block, x, c, own, start, stop)
+        rows, parts = _parts(count, tasks)
+        part = take_next(counters, step)
+        while part < parts:
+            embed_patches(patches, image, x, part * rows, min(count, (part + 1) * rows))
+            part = _next_part(counters, step)
+        wait_for(counters, step + _LINE, parts)
+        step += 2 * _LINE
+    rows, parts = _parts(tokens, tasks)
+    for block in range(blocks + 1):
+        part = take_next(counters, step)
+        while part < parts:
+            start, stop = part * rows, min(tokens, (part + 1) * rows)
+            if block > 0:
+                _leave(s, block - 1, x, c, own, start, stop)
+            if block < blocks:
+                _enter(s, block, x, c, own, start, stop)
+            part = _next_part(counters, step)
+        wait_for(counters, step + _LINE, parts)
+        step += 2 * _LINE
+        if block < blocks:
+            head = take_next(counters, step)
+            while head < s.heads:
+                _score(s, biases, block, head, c, heads, own, task)
+                _attend(s, block, head, c, heads, own, task, nothing)
+                head = _next_part(counters, step)
+            wait_for(counters, step + _LINE, s.heads)
+            step += 2 * _LINE
+
+
+def shared_counters(blocks: int) -> int:
+    """Return how many counters the threads of `share_image` need."""
+    return 2 * _LINE * (2 * blocks + 2)
+
+
+@kernel
+def _next_part(counters, step):
+    take_next(counters, step + _LINE)
+    return take_next(counters, step)
+
+
+@kernel
+def _parts(rows, tasks):
+    # Whole tiles, and enough parts that the last one is short.
+    tiles = (rows + TILE - 1) // TILE
+    part = max(1, tiles // (_PARTS * tasks)) * TILE
+    return part, (rows + part - 1) // part

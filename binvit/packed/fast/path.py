@@ -28,7 +28,7 @@ from binvit import bits
 from binvit.bits.attention.bias import Bias
 from binvit.bits.attention.head import Workspace
 from binvit.packed.fast.fold import NotFoldable, fold_block, over_batch
-from binvit.packed.fast.forward import run_images, share_image
+from binvit.packed.fast.forward import run_images, share_image, shared_counters
 from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
@@ -113,10 +113,10 @@ class FastPath:
 
     def _run_together(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
         """Run one image on all threads."""
-        gates = np.zeros(3 * len(self.layers.norms) + 1, np.int64)
+        counters = np.zeros(shared_counters(len(self.layers.norms)), np.int64)
 
         def run(task: int, tasks: int) -> None:
-            share_image(self.layers, self.bias, self.patches, pixels, x, *scratch, task, tasks, gates)
+            share_image(self.layers, self.bias, self.patches, pixels, x, *scratch, task, tasks, counters)
 
         with self._borrow(len(x), 1, threads) as scratch:
             TEAM.run(run, threads)
@@ -130,7 +130,7 @@ class FastPath:
         model = self._model
         if model.global_pool == "token":  # the head reads class and distillation token alone
             x = x[:, : model.num_prefix_tokens]
-        with _ONE_TORCH_THREAD:
+        with ONE_TORCH_THREAD:
             return model.forward_head(model.norm(x))
 
 
@@ -164,14 +164,14 @@ class _OneTorchThread:
             return torch.get_num_threads()
 
 
-_ONE_TORCH_THREAD = _OneTorchThread()
+ONE_TORCH_THREAD = _OneTorchThread()
 if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that stays behind
-    os.register_at_fork(after_in_child=lambda: _OneTorchThread.__init__(_ONE_TORCH_THREAD))
+    os.register_at_fork(after_in_child=lambda: _OneTorchThread.__init__(ONE_TORCH_THREAD))
 
 
 def torch_threads() -> int:
     """Return how many threads torch uses, whatever other Python threads' forward passes are doing."""
-    return _ONE_TORCH_THREAD.threads()
+    return ONE_TORCH_THREAD.threads()
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

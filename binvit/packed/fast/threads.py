@@ -1,8 +1,8 @@
-"""A team of threads that runs one kernel together, and the barrier inside it.
+"""A team of threads that runs one kernel together, and the counters by which they share its work.
 
 The kernels release the GIL, so plain Python threads run them side by side. One hand-over per forward pass replaces a
-parallel region per layer, threads meet inside the kernel within a fraction of a microsecond, and no second OpenMP
-runtime spins next to torch's.
+parallel region per layer, threads wait for each other inside the kernel for a fraction of a microsecond, and no second
+OpenMP runtime spins next to torch's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from binvit.bits.emitter import Emitter, check_arrays
 from binvit.jit import JIT, kernel, vector_code
 
 T = TypeVar("T")
-_PATIENCE = 2000  # looks at a gate before the processor is offered to others
+_PATIENCE = 2000  # looks at a counter before the processor is offered to others
 
 
 class Team:
@@ -162,19 +162,16 @@ def _offer_processor(typing_context):
 
 
 @kernel
-def meet(counters, index, threads):
-    """Wait until all threads have come to the same gate.
+def wait_for(counters, index, count):
+    """Wait until a counter that threads share has reached a number.
 
     Args:
-        counters: int64, zeros before the first thread starts.
-        index: the gate; each is used once.
-        threads: how many must come.
+        counters: int64.
+        index: the counter.
+        count: the number.
     """
-    if threads == 1:
-        return
-    take_next(counters, index)
     looks = 0
-    while look_at(counters, index) < threads:
+    while look_at(counters, index) < count:
         looks += 1
         if looks > _PATIENCE:
             _offer_processor()
