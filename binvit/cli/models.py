@@ -220,8 +220,12 @@ def warm_up(model: Path | None) -> None:
         seconds = bits.warm_up()
         float_model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=2)
         trained = binvit.binarize(float_model, binvit.scheme("gsb")).train()
-        for _ in range(2):  # the first batch sets the scales, which the kernels of the second read
-            trained(torch.randn(2, 3, 32, 32)).sum().backward()
+        for images in (
+            2,
+            2,
+            128,
+        ):  # the first batch sets scales; small products are made of floats, large ones of bytes
+            trained(torch.randn(images, 3, 32, 32)).sum().backward()
         packed = binvit.pack(trained.eval())
     else:
         seconds, packed = 0.0, open_packed(model)

@@ -1,8 +1,8 @@
 """The fast path's forward pass through the blocks: the steps of `binvit.bits`, composed into one compiled function.
 
-A block works on token rows (`_enter`, `_leave`) and on heads (`_score`, `_attend`). For many images every thread runs
-whole passes; for one image the threads share the rows and the heads and wait for each other twice a block. Zeros are
-passed as `np.int64(0)`: a literal would make numba compile a copy of the callee for its value.
+A block works on token rows (`_enter`, `_leave`) and on heads (`_score`, `_attend`). Threads that work on one image
+share the rows and the heads and wait for each other twice a block. Zeros are passed as `np.int64(0)`: a literal would
+make numba compile a copy of the callee for its value.
 """
 
 from __future__ import annotations
@@ -228,28 +228,22 @@ def _mean_size(values, tokens):
 @kernel
 def _run_image(s, biases, x, c, heads, task):
     tokens, tops, start = x.shape[0], np.empty(3, np.float32), np.int64(0)
-    slots = c.tops.shape[0] // c.words.shape[0]
-    first = task * slots
+    first = task * s.heads
     for block in range(s.norms.shape[0]):
         _enter(s, block, x, c, task, start, tokens)
-        if s.map_reduce == SAMPLE or s.value_reduce == SAMPLE:
-            tops[0], tops[1], tops[2] = -np.inf, np.inf, -np.inf
-            for head in range(s.heads):
-                _score(s, biases, block, head, c, heads, task, first + head)
-                own = c.tops[first + head]
-                tops[0], tops[1], tops[2] = max(tops[0], own[0]), min(tops[1], own[1]), max(tops[2], own[2])
-            for head in range(s.heads):
-                _attend(s, block, head, c, heads, task, first + head, tops)
-        else:
-            for head in range(s.heads):
-                _score(s, biases, block, head, c, heads, task, first)
-                _attend(s, block, head, c, heads, task, first, tops)
+        tops[0], tops[1], tops[2] = -np.inf, np.inf, -np.inf
+        for head in range(s.heads):
+            _score(s, biases, block, head, c, heads, task, first + head)
+            own = c.tops[first + head]
+            tops[0], tops[1], tops[2] = max(tops[0], own[0]), min(tops[1], own[1]), max(tops[2], own[2])
+        for head in range(s.heads):
+            _attend(s, block, head, c, heads, task, first + head, tops)
         _leave(s, block, x, c, task, start, tokens)
 
 
 @kernel
 def run_images(s, biases, patches, images, x, c, heads, task, counter):
-    """Run images from pixels to the last block, one at a time, while other threads take others.
+    """Run images whose maxima run over all heads from pixels to the last block, while other threads take others.
 
     Args:
         s: the folded blocks.
@@ -257,7 +251,7 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
         patches: `binvit.packed.patches.Patches`; without weights, x holds the tokens already.
         images: float32 (B, C, H, W).
         x: float32 (B, T, D), the residual stream, overwritten.
-        c: from `make_scratch`.
+        c: from `make_scratch`, with one slot per head.
         heads: from `make_scratch`.
         task: which task's memory to use.
         counter: int64 (1,), the next image that nobody has taken.
@@ -272,7 +266,7 @@ def run_images(s, biases, patches, images, x, c, heads, task, counter):
 
 @kernel
 def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
-    """Run one image from pixels to the last block together with other threads that call the same.
+    """Run one image from pixels to the last block, alone or together with other threads that call the same.
 
     A step is cut into parts, and a thread takes the next part that nobody has. So nobody waits for a thread that starts
     late, because another program's threads are still on its core; one that never comes is not missed.

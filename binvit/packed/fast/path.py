@@ -34,6 +34,7 @@ from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
 from binvit.packed.fast.threads import TEAM, Pool
 
+_KEPT = 1 + (os.cpu_count() or 1)  # memory of passes: that of images which threads share, and a thread's own
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 
 
@@ -71,8 +72,7 @@ class FastPath:
         biases = [block["bias"] for block in folded]
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
         self.bias = Bias(**arrays, width=biases[0].width)
-        # Two sizes, for odd batches: the images that have a thread of their own, and the last one, which all share.
-        self._scratch: Pool[tuple[Scratch, Workspace]] = Pool(2)
+        self._scratch: Pool[tuple[Scratch, Workspace]] = Pool(_KEPT)
 
     def takes(self, images: int) -> bool:
         """Tell whether so many images can be run: a maximum over the batch needs all of them at once."""
@@ -90,35 +90,43 @@ class FastPath:
             stream = model.norm_pre(model._pos_embed(model.patch_embed(images)))
             x = stream.contiguous().numpy()
             pixels = np.zeros((len(x), 0, 0, 0), np.float32)
-        whole = SAMPLE in (self.layers.map_reduce, self.layers.value_reduce)
-        alone = len(x) if whole else len(x) - len(x) % threads
-        if alone:
-            self._run_alone(pixels, x[:alone], min(threads, alone), self.layers.heads if whole else 1)
-        for image in range(alone, len(x)):
-            self._run_together(pixels[image], x[image], threads)
+        if SAMPLE in (self.layers.map_reduce, self.layers.value_reduce):
+            self._run_whole(pixels, x, min(threads, len(x)))
+        else:
+            self._run(pixels, x, threads)
         if not stream.is_contiguous():
             # A mean adds in the order of the strides, and tokens of a float convolution are strided up to the head.
             stream.copy_(torch.from_numpy(x))
         return self._finish(stream)
 
-    def _run_alone(self, pixels: np.ndarray, x: np.ndarray, threads: int, slots: int) -> None:
-        """Run every image on one thread."""
+    def _run(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
+        """Run one image after the other on every thread, and the last ones on all: who is done begins with them."""
+        shared = len(x) % threads or 1 if threads > 1 else len(x)
+        images, counters = range(len(x) - shared), shared_counters(len(self.layers.norms))
+        gates, left = np.zeros((shared, counters), np.int64), iter(images)  # an iterator gives every number once
+
+        def run_one(image: int, *arguments: Any) -> None:
+            share_image(self.layers, self.bias, self.patches, pixels[image], x[image], *arguments)
+
+        def run(task: int, tasks: int) -> None:
+            if images:
+                with self._borrow(x.shape[1], 1, 1) as own:
+                    for image in left:
+                        run_one(image, *own, 0, 1, np.zeros(counters, np.int64))
+            for image, gate in enumerate(gates, len(images)):
+                run_one(image, *scratch, task, tasks, gate)
+
+        with self._borrow(x.shape[1], 1, threads) as scratch:
+            TEAM.run(run, threads)
+
+    def _run_whole(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
+        """Run one image after the other on every thread, for maxima over all heads."""
         counter = np.zeros(1, np.int64)
 
         def run(task: int, tasks: int) -> None:
             run_images(self.layers, self.bias, self.patches, pixels, x, *scratch, task, counter)
 
-        with self._borrow(x.shape[1], threads, slots) as scratch:
-            TEAM.run(run, threads)
-
-    def _run_together(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
-        """Run one image on all threads."""
-        counters = np.zeros(shared_counters(len(self.layers.norms)), np.int64)
-
-        def run(task: int, tasks: int) -> None:
-            share_image(self.layers, self.bias, self.patches, pixels, x, *scratch, task, tasks, counters)
-
-        with self._borrow(len(x), 1, threads) as scratch:
+        with self._borrow(x.shape[1], threads, self.layers.heads) as scratch:
             TEAM.run(run, threads)
 
     def _borrow(self, *key: int) -> AbstractContextManager[tuple[Scratch, Workspace]]:
