@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import notebook_maker
 import numpy as np
 import packed_models
 import pytest
+from image_files import image_folder
 from PIL import Image
 
 import binvit
@@ -275,6 +277,19 @@ def test_packed_model_predicts_the_same(capsys, model, tmp_path):
     assert run(capsys, "predict", tmp_path / "fast.safetensors", image)[1].split()[1] == trained[1].split()[1]
     assert run(capsys, "pack", model, "--float16", "--out", tmp_path / "halves.safetensors")[0] == 0
     assert (tmp_path / "halves.safetensors").stat().st_size < (tmp_path / "fast.safetensors").stat().st_size
+
+
+def test_a_packed_model_tells_its_accuracy_without_its_images(capsys, tmp_path):
+    image_folder(tmp_path / "photos")
+    sizes = ("--set", "epochs=1", "--set", "depth=1", "--out", tmp_path / "results")
+    code, out, _ = run(capsys, "train", "--dataset", "folder:photos", "--root", tmp_path, *sizes)
+    assert code == 0
+    accuracy = float(re.search(r"test accuracy ([\d.]+)", out)[1])
+    shutil.rmtree(tmp_path / "photos")
+    (kept,) = (tmp_path / "results").glob("*.safetensors")
+    code, shown, _ = run(capsys, "pack", kept)
+    assert code == 0
+    assert f"accuracy: {accuracy:.2%}" in shown
 
 
 def test_pack_refuses_what_it_cannot_pack(capsys, model, tmp_path):
