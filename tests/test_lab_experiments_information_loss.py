@@ -132,6 +132,8 @@ def test_figures_draw_what_was_measured():
     assert len(draw(table()).axes) == 4
     both = pd.concat([table(trained=True), table(trained=True).assign(data="cifar100")])
     assert len(draw(both).axes) == 10
+    half = pd.concat([table(trained=True), table().assign(data="cifar100", trained_drop=np.nan)])
+    assert [[text.get_text() for text in ax.texts] for ax in draw(half).axes].count(["not run"]) == 1
     value = torch.randn(2, 2, 9, 4).clamp(-1, 1)
     figure = distributions({"map": torch.rand(2, 2, 9, 9), "value": value}, (0.7, 0.9))
     assert [ax.get_yscale() for ax in figure.axes] == ["log", "linear"]
