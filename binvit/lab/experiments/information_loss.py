@@ -305,10 +305,9 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
 
 
 def _losses(ax: Axes, table: pd.DataFrame, measure: str, tensors: Sequence[str]) -> None:
-    factor = LOSSES[measure][1]
-    if table[measure].isna().all():
-        ax.text(0.5, 0.5, "not run", transform=ax.transAxes, ha="center", va="center", color=INK)
-    for row in summarize(table.dropna(subset=[measure]), ["tensor", "binarizer"], measure).to_dict("records"):
+    factor, rows = LOSSES[measure][1], summarize(table.dropna(subset=[measure]), ["tensor", "binarizer"], measure)
+    ax.text(0.5, 0.5, "" if len(rows) else "not run", transform=ax.transAxes, ha="center", va="center", color=INK)
+    for row in rows.to_dict("records"):
         pair = ((table["tensor"] == row["tensor"]) & (table["binarizer"] != row["binarizer"])).any()
         y = tensors.index(row["tensor"]) + pair * (0.19 if row["binarizer"] == "GSB" else -0.19)
         color = _BINARIZERS[row["binarizer"]]
