@@ -96,7 +96,7 @@ def _card(path: Path, info: CheckpointInfo, licence: str = "") -> Card:
     trial = Trial.from_dict({name: value for name, value in info.trial.items() if name != "id"})
     try:  # by its name, which needs neither its images nor the rates of today
         accuracy = read_result_file(path.with_name(f"{info.trial['id']}.json")).test_accuracy
-    except (FileNotFoundError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError):  # a foreign file may name anything
         accuracy = None
     return Card(data=trial.dataset, recipe=trial.describe(), accuracy=accuracy, seeds=(trial.seed,), licence=licence)
 

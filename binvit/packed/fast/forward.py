@@ -242,7 +242,7 @@ def _run_image(s, biases, x, c, heads, task):
 
 
 @kernel
-def run_images(s, biases, patches, images, x, c, heads, task, counter):
+def run_whole_images(s, biases, patches, images, x, c, heads, task, counter):
     """Run images whose maxima run over all heads from pixels to the last block, while other threads take others.
 
     Args:
@@ -274,7 +274,7 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
     Args:
         s: the folded blocks; no maximum may run over all heads.
         biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
-        patches: as for `run_images`.
+        patches: as for `run_whole_images`.
         image: float32 (C, H, W).
         x: float32 (T, D), the residual stream, overwritten.
         c: from `make_scratch`, for one task with one slot per thread.

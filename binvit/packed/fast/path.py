@@ -28,7 +28,7 @@ from binvit import bits
 from binvit.bits.attention.bias import Bias
 from binvit.bits.attention.head import Workspace
 from binvit.packed.fast.fold import NotFoldable, fold_block, over_batch
-from binvit.packed.fast.forward import run_images, share_image, shared_counters
+from binvit.packed.fast.forward import run_whole_images, share_image, shared_counters
 from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
@@ -102,19 +102,19 @@ class FastPath:
     def _run(self, pixels: np.ndarray, x: np.ndarray, threads: int) -> None:
         """Run one image after the other on every thread, and the last ones on all: who is done begins with them."""
         shared = len(x) % threads or 1 if threads > 1 else len(x)
-        images, counters = range(len(x) - shared), shared_counters(len(self.layers.norms))
-        gates, left = np.zeros((shared, counters), np.int64), iter(images)  # an iterator gives every number once
+        alone, size = range(len(x) - shared), shared_counters(len(self.layers.norms))
+        counters, left = np.zeros((shared, size), np.int64), iter(alone)  # an iterator gives every number once
 
         def run_one(image: int, *arguments: Any) -> None:
             share_image(self.layers, self.bias, self.patches, pixels[image], x[image], *arguments)
 
         def run(task: int, tasks: int) -> None:
-            if images:
+            if alone:
                 with self._borrow(x.shape[1], 1, 1) as own:
                     for image in left:
-                        run_one(image, *own, 0, 1, np.zeros(counters, np.int64))
-            for image, gate in enumerate(gates, len(images)):
-                run_one(image, *scratch, task, tasks, gate)
+                        run_one(image, *own, 0, 1, np.zeros(size, np.int64))
+            for image, counts in enumerate(counters, len(alone)):
+                run_one(image, *scratch, task, tasks, counts)
 
         with self._borrow(x.shape[1], 1, threads) as scratch:
             TEAM.run(run, threads)
@@ -124,7 +124,7 @@ class FastPath:
         counter = np.zeros(1, np.int64)
 
         def run(task: int, tasks: int) -> None:
-            run_images(self.layers, self.bias, self.patches, pixels, x, *scratch, task, counter)
+            run_whole_images(self.layers, self.bias, self.patches, pixels, x, *scratch, task, counter)
 
         with self._borrow(x.shape[1], threads, self.layers.heads) as scratch:
             TEAM.run(run, threads)
