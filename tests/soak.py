@@ -41,6 +41,7 @@ from binvit.lab.trials.store import model_path, read_result, result_path
 from binvit.lab.trials.trial import Trial
 
 MOST_MEMORY = 2**30
+AT_ONCE = 2  # parts that run side by side
 GOLDEN = Path(__file__).parent / "golden" / "imrl_tiny.pth"
 TINY = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 6, "batch_size": 64, "checkpoint_minutes": 0.0}
 
@@ -94,7 +95,7 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) ->
         while len(finished) < len(whole) and time.monotonic() < until:
             several = done % 10 == 9
             child, start = run(place, 2 if several else 1), time.monotonic()
-            time.sleep(draw.uniform(0, longest * (8 if several else 1)))
+            time.sleep(draw.uniform(0, 20.0 if several else longest))  # children of a pool start for seconds
             ended, status = os.waitpid(child, os.WNOHANG)
             if not ended:
                 os.kill(child, signal.SIGKILL)
@@ -123,20 +124,31 @@ def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) ->
 Reader = tuple[Path, Callable[[], object]]  # the file that is damaged, and what reads it
 
 
+def _trial() -> Trial:
+    return Trial("digits", "gsb", samples_per_class=7, recipe_options=TINY | {"epochs": 1})
+
+
+def write_files(folder: Path) -> None:
+    """Write a sound file for each reader."""
+    folder.mkdir()
+    lab.run_trials([_trial()], folder, keep_models=True, progress=False)
+    binvit.save(binvit.pack(load_checkpoint(model_path(_trial(), folder))[0]), folder / "packed.safetensors")
+    shutil.copy(GOLDEN, folder / "official.pth")
+    archive.add([read_result(_trial(), folder)], folder / "archive")
+    net = torch.nn.Linear(2, 2)
+    write_state(folder / "run.state", Position(), net, torch.optim.AdamW(net.parameters()), "run", Team("cpu"))
+    (folder / "01.cpu.yaml").write_text(
+        "schemes: [gsb, bit]\nepochs: 3\nrate: 1.0e-3\nroot: null\nnoise: {a: [1, 2]}\n"
+    )
+    _write_parquet(folder)
+    _write_chaoyang(folder / "chaoyang")
+
+
 def readers(folder: Path) -> dict[str, Reader]:
-    """Return the readers, each with a sound file of its own."""
-    trial = Trial("digits", "gsb", samples_per_class=7, recipe_options=TINY | {"epochs": 1})
-    lab.run_trials([trial], folder, keep_models=True, progress=False)
-    checkpoint = model_path(trial, folder)
-    packed = binvit.save(binvit.pack(load_checkpoint(checkpoint)[0]), folder / "packed.safetensors")
-    official = folder / "official.pth"
-    shutil.copy(GOLDEN, official)
-    archive.add([read_result(trial, folder)], folder / "archive")
+    """Return the readers of the files that `write_files` wrote."""
+    packed, official, state = (folder / name for name in ("packed.safetensors", "official.pth", "run.state"))
+    checkpoint, parameters, images = model_path(_trial(), folder), folder / "01.cpu.yaml", folder / "images.parquet"
     (line,) = (folder / "archive" / "trials").glob("*.jsonl")
-    net, state = torch.nn.Linear(2, 2), folder / "run.state"
-    write_state(state, Position(), net, torch.optim.AdamW(net.parameters()), "run", Team("cpu"))
-    parameters = folder / "01.cpu.yaml"
-    parameters.write_text("schemes: [gsb, bit]\nepochs: 3\nrate: 1.0e-3\nroot: null\nnoise: {a: [1, 2]}\n")
     types = {"schemes": "list[str]", "epochs": "int", "rate": "float", "root": "str | None", "noise": "str"}
 
     def read_parameters() -> None:
@@ -149,10 +161,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         "load_official_gsb": (official, lambda: binvit.load_official_gsb(official)),
         "checkpoints": (checkpoint, lambda: load_checkpoint(checkpoint)),
         "states": (state, lambda: read_state(state, "run", Team("cpu"))),
-        "results": (result_path(trial, folder), lambda: read_result(trial, folder)),
-        "archive": (line, lambda: archive.find(trial, folder / "archive")),
-        "parquet": (_parquet(folder), lambda: read_source(f"parquet:{folder / 'images.parquet'}")),
-        "chaoyang": (_chaoyang(folder / "chaoyang"), lambda: read_source("chaoyang", folder / "chaoyang")),
+        "results": (result_path(_trial(), folder), lambda: read_result(_trial(), folder)),
+        "archive": (line, lambda: archive.find(_trial(), folder / "archive")),
+        "parquet": (images, lambda: read_source(f"parquet:{images}")),
+        "chaoyang": (folder / "chaoyang" / "train.json", lambda: read_source("chaoyang", folder / "chaoyang")),
         "parameters": (parameters, read_parameters),
     }
 
@@ -161,7 +173,7 @@ def _picture() -> Image.Image:
     return Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 
-def _parquet(folder: Path) -> Path:
+def _write_parquet(folder: Path) -> None:
     import io
 
     import pandas as pd
@@ -170,16 +182,14 @@ def _parquet(folder: Path) -> Path:
     _picture().save(buffer, "PNG")
     rows = [{"image": buffer.getvalue(), "label": row % 2, "split": ("train", "test")[row // 4]} for row in range(8)]
     pd.DataFrame(rows).to_parquet(folder / "images.parquet")
-    return folder / "images.parquet"
 
 
-def _chaoyang(folder: Path) -> Path:
+def _write_chaoyang(folder: Path) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     _picture().save(folder / "images" / "a.png")
     for split in ("train", "test"):
         entries = [{"name": "images/a.png", "label": label} for label in range(4)]
         (folder / f"{split}.json").write_text(json.dumps(entries))
-    return folder / "train.json"
 
 
 _PIECES = [
@@ -255,18 +265,23 @@ def main(kills: int, cases: int, minutes: float, seed: int, only: tuple[str, ...
     start, code = time.monotonic(), 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name)
-        names = ["load", "load_official_gsb", "checkpoints", "states", "results", "archive", "parquet", "chaoyang",
-                 "parameters", "kills"]  # fmt: skip
-        chosen = [name for name in names if not only or name in only]
-        for number, name in enumerate(chosen):
-            share = (60 * minutes - (time.monotonic() - start)) / (len(chosen) - number)
-            code |= _apart(name, folder, kills, cases, random.Random(f"{seed} {name}"), share)
+        # the longest first, two at a time
+        names = ["kills", "load_official_gsb", "parameters", "load", "checkpoints", "states", "results", "archive",
+                 "parquet", "chaoyang"]  # fmt: skip
+        running: dict[int, str] = {}
+        for name in [name for name in names if not only or name in only]:
+            if len(running) == AT_ONCE:
+                code |= _end_of_one(running)
+            seconds = 60 * minutes - (time.monotonic() - start)
+            running[_apart(name, folder, kills, cases, random.Random(f"{seed} {name}"), seconds)] = name
+        while running:
+            code |= _end_of_one(running)
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, {'faults' if code else 'no faults'}")
     sys.exit(code)
 
 
 def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random, seconds: float) -> int:
-    """Soak one part in a process of its own, whose memory is measured and whose crash is a fault."""
+    """Start a process that soaks one part; its memory is measured and its crash is a fault."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -274,7 +289,9 @@ def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random,
             if name == "kills":
                 faults = soak_kills(kills, folder / "kills", draw, seconds)
             else:
-                faults = soak_reader(name, readers(folder / "readers")[name], cases, draw, seconds)
+                files = folder / name
+                _alone(lambda: write_files(files))  # compiling takes memory that is not the reader's
+                faults = soak_reader(name, readers(files)[name], cases, draw, seconds)
             print("\n".join(faults), end="\n" if faults else "", flush=True)
             code = int(bool(faults))
         except BaseException:
@@ -282,7 +299,26 @@ def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random,
         finally:
             sys.stdout.flush()
             os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def _alone(work: Callable[[], object]) -> None:
+    """Do something in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("the files for the readers could not be written")
+
+
+def _end_of_one(running: dict[int, str]) -> int:
+    child, ended = os.wait()
+    name, status = running.pop(child), os.waitstatus_to_exitcode(ended)
     if status < 0:
         print(f"{name}: its process died of the signal {-status}")
     return int(status != 0)

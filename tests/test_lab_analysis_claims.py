@@ -211,3 +211,27 @@ def test_what_does_not_train_is_compared_with_nothing(weak, verdict):
     assert claims.check_pair("b exceeds a.", df.assign(chance=0.1), "b", "a").verdict == (
         "no" if weak > 0.3 else verdict
     )
+
+
+def test_the_evidence_counts_trainings_that_learned_nothing():
+    df = pd.DataFrame({"scheme": ["a"] * 5 + ["b"] * 5, "seed": [*range(5)] * 2, "chance": 0.1})
+    df["test_accuracy"] = [0.9] * 5 + [0.8, 0.85, 0.29, 0.1, 0.82]
+    claim = claims.check_pair("A beats B.", df, "a", "b")
+    assert claim.evidence.endswith("; 2 of 5 b does not train")
+    assert claim.estimate.mean == pytest.approx(0.9 - df["test_accuracy"][5:].mean())  # they count all the same
+
+
+def test_sides_that_are_one_training_are_not_counted_by_the_correction():
+    same = claims.check_difference("Same.", Difference(0.0, 0.0, 0.0, 5, "a", "b", "test_accuracy"))
+    other = claims.check_difference("Other.", estimate([0.02, 0.03, 0.04]))
+    assert (same.verdict, same.p) == ("undecided", None)
+    alone = claims.correct(claims.confirm("S", other))
+    assert claims.correct(claims.confirm("S", same, other))[1] == alone[0]
+
+
+def test_several_sides_name_the_one_that_speaks_most_clearly():
+    parts = [
+        dataclasses.replace(claims.check_difference(f"Part {name}.", estimate(values)), evidence=name)
+        for name, values in {"weak": [-0.03, -0.04, -0.05], "clear": [-0.05, -0.051, -0.052]}.items()
+    ]
+    assert claims.all_of("All.", parts).evidence == "2 of 2 fail: clear"

@@ -159,3 +159,11 @@ def test_a_wrong_table_of_published_numbers(tmp_path):
     (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has the columns a, b, not notebook, data"):
         methods.published(tmp_path / "wrong.csv", "04")
+
+
+def test_gsb_is_not_compared_twice_with_its_baseline_alone():
+    (best,) = [
+        c for c in methods.claims(trials({"float": 0.9, "elastic": 0.7, "gsb": 0.8})) if "every other" in c.sentence
+    ]
+    assert (best.verdict, best.p) == ("undecided", None)
+    assert best.evidence.endswith("was run")

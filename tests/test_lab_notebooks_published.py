@@ -15,6 +15,7 @@ import pytest
 from image_files import parquet_file
 
 from binvit.lab.analysis import verdicts
+from binvit.lab.analysis.statistics import Difference
 from binvit.lab.analysis.verdicts import Claim, correct
 from binvit.lab.experiments import limited_samples
 from binvit.lab.experiments.design import plan
@@ -182,11 +183,11 @@ def test_measurements_replace_those_of_the_same_key(tmp_path):
 
 def test_every_sentence_of_the_papers_has_a_row_and_every_row_one_claim(drawn):
     sources = set()
-    for _, number, beginning in first_page.ROWS:
+    for label, number, beginning in first_page.ROWS:
         found = first_page.by_images(drawn[1][number])["digits"]
         (claim,) = [claim for claim in found if first_page.says(claim, beginning)]
-        assert claim.kind == "confirmatory"
-        sources.add(claim.source)
+        assert claim.kind == ("exploratory" if label.endswith("(exploratory)") else "confirmatory")
+        sources |= {claim.source} - {""}
     named = {value for value in vars(verdicts).values() if isinstance(value, str) and "abstract: " in value}
     assert sources == {source for source in named if not source.endswith("abstract: ")}
 
@@ -251,3 +252,32 @@ def test_published_trials_train_at_rates_that_validation_images_chose():
 def drawn_with() -> str:
     """Return the version of matplotlib that the committed figures were drawn with."""
     return re.search(r"^matplotlib==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize(
+    ("claim", "told"),
+    [
+        (Claim("A.", "undecided", "3 of 14 fail: x (5 seeds)", plain="no"), "3 of 14 fail; before correction; 5 seeds"),
+        (Claim("A.", "no", "1 of 4 fails: x (1 seed)", plain="no"), "1 of 4 fails; 1 seed"),
+        (
+            Claim("Those that were run.", "undecided", "2 of 3 are undecided: x (2 seeds)", plain="undecided"),
+            "2 of 3 undecided; not all schemes run; 2 seeds",
+        ),
+        (
+            Claim("A.", "undecided", "x", estimate=Difference(0.0, 0.0, 0.0, 5, "a", "b", "test_accuracy")),
+            "both sides train alike; 5 seeds",
+        ),
+        (
+            Claim(
+                "A.",
+                "yes",
+                "x; 1 of 7 b does not train",
+                estimate=Difference(0.2, 0.1, 0.3, 7, "a", "b", "test_accuracy"),
+                percent=True,
+            ),
+            "+20.0 (+10.0 to +30.0); 7 seeds; 1 of 7 b does not train",
+        ),
+    ],
+)
+def test_a_cell_hides_nothing_that_its_evidence_tells(claim, told):
+    assert first_page.cell(claim) == f"**{claim.verdict}**: {told}"

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
+
+from binvit.__main__ import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +60,11 @@ def test_five_commands_lead_from_a_clone_to_the_class_of_a_new_photograph(tmp_pa
             assert (site / "binvit" / "lab" / "data" / "folders.py").is_file()
             assert "test accuracy 1.0000" in done.stdout
     assert re.fullmatch(r"new\.jpg: day 0\.\d{3}, night 0\.\d{3}\n", done.stdout)
+
+
+def test_what_the_papers_size_costs_is_what_the_command_prints():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"^\$ binvit plan --size paper\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    printed = CliRunner().invoke(cli, ["plan", "--size", "paper"], prog_name="binvit")
+    assert printed.exit_code == 0
+    assert [line.rstrip() for line in printed.stdout.splitlines()] == shown[1].splitlines()

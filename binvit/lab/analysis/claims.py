@@ -61,7 +61,9 @@ def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, p
     else:
         verdict = "undecided"
     evidence = _interval_evidence(difference, margin, percent)
-    return Claim(sentence, verdict, evidence, p=difference.p_values(margin), estimate=difference, percent=percent)
+    # Sides that are the same training test nothing, so that no correction counts them.
+    p = None if difference.n > 1 and difference.low == difference.high == margin else difference.p_values(margin)
+    return Claim(sentence, verdict, evidence, p=p, estimate=difference, percent=percent)
 
 
 def check_pair(
@@ -107,7 +109,15 @@ def check_pair(
         if mean < LEAST * chance:
             text = f"{name} does not train: {100 * mean:.1f} % of test images, {100 * chance:.1f} % by chance"
             return Claim(sentence, "undecided", text)
-    return check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
+    claim = check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
+    lost = "".join(_lost(df[df[on] == name], name) for name in (a, b))
+    return dataclasses.replace(claim, evidence=claim.evidence + lost)
+
+
+def _lost(part: pd.DataFrame, name: str) -> str:
+    """Say how many trainings have learned nothing, though their mean has."""
+    count = int((part["test_accuracy"] < LEAST * part["chance"]).sum()) if "chance" in part else 0
+    return f"; {count} of {len(part)} {name} does not train" if count else ""
 
 
 def check_mean(
@@ -323,7 +333,7 @@ def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
         p = (1.0, p[1])  # a part that was not run cannot be borne out
     told: dict[Verdict, tuple[str, str]] = {"no": ("fails", "fail"), "undecided": ("is undecided", "are undecided")}
     for verdict, words in told.items():
-        found = [part for part in parts if part.verdict == verdict]
+        found = sorted((part for part in parts if part.verdict == verdict), key=lambda part: part.p[1] if part.p else 1)
         if found and not (verdict == "no" and p is not None and verdict_of(p) != "no"):
             word = words[len(found) > 1]
             return Claim(sentence, verdict, f"{len(found)} of {len(parts)} {word}: {found[0].evidence}", p=p)

@@ -75,7 +75,7 @@ def benchmark_models(
 
     Returns:
         One row per batch size and contender: batch, width, tokens, threads, contender, seconds (median), low and high
-        (quartiles), per_image, times (seconds over those of the fastest binary variant), times_low and times_high (95 %
+        (quartiles), per_image, times (seconds over those of the first variant, gsb), times_low and times_high (95 %
         interval over rounds).
     """
     model = random_model(width, image_size, depth)
@@ -92,14 +92,14 @@ def benchmark_models(
                     say(f"{name} is left out: {reason}.")
             contenders |= {name: functools.partial(run, images) for name, run in packed.items()}
             times = interleave(contenders, seconds)
-            ours = min(packed, key=lambda name: float(np.median(times[name])), default=None)
-            fastest = np.nan if ours is None else np.median(times[ours])
+            ours = next(iter(packed), None)
+            reference = np.nan if ours is None else np.median(times[ours])
             for name, values in times.items():
                 low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
                 shape = {"batch": batch, "width": width, "tokens": (image_size // 16) ** 2 + 2, "threads": threads}
                 spread = {"seconds": median, "low": low, "high": high, "per_image": median / batch}
                 ratio = (np.nan, np.nan) if ours is None else ratio_interval(values, times[ours])
-                spread |= {"times": median / fastest, "times_low": ratio[0], "times_high": ratio[1]}
+                spread |= {"times": median / reference, "times_low": ratio[0], "times_high": ratio[1]}
                 rows.append(shape | {"contender": name, "runs": len(values)} | spread)
     return pd.DataFrame(rows)
 

@@ -14,7 +14,8 @@ from binvit import bits
 from binvit.threads import check_threads
 
 _PAUSE = 0.01  # seconds; OpenMP's threads were seen to spin for 4 ms after a product
-_WARM_UP = 0.002  # seconds
+_WARM_UP = 0.002, 0.03  # seconds; a thread that wakes on a busy core was seen to stay there for some milliseconds
+_WARM_RUNS = 4
 _COUNTED = 3  # runs per turn; one of those that last longer than the next number of seconds
 _LONG = 0.1
 
@@ -50,9 +51,9 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
     """Run all contenders in turn, round by round, and return the seconds of each run.
 
     Before its turn every contender gets a pause, since the threads of the one before spin for some milliseconds after
-    their last product, on the cores that the next one needs. Then it runs once to bring its own threads and data
-    back, and its next three runs count, or its next run if that is a long one: each is measured as if it were alone and
-    busy.
+    their last product, on the cores that the next one needs. Then it runs a few times to bring its own threads and
+    data back, and its next three runs count, or its next run if that is a long one: each is measured as if it were
+    alone and busy.
 
     Args:
         contenders: what to run, by name; the first call of each, which may compile, is not counted.
@@ -70,7 +71,8 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
         run()
         once[name] = time.perf_counter() - start
     counted = {name: _COUNTED if duration < _LONG else 1 for name, duration in once.items()}
-    spent = sum(_PAUSE + max(_WARM_UP, duration) + counted[name] * duration for name, duration in once.items())
+    warm = {name: min(max(_WARM_UP[0], _WARM_RUNS * duration), _WARM_UP[1]) for name, duration in once.items()}
+    spent = sum(_PAUSE + max(warm[name], duration) + counted[name] * duration for name, duration in once.items())
     rounds = int(np.clip(len(contenders) * seconds / max(spent, 1e-9), least, most))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -78,7 +80,7 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
             time.sleep(_PAUSE)
             start = time.perf_counter()
             run()
-            while time.perf_counter() - start < _WARM_UP:
+            while time.perf_counter() - start < warm[name]:
                 run()
             for _ in range(counted[name]):
                 start = time.perf_counter()

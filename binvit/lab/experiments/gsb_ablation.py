@@ -25,7 +25,7 @@ from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.lab.trials.trained import load_trained
 from binvit.lab.trials.tune import equal_terms
 
-GSB = "GSB as published"
+GSB = "GSB with its bias"
 BATCHES_TABLE = "05_batches"  # of the archive
 _REDUCTION = "reduction: "  # begins the names of the conditions whose models are measured
 _MEASURED = ["largest_change", "flipped", "images"]
@@ -94,7 +94,7 @@ FACTORS: dict[str, tuple[Condition, ...]] = {
 
 
 def conditions(factors: Sequence[str] = ("all",)) -> list[Condition]:
-    """Return GSB as published, and with each factor at each of its levels while the others stay.
+    """Return GSB as the catalogue has it, and with each factor at each of its levels while the others stay.
 
     Args:
         factors: keys of `FACTORS`; "all" stands for all of them.
@@ -257,13 +257,15 @@ def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> 
             GRADIENT_HELPS,
             better("The released gradient is more accurate than the masked one.", "gradient", "as released", "masked"),
         ),
-        *confirm(DISTILLATION_HELPS, better("Hard distillation, as published, helps.", "distillation", "hard", "none")),
+        *confirm(DISTILLATION_HELPS, better("Hard distillation helps.", "distillation", "hard", "none")),
         *confirm(
             BEST,
-            better("As published, GSB is more accurate than float.", "scheme", "gsb, with bias", "float, without bias"),
+            better(
+                "With its bias, GSB is more accurate than float.", "scheme", "gsb, with bias", "float, without bias"
+            ),
         ),
         better(
-            "As published, GSB is more accurate than float with the same bias.",
+            "With its bias, GSB is more accurate than float with the same bias.",
             "scheme",
             "gsb, with bias",
             "float, with bias",
