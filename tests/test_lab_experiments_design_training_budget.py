@@ -13,7 +13,7 @@ from binvit.lab.analysis import statistics
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.label_noise import pixel_confusion
 from binvit.lab.experiments import label_noise, limited_samples
-from binvit.lab.experiments.design import training_budget
+from binvit.lab.experiments.design import baselines, training_budget
 from binvit.lab.experiments.label_noise import confusion_map
 from binvit.lab.notebooks import plan
 
@@ -226,7 +226,7 @@ def test_few_images_with_and_without_bias_are_conditions_of_their_own():
 
 def test_baselines_know_nothing_but_pixels():
     runs = limited_samples.conditions("digits", ["float", "gsb"], ["none", "full"], [2, 5], [0, 1])
-    table = limited_samples.baselines(runs).set_index(["condition", "samples_per_class", "seed"])
+    table = baselines.baselines(runs).set_index(["condition", "samples_per_class", "seed"])
     assert len(table) == 2 * 2 * 2
     train, test = (getattr(load_data("digits", 5, seed=1), part) for part in ("train", "test"))
     x, y = (np.stack([np.asarray(part[i][0], float).ravel() for i in range(len(part))]) for part in (train, test))

@@ -17,8 +17,8 @@ from image_files import parquet_file
 from binvit.lab.analysis import verdicts
 from binvit.lab.analysis.statistics import Difference
 from binvit.lab.analysis.verdicts import Claim, correct
-from binvit.lab.experiments import limited_samples
-from binvit.lab.experiments.design import plan
+from binvit.lab.experiments import limited_samples, methods
+from binvit.lab.experiments.design import baselines, plan
 from binvit.lab.notebooks import first_page, grid, published
 from binvit.lab.notebooks.plan import checked_values
 from binvit.lab.notebooks.plan import plan as plan_notebooks
@@ -166,9 +166,25 @@ def test_baselines_are_archived_by_their_images(tmp_path):
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 4
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 0
     runs = grid.notebook_runs(job)
-    made, read = limited_samples.baselines(runs), limited_samples.baselines(runs, tmp_path)
+    made, read = baselines.baselines(runs), baselines.baselines(runs, tmp_path)
     keys = ["samples_per_class", "seed", "condition"]
     pd.testing.assert_frame_equal(*(table.sort_values(keys, ignore_index=True) for table in (made, read)))
+
+
+def test_baselines_of_all_images_are_taken_once_for_all_seeds(tmp_path):
+    (job,) = archive_maker.jobs(tmp_path, ["04"], schemes=["float"], biased=False, seeds=[3, 4])
+    archive_maker.fill(tmp_path, [job], lambda run: True)
+    p = checked_values(job)
+    assert methods.take_measurements(p, tmp_path, tmp_path) == 1
+    assert methods.take_measurements(p, tmp_path, tmp_path) == 0
+    read = baselines.baselines(grid.notebook_runs(job), tmp_path)
+    assert read[["condition", "data", "samples_per_class", "seed"]].to_numpy().tolist() == [
+        [name, "digits", 0, 0] for name in baselines.BASELINES
+    ]
+    ours = pd.DataFrame({"data": ["digits"], "condition": ["float"], "seeds": [2]})
+    table = methods.with_references(ours, read, {"digits": 0.1, "other": 0.5})
+    assert table["condition"].tolist() == ["float", "chance", *baselines.BASELINES]
+    assert table["test accuracy (%)"].tolist() == ["", "10.0", *(f"{100 * x:.1f}" for x in read["test_accuracy"])]
 
 
 def test_measurements_replace_those_of_the_same_key(tmp_path):
@@ -199,7 +215,7 @@ def test_cells_tell_verdict_difference_interval_and_seeds():
     claim = check_difference("a beats b", Difference(0.05, 0.04, 0.06, 5, "a", "b", "test_accuracy"))
     assert first_page.cell(claim) == "**yes**: +5.0 (+4.0 to +6.0); 5 seeds"
     worse = check_difference("a beats c", Difference(-0.05, -0.06, -0.04, 5, "a", "c", "test_accuracy"))
-    assert first_page.cell(all_of("a beats all", [claim, worse])) == "**no**: 1 of 2 fail; 5 seeds"
+    assert first_page.cell(all_of("a beats all", [claim, worse])) == "**no**: 1 of 2 fails; 5 seeds"
     assert first_page.cell(Claim("a beats d", "undecided", "no trial of 'd' was run")) == "not run"
     assert first_page.cell(None) == "not run"
     lone = check_difference("a beats e", Difference(0.05, float("nan"), float("nan"), 1, "a", "e", "test_accuracy"))

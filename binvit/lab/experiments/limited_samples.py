@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 
 from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.data.images import ImageSet
+from binvit.lab.experiments.design.baselines import archive_baselines
 from binvit.lab.experiments.design.parse import Images, parse_changes, parse_images
 from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
@@ -28,16 +24,6 @@ from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import styled
 from binvit.lab.training.recipes import recipe as get_recipe
-from binvit.lab.trials.archive import find, is_present, known_fingerprint
-from binvit.lab.trials.measurements import add_measurements, read_measurements
-
-BASELINES: dict[str, Callable[[], Any]] = {
-    "nearest neighbour": lambda: KNeighborsClassifier(1),
-    "logistic regression": lambda: LogisticRegression(max_iter=200),
-}
-BASELINES_TABLE = "06_baselines"  # of the archive
-_SAMPLE = ["samples_per_class", "seed"]
-_NO_SCHEME: dict[str, Any] = {"scheme": "float", "scheme_options": {}}
 
 
 def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", full: str = "float") -> list[Claim]:
@@ -154,38 +140,6 @@ def _source_title(part: Images) -> str:
     return dataclasses.replace(part, samples_per_class=None).title
 
 
-def baselines(runs: Sequence[Run], archive: str | Path | None = None) -> pd.DataFrame:
-    """Classify pixels with the two simplest methods there are, on the images of every training.
-
-    Args:
-        runs: the result of `conditions`.
-        archive: folder of archived measurements, which are read instead; those that are not there have no row.
-
-    Returns:
-        One row per kind of images, number of images, seed and method: condition, data, samples_per_class, seed,
-        test_accuracy, train_accuracy and gap.
-    """
-    columns = ["condition", "data", *_SAMPLE, "test_accuracy", "train_accuracy", "gap"]
-    same_images = dict.fromkeys((run.data, dataclasses.replace(run.trial, **_NO_SCHEME)) for run in runs)
-    if archive:
-        known = read_measurements(archive, BASELINES_TABLE).reindex(columns=["fingerprint", *columns])
-        asked = [(data, known_fingerprint(t, archive), t.samples_per_class, t.seed) for data, t in same_images]
-        wanted = pd.DataFrame(asked, columns=["data", "fingerprint", *_SAMPLE]).drop_duplicates()
-        return wanted.merge(known.drop(columns="data"), on=["fingerprint", *_SAMPLE])[columns]
-    rows = []
-    for data, trial in same_images:
-        size = trial.get_recipe().image_size
-        images = load_data(trial.dataset, trial.samples_per_class, seed=trial.seed, root=trial.root, image_size=size)
-        (x, y), (x_test, y_test) = (_pixels(part) for part in (images.train, images.test))
-        for name, method in BASELINES.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline is what its fixed budget gives
-                fitted = method().fit(x, y)
-            test, train = fitted.score(x_test, y_test), fitted.score(x, y)
-            rows.append((name, data, trial.samples_per_class, trial.seed, test, train, train - test))
-    return pd.DataFrame(rows, columns=columns)
-
-
 def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
     """Archive the `baselines` of a notebook's images, as far as they have archived trials to stand beside.
 
@@ -198,25 +152,7 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         How many sets of images were classified.
     """
     del results_dir
-    known = read_measurements(archive, BASELINES_TABLE)
-    done = set(map(tuple, known[["fingerprint", *_SAMPLE]].to_numpy().tolist())) if len(known) else set()
-    count = 0
-    for run in runs(p):
-        trial = run.trial
-        if trial.scheme != "float" or not is_present(trial.dataset, trial.root) or find(trial, archive) is None:
-            continue
-        key = trial.fingerprint, trial.samples_per_class, trial.seed
-        if key not in done:
-            done.add(key)
-            rows = baselines([run]).assign(fingerprint=trial.fingerprint).drop(columns="data")
-            add_measurements(archive, BASELINES_TABLE, rows, ["fingerprint", *_SAMPLE, "condition"])
-            count += 1
-    return count
-
-
-def _pixels(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-    pixels = [np.asarray(images[index][0], np.float32).ravel() / 255 for index in range(len(images))]
-    return np.stack(pixels), images.labels
+    return archive_baselines(runs(p), archive)
 
 
 @styled

@@ -11,6 +11,7 @@ import binvit
 from binvit.lab.analysis.claims import LEAST, Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
+from binvit.lab.experiments.design.baselines import archive_baselines
 from binvit.lab.experiments.design.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
@@ -128,6 +129,43 @@ def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
         check_pair(average, families, TRANSFORMER, CNN, on="family"),
         all_of("BiViT exceeds BiBERT and BiT, as He et al. found on Tiny-ImageNet.", order),
     ]
+
+
+def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
+    """Archive what methods that know nothing but pixels reach on a notebook's images.
+
+    Args:
+        p: the notebook's parameters.
+        results_dir: folder of the results; unused, since pixels are all that is needed.
+        archive: folder of the archive.
+
+    Returns:
+        How many sets of images were classified.
+    """
+    del results_dir
+    return archive_baselines(runs(p), archive)
+
+
+def with_references(shown: pd.DataFrame, pixels: pd.DataFrame, guessing: Mapping[str, float]) -> pd.DataFrame:
+    """Add what models have to exceed, guessing and methods that know nothing but pixels, to a table for reading.
+
+    Args:
+        shown: one row per kind of images and condition: data, condition, test accuracy (%) and training accuracy (%).
+        pixels: the result of `baselines`.
+        guessing: the result of `plan.chance`.
+
+    Returns:
+        The table with more rows, images by images; what a row has not is an empty text.
+    """
+    rows = [(data, "chance", f"{100 * guessing[data]:.1f}", "") for data in shown["data"].unique()]
+    pixels = pixels[pixels["data"].isin(shown["data"])]
+    means = pixels.groupby(["data", "condition"], sort=False)[["test_accuracy", "train_accuracy"]].mean()
+    rows += [
+        (data, name, f"{100 * test:.1f}", f"{100 * train:.1f}")
+        for (data, name), (test, train) in zip(means.index, means.to_numpy(), strict=True)
+    ]
+    added = pd.DataFrame(rows, columns=["data", "condition", "test accuracy (%)", "training accuracy (%)"])
+    return pd.concat([shown.astype(object), added]).fillna("").sort_values("data", kind="stable", ignore_index=True)
 
 
 def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
