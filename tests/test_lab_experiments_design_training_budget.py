@@ -284,6 +284,17 @@ def test_change_is_paired_and_refuses_what_is_ambiguous():
         statistics.change(pd.concat([table, table]), "samples_per_class", 5, 50)
 
 
+def test_a_colour_means_the_same_in_all_panels():
+    names = {"float": 0.4, "elastic": 0.5, "nearest neighbour": 0.6, "logistic regression": 0.7}
+    table = sample_table(names, dict.fromkeys(names, 0.8))
+    fewer = table[~table["scheme"].isin(["elastic", "nearest neighbour"])]
+    figure = limited_samples.draw(pd.concat([table, fewer.assign(data="cifar100")]))
+    colors = [{t.get_text(): t.get_color() for t in ax.texts if t.get_text() in names} for ax in figure.axes]
+    assert [len(found) for found in colors] == [4, 4, 2, 2]
+    assert all(color == colors[0][name] for found in colors for name, color in found.items())
+    plt.close("all")
+
+
 def test_figures_have_a_row_for_each_kind_of_images():
     table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
     both = pd.concat([table, table.assign(data="cifar100")])

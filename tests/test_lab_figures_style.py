@@ -66,10 +66,23 @@ def test_unknown_schemes_have_no_colour():
         style.scheme_color("gbs")
 
 
-def test_other_names_get_colours_that_no_present_scheme_has():
+def test_other_names_get_colours_that_no_scheme_has():
     colors = style.colors_of(["gsb", "row", "batch", "elastic", "row"])
     assert colors["gsb"] == style.scheme_color("gsb")
     assert len(set(colors.values())) == 4
+    others = style.colors_of(range(6))
+    assert len(set(others.values())) == 6
+    assert not set(others.values()) & set(style.SCHEME_COLORS.values())
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_no_other_name_looks_like_a_scheme(vision):
+    seen, others = (
+        [perceived(color, VISION[vision]) for color in colors.values()]
+        for colors in (style.SCHEME_COLORS, style.colors_of(range(6)))
+    )
+    assert min(np.linalg.norm(a - b) for a in others for b in seen) > 0.065
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(others, 2)) > 0.065
 
 
 @pytest.mark.parametrize("name", style.SCHEME_COLORS)

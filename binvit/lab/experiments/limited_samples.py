@@ -22,7 +22,7 @@ from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loade
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import lines
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import styled
+from binvit.lab.figures.style import colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 
@@ -167,9 +167,10 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         The figure.
     """
     panels = {"test_accuracy": "test accuracy (%)", "gap": "training − test accuracy (points)"}
+    shared: dict[str, Any] = {"by": "condition", "log_x": True, "colors": colors_of(table["condition"])}
 
     def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
         summary = summarize(part, ["condition", "samples_per_class"], value)
-        lines(summary, "samples_per_class", "condition", panels[value], log_x=True, trials=part, value=value, ax=ax)
+        lines(summary, "samples_per_class", ylabel=panels[value], trials=part, value=value, ax=ax, **shared)
 
     return subplot_grid(table, list(panels), panel, title)

@@ -1,7 +1,7 @@
 """The charts of the notebooks: curves, lines, dots and heat maps, with intervals drawn and lines labelled directly."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -90,6 +90,7 @@ def lines(
     trials: pd.DataFrame | None = None,
     value: str = "test_accuracy",
     title: str | None = None,
+    colors: Mapping[object, str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw means against a number, one line per series with its 95 % interval as a band, named where it ends.
@@ -108,6 +109,7 @@ def lines(
         trials: single trials, with the columns ``by``, ``x`` and ``value``.
         value: the column of the single trials to draw.
         title: what the figure says.
+        colors: series -> colour, the same in all panels of a figure; by default as `colors_of` says.
         ax: where to draw; by default a new figure.
 
     Returns:
@@ -115,7 +117,7 @@ def lines(
     """
     require_columns(summary, [by, x, "mean", "low", "high", "n"])
     fig, ax = figure_with(ax, 5.6, 3.2)
-    colors, factor = colors_of(summary[by]), 100 if percent else 1
+    colors, factor = dict(colors or colors_of(summary[by])), 100 if percent else 1
     ends, texts = {}, {}
     ticks, count = sorted(summary[x].unique()), summary[by].nunique()
     single, curve = len(ticks) == 1, len(ticks) >= CURVE

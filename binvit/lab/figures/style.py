@@ -74,10 +74,10 @@ def scheme_color(name: str) -> str:
 
 
 def colors_of(names: Iterable[object]) -> dict[object, str]:
-    """Return a colour for each name: the fixed one for schemes (+ bias), the style's next free one for anything else.
+    """Return a colour for each name: the fixed one for schemes (+ bias), the style's next one for anything else.
 
     Args:
-        names: what is to be told apart by colour.
+        names: what a figure tells apart by colour, in all its panels: other names would have other colours.
 
     Returns:
         Name -> colour.
@@ -89,9 +89,8 @@ def colors_of(names: Iterable[object]) -> dict[object, str]:
     }
     with plt.style.context(STYLE):
         cycle = [f"#{c.lstrip('#')}" for c in mpl.rcParams["axes.prop_cycle"].by_key()["color"]]
-    free = [c for c in cycle if c not in found.values()] or cycle
     others = [name for name in unique if name not in found]
-    return found | {name: free[i % len(free)] for i, name in enumerate(others)}
+    return found | {name: cycle[i % len(cycle)] for i, name in enumerate(others)}
 
 
 def readable(color: str, contrast: float = 3.6) -> str:
