@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from binvit.lab.analysis import statistics
-from binvit.lab.figures import charts, histogram, style
+from binvit.lab.experiments import components_and_scaling
+from binvit.lab.figures import charts, histogram, panels, style
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,16 @@ def test_heat_writes_every_cell(trials):
     fig = charts.heat(statistics.summarize(trials, by=["scheme", "samples_per_class"]), "scheme", "samples_per_class")
     assert sum("± " in t for t in texts(fig)) == 6
     assert fig.axes[0].collections[0].get_array().size == 6
+
+
+def test_the_caption_of_several_panels_counts_the_seeds_of_all(trials):
+    few = trials[trials["samples_per_class"] == 5]
+    both = pd.concat([few.assign(data="digits"), few[few["seed"] < 3].assign(data="flowers102")])
+    counted = "mean, from 5 seeds on with the 95 % interval, of 3 to 5 seeds"
+    dotted = panels.dot_panels(statistics.summarize(both, ["data", "scheme"]), both, "scheme")
+    assert dotted.get_supxlabel() == f"seeds and {counted}"
+    mapped = components_and_scaling.draw(both.assign(component="MLP", factor=both["scheme"]))
+    assert mapped.get_supxlabel() == f"test accuracy (%): {counted}"
 
 
 def test_figures_go_into_given_axes(trials):

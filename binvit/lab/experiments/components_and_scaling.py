@@ -13,6 +13,7 @@ from binvit.lab.analysis.verdicts import FACTORS_HELP, ONE_COMPONENT
 from binvit.lab.experiments.design.plan import Condition, Run, notebook_runs
 from binvit.lab.figures.charts import heat
 from binvit.lab.figures.panels import panels
+from binvit.lab.figures.style import caption, interval_caption
 
 COMPONENTS: dict[str, tuple[str, ...]] = {"MLP": ("mlp",), "MHSA": ("mhsa",), "both": ("mlp", "mhsa")}
 NOTHING, PATCHES = "nothing", "patch embedding"
@@ -95,7 +96,10 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{data}: float {100 * whole[data]:.1f} %, nothing 1-bit" if data in whole else data)
 
     size = 1.4 + 1.1 * blocks["factor"].nunique(), 0.9 + 0.5 * blocks["component"].nunique()
-    return panels(blocks, panel, *size)
+    fig = panels(blocks, panel, *size)
+    if len(blocks):
+        caption(fig, f"test accuracy (%): {interval_caption(blocks['n'], points=False)}")  # of all panels
+    return fig
 
 
 def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:

@@ -86,6 +86,7 @@ def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width
     return fig
 
 
+@styled
 def dot_panels(
     summary: pd.DataFrame,
     trials: pd.DataFrame,
@@ -121,4 +122,7 @@ def dot_panels(
         line = reference if reference == "0" or reference in set(part[label]) else None
         dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, scheme=scheme, ax=ax)
 
-    return panels(summary, draw, 6.0, 0.75 + 0.23 * rows)
+    fig = panels(summary, draw, 6.0, 0.75 + 0.23 * rows)
+    if len(summary):
+        caption(fig, interval_caption(summary["n"]))  # of all panels: each one has written its own in the same place
+    return fig
