@@ -148,8 +148,12 @@ def test_published_numbers_carry_source_and_grade():
 def test_published_numbers_stand_beside_ours():
     summary = pd.DataFrame({"condition": ["float", "gsb", "xnor"], "mean": [0.9, 0.8, 0.7]})
     texts = methods.beside(summary, REFERENCE, "04")["published elsewhere"].tolist()
-    assert texts[0] == "80.57 (Tiny-ImageNet, Swin-T; P); 80.31 (Tiny-ImageNet, NesT-T; P)"
-    assert texts[1:] == ["91.20 (CIFAR-10, DeiT-S; S)", ""]
+    number, what = "80.57 (Tiny-ImageNet, Swin-T", "full precision; P)"
+    assert texts[0] == f"{number}, {what}; 80.31 (Tiny-ImageNet, NesT-T, {what}"
+    assert texts[1:] == ["91.20 (CIFAR-10, DeiT-S, 1-bit weights and activations; S)", ""]
+    (hybrid,) = methods.beside(pd.DataFrame({"condition": ["bhvit-qd"]}), REFERENCE, "04")["published elsewhere"]
+    assert "68.4 (ImageNet-1k, BHViT-S, 1-bit; " in hybrid
+    assert "70.1 (ImageNet-1k, BHViT-S, 1-bit with some layers float; " in hybrid
     assert methods.published(REFERENCE, "05")["what"].tolist()[:2] == ["one-step training", "two-step training"]
 
 

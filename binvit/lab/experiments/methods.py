@@ -206,7 +206,7 @@ def published(path: str | Path, notebook: str) -> pd.DataFrame:
 
 
 def beside(summary: pd.DataFrame, path: str | Path, notebook: str) -> pd.DataFrame:
-    """Add to a table of schemes what others have published about each, with data, model and grade.
+    """Add to a table of schemes what others have published about each, with data, model, what was 1-bit, and grade.
 
     Args:
         summary: one row per scheme in the column condition.
@@ -217,6 +217,6 @@ def beside(summary: pd.DataFrame, path: str | Path, notebook: str) -> pd.DataFra
         The table with a column of texts, empty where nothing is known.
     """
     rows = published(path, notebook)
-    texts = rows["top1"] + " (" + rows["data"] + ", " + rows["model"] + "; " + rows["grade"] + ")"
+    texts = rows["top1"] + " (" + rows[["data", "model", "what"]].agg(", ".join, axis=1) + "; " + rows["grade"] + ")"
     known = texts[rows["top1"] != ""].groupby(rows["scheme"]).agg("; ".join)
     return summary.assign(**{"published elsewhere": [known.get(name, "") for name in summary["condition"]]})
