@@ -1,12 +1,17 @@
 """Models of equal cost: conditions, interpolation between float models, claims and figure."""
 
+import archive_maker
 import numpy as np
 import pandas as pd
 import pytest
+from image_files import parquet_file
 
+from binvit.lab.benchmark.timing import interleave
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments import width
 from binvit.lab.experiments.design import plan
+from binvit.lab.notebooks.plan import checked_values
+from binvit.lab.trials.measurements import read_measurements
 
 
 def table(gsb, floats=(0.5, 0.7), costs=(1000, 4000), seeds=6, own_cost=2000):
@@ -47,10 +52,58 @@ def test_claims_can_come_out_any_way(gsb, verdict):
     assert {claim.kind for claim in found} == {"exploratory"}
 
 
+def told(claims):
+    return [(claim.verdict, claim.evidence) for claim in claims]
+
+
 def test_claims_without_overlap_are_undecided():
-    assert [claim.verdict for claim in width.claims(table(0.9, own_cost=10))] == ["undecided"] * 2
+    assert told(width.claims(table(0.9, own_cost=10))) == [("undecided", "no sizes overlap")] * 2
+    single = width.claims(table(0.9, floats=[0.5], costs=[2000]))
+    assert {(claim.verdict, claim.evidence.partition(",")[0]) for claim in single} == {
+        ("undecided", "there is one float model")
+    }
+
+
+def test_what_was_not_measured_is_told_from_what_does_not_overlap():
     unknown = width.with_costs(table(0.9).drop(columns=["bytes", "ms"]), pd.DataFrame())
-    assert [claim.verdict for claim in width.claims(unknown)] == ["undecided"] * 2
+    assert told(width.claims(unknown)) == [("undecided", "costs not measured")] * 2
+    assert set(width.accuracies(unknown)["bytes"]) == {"costs not measured"}
+    assert width.unmeasured(unknown) == "costs not measured: digits"
+    partly = table(0.9)
+    partly.loc[partly["scheme"] == "gsb", "ms"] = np.nan
+    assert told(width.claims(partly))[1] == ("undecided", "costs not measured")
+    assert width.unmeasured(partly) == "costs not measured: digits (gsb)"
+    assert "2,000" in set(width.accuracies(partly)["bytes"])
+    assert width.unmeasured(table(0.9)) == ""
+
+
+@pytest.mark.parametrize(("spread", "verdict"), [(1.05, "yes"), (1.9, "undecided"), (10, "undecided")])
+def test_a_verdict_about_times_holds_throughout_their_quartiles(spread, verdict):
+    # gsb is 4 points above float where both take the median times; a slower gsb meets a more accurate float.
+    measured = table(0.64)
+    measured = measured.assign(ms_low=measured["ms"] / spread, ms_high=measured["ms"] * spread)
+    of_bytes, of_time = width.claims(measured)
+    assert (of_bytes.verdict, of_time.verdict) == ("yes", verdict)
+    assert ("not throughout the quartiles" in of_time.evidence) == (verdict == "undecided")
+
+
+def test_images_are_measured_at_their_own_size_and_absent_ones_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(width, "interleave", lambda contenders, seconds: interleave(contenders, 0.01))
+    photos = parquet_file(tmp_path / "photos.parquet")
+    values = {"dataset": "parquet:photos.parquet", "data_dir": str(tmp_path), "changes": "depth 1", "seeds": [0]}
+    values |= {"float_widths": [16], "binary_widths": [16], "schemes": ["gsb"]}
+    jobs = archive_maker.jobs(tmp_path, ["09"], **values)
+    archive_maker.fill(tmp_path, jobs)
+    p = checked_values(jobs[0])
+    away = photos.rename(tmp_path / "away.parquet")
+    assert width.take_measurements(p, tmp_path, tmp_path) == 0
+    assert read_measurements(tmp_path, width.TABLE).empty
+    away.rename(photos)
+    assert width.take_measurements(p, tmp_path, tmp_path) == 1
+    assert load_data("parquet:photos.parquet", root=tmp_path).image_size == 8
+    expected = width.measure(width.runs(p), load_data, 0.01)
+    assert read_measurements(tmp_path, width.TABLE)["bytes"].tolist() == expected["bytes"].tolist()
+    assert width.take_measurements(p, tmp_path, tmp_path) == 0  # this kind of CPU has measured them
 
 
 def test_packed_models_are_smaller_than_float_ones_of_their_width():
@@ -70,8 +123,21 @@ def test_figure_has_a_panel_for_each_cost():
     assert all(ax.get_xscale() == "log" for ax in figure.axes)
 
 
-def test_models_that_were_not_measured_have_no_panel():
-    measured = table(0.65)
-    unmeasured = measured.assign(data="photographs", bytes=float("nan"), ms=float("nan"))
-    figure = width.draw(pd.concat([measured, unmeasured]))
+def test_models_that_were_not_measured_have_no_panel_but_are_named():
+    measured = table(0.65).assign(cpu="one kind")
+    unmeasured = measured.assign(data="photographs", bytes=float("nan"), ms=float("nan"), cpu=float("nan"))
+    figure = width.draw(pd.concat([measured, unmeasured], ignore_index=True))
     assert len(figure.axes) == 2
+    assert figure.get_supxlabel().endswith("\nmilliseconds of digits: one kind\ncosts not measured: photographs")
+
+
+def test_each_kind_of_images_has_the_costs_of_the_first_cpu_that_measured_it():
+    sizes = pd.DataFrame(
+        [("digits", "gsb", 64, 10, 0.5, 0.4, 0.6, 0.0, "old"), ("photos", "gsb", 64, 20, 2.0, 1.0, 3.0, 0.0, "new")],
+        columns=["data", "scheme", "width", "bytes", "ms", "low", "high", "others", "cpu"],
+    )
+    trials = pd.DataFrame({"data": ["digits", "photos", "none"], "scheme": "gsb", "width": 64})
+    found = width.with_costs(trials, pd.concat([sizes, sizes.assign(cpu="last", bytes=99)]))
+    assert found["bytes"].fillna(0).tolist() == [10, 20, 0]
+    assert found["ms_high"].fillna(0).tolist() == [0.6, 3.0, 0]
+    assert found["cpu"].fillna("").tolist() == ["old", "new", ""]

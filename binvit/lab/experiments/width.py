@@ -17,20 +17,22 @@ from safetensors.torch import save as serialize
 
 import binvit
 from binvit.lab.analysis.claims import Claim, check_difference
-from binvit.lab.analysis.statistics import estimate
+from binvit.lab.analysis.statistics import estimate, readable, summarize
 from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
 from binvit.lab.benchmark.timing import interleave, use_threads
-from binvit.lab.data.datasets import ImageData
+from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
 from binvit.lab.figures.panels import subplot_grid
 from binvit.lab.figures.style import axis_name, caption, colors_of, label_ends, styled
 from binvit.lab.training.model import build_model
-from binvit.lab.trials.archive import find
+from binvit.lab.trials.archive import find, is_present
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.lab.trials.tune import equal_terms
 from binvit.packed.files import to_bytes
 
 COSTS = ("bytes", "ms")
+QUARTILES = {"low": "ms_low", "high": "ms_high"}  # columns of a measurement -> of a table of trials
+UNMEASURED = "costs not measured"
 TABLE = "09_sizes"
 _KEYS = ("data", "scheme", "width")
 _MEASURED = (*_KEYS, *COSTS, "low", "high", "others", "cpu")
@@ -90,9 +92,11 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
     for data in dict.fromkeys(run.data for run in runs):
         own = {run.condition: run for run in reversed(runs) if run.data == data}
         contenders, sizes = {}, {}
+        trial = next(iter(own.values())).trial
+        images = load(trial.dataset, root=trial.root)
         for name, run in own.items():
-            model, sizes[name] = _model(run, load(run.trial.dataset, root=run.trial.root))
-            side = run.trial.get_recipe().image_size or load(run.trial.dataset, root=run.trial.root).image_size
+            model, sizes[name] = _model(run, images)
+            side = run.trial.get_recipe().image_size or images.image_size
             contenders[name] = functools.partial(_classify, model, torch.zeros(1, 3, side, side))
         watch = LoadWatch()
         with use_threads(1):
@@ -131,16 +135,17 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         archive: folder of the archive.
 
     Returns:
-        How many kinds of images were measured; those that this kind of CPU has measured already, and those without an
-        archived trial, are left out.
+        How many kinds of images were measured; those that this kind of CPU has measured already, those without an
+        archived trial, and those whose files are absent, so that nobody knows their size, are left out.
     """
     known = read_measurements(archive, TABLE)
     done = set(known.loc[known["cpu"] == describe_cpu(), "data"]) if len(known) else set()
     asked = runs(p)
-    shown = {run.data for run in asked if run.data not in done and find(run.trial, archive) is not None}
+    new = [run for run in asked if run.data not in done and is_present(run.trial.dataset, run.trial.root)]
+    shown = {run.data for run in new if find(run.trial, archive) is not None}
     left = [run for run in asked if run.data in shown]
-    if left:
-        add_measurements(archive, TABLE, measure(left, loader(p)), [*_KEYS, "cpu"])
+    if left:  # with the images themselves: blank ones that stand for absent files are not of their size
+        add_measurements(archive, TABLE, measure(left, load_data), [*_KEYS, "cpu"])
     return len({run.data for run in left})
 
 
@@ -156,16 +161,44 @@ def sizes(runs: Sequence[Run], p: Any) -> pd.DataFrame:
 
 
 def with_costs(table: pd.DataFrame, sizes: pd.DataFrame) -> pd.DataFrame:
-    """Add the bytes and the milliseconds of each trial's model, those of the first kind of CPU that was measured.
+    """Add bytes, milliseconds and their quartiles of each trial's model, from the first kind of CPU that measured it.
 
     Args:
         table: the result of `with_widths`.
         sizes: the result of `measure`, or what an archive has of it.
+
+    Returns:
+        The table with the columns of `COSTS` and of `QUARTILES`, NaN where nothing was measured, and cpu.
     """
-    if sizes.empty:
-        return table.assign(bytes=np.nan, ms=np.nan)
-    first = sizes[sizes["cpu"] == sizes["cpu"].iloc[0]]
-    return table.merge(first[[*_KEYS, *COSTS]], on=list(_KEYS), how="left")
+    measured = sizes.reindex(columns=list(_MEASURED)).rename(columns=QUARTILES)
+    first = measured[measured["cpu"] == measured.groupby("data")["cpu"].transform("first")]
+    if first.empty:
+        return table.assign(**dict.fromkeys([*COSTS, *QUARTILES.values()], np.nan), cpu="")
+    return table.merge(first[[*_KEYS, *COSTS, *QUARTILES.values(), "cpu"]], on=list(_KEYS), how="left")
+
+
+def accuracies(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean accuracy of every model beside its bytes, for reading.
+
+    Args:
+        table: the result of `with_costs`.
+    """
+    known = table["bytes"].map("{:,.0f}".format).where(table["bytes"].notna(), UNMEASURED)
+    return readable(summarize(table.assign(bytes=known), ["data", "scheme", "width", "bytes"]), name="test accuracy")
+
+
+def unmeasured(table: pd.DataFrame) -> str:
+    """Return which models have no known costs, as text: all of a kind of images, or some; empty if all have them.
+
+    Args:
+        table: the result of `with_costs`.
+    """
+    names = []
+    for data, part in table.groupby("data", sort=False):
+        lacking = part[list(COSTS)].isna().any(axis=1)
+        if lacking.any():
+            names.append(data if lacking.all() else f"{data} ({'; '.join(part.loc[lacking, 'condition'].unique())})")
+    return f"{UNMEASURED}: {', '.join(names)}" if names else ""
 
 
 def gains(table: pd.DataFrame, scheme: str, cost: str) -> pd.Series:
@@ -196,11 +229,14 @@ def gains(table: pd.DataFrame, scheme: str, cost: str) -> pd.Series:
 def claims(table: pd.DataFrame) -> list[Claim]:
     """Check whether a 1-bit model is the better choice at equal bytes and at equal milliseconds.
 
+    Bytes are exact, milliseconds are not: where their quartiles are known, a verdict holds only if it comes out alike
+    with the medians and with the quartiles that favour either side (one side's lower, the other's upper ones).
+
     Args:
         table: the result of `with_costs` for one kind of images.
 
     Returns:
-        The claims, all of them ours; undecided where no sizes overlap.
+        The claims, all of them ours; undecided where no sizes overlap or costs were not measured.
     """
     words = {"bytes": "of as many bytes", "ms": "that take as long on this kind of CPU"}
     found = []
@@ -209,12 +245,33 @@ def claims(table: pd.DataFrame) -> list[Claim]:
             if scheme == "float":
                 continue
             sentence = f"{scheme} is more accurate than float models {text}."
-            differences = gains(table, scheme, cost)
-            if differences.empty:
-                found.append(Claim(sentence, "undecided", "no sizes overlap"))
-            else:
-                found.append(check_difference(sentence, estimate(differences)))
+            if any(table.loc[table["scheme"] == name, cost].isna().all() for name in ("float", scheme)):
+                found.append(Claim(sentence, "undecided", UNMEASURED))
+                continue
+            claim, *others = (_compare(sentence, part, scheme, cost) for part in _readings(table, cost))
+            if any(other.verdict != claim.verdict for other in others):
+                evidence = f"{claim.evidence} with the medians, but not throughout the quartiles of the times"
+                claim = Claim(sentence, "undecided", evidence)
+            found.append(claim)
     return found
+
+
+def _compare(sentence: str, table: pd.DataFrame, scheme: str, cost: str) -> Claim:
+    if len(set(table.loc[table["scheme"] == "float", cost].dropna())) == 1:
+        return Claim(sentence, "undecided", "there is one float model, and between two of them others are compared")
+    differences = gains(table, scheme, cost)
+    if differences.empty:
+        return Claim(sentence, "undecided", "no sizes overlap")
+    return check_difference(sentence, estimate(differences))
+
+
+def _readings(table: pd.DataFrame, cost: str) -> list[pd.DataFrame]:
+    """Return the table, and for times also as the quartiles favour float models, then the 1-bit ones."""
+    if cost != "ms" or not set(QUARTILES.values()) <= set(table):
+        return [table]
+    low, high = (table[name].fillna(table["ms"]) for name in QUARTILES.values())
+    floats = table["scheme"] == "float"
+    return [table, table.assign(ms=low.where(floats, high)), table.assign(ms=high.where(floats, low))]
 
 
 @styled
@@ -222,12 +279,12 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw test accuracy against bytes and against milliseconds, with the front of what no other model beats.
 
     Args:
-        table: the result of `with_costs`; models that were not measured are not drawn.
+        table: the result of `with_costs`; models that were not measured are not drawn, and the caption names them.
     """
+    colors = colors_of(table["scheme"])
 
     def panel(part: pd.DataFrame, cost: str, ax: Axes) -> None:
         means = part.groupby(["scheme", "width", cost], sort=False)["test_accuracy"].mean().reset_index()
-        colors = colors_of(means["scheme"])
         ends = {}
         for scheme, line in means.groupby("scheme", sort=False):
             line = line.sort_values(cost)
@@ -246,5 +303,9 @@ def draw(table: pd.DataFrame) -> Figure:
         label_ends(ax, ends, colors, {name: str(name) for name in ends})
 
     fig = subplot_grid(table.dropna(subset=list(COSTS)), COSTS, panel, None)
-    caption(fig, "large: mean over the seeds, small: single seeds; line: what no model of the same cost beats")
+    told = ["large: mean over the seeds, small: single seeds; line: what no model of the same cost beats"]
+    if "cpu" in table:
+        measured = table[table["ms"].notna()].groupby("data", sort=False)["cpu"].first()
+        told += [f"milliseconds of {data}: {cpu}" for data, cpu in measured.items()]
+    caption(fig, "\n".join(filter(None, [*told, unmeasured(table)])))
     return fig
