@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 
+import pandas as pd
 import psutil
 
 from binvit.lab.training.resume import cpu_kind, cpu_vectors
@@ -17,6 +18,11 @@ BUSY = 0.05
 def describe_cpu() -> str:
     """Return the kind of CPU, the features that speed depends on, and the number of cores."""
     return f"{cpu_kind()} with {cpu_vectors()}, {_cores()} cores"
+
+
+def cpu_of(table: pd.DataFrame) -> str:
+    """Return the kind of CPU that a table of measurements comes from: its column cpu, without one this machine's."""
+    return "; ".join(table["cpu"].unique()) if "cpu" in table else describe_cpu()
 
 
 def _cores() -> int:
