@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
 from binvit.lab.benchmark.steps import benchmark_steps
 from binvit.lab.experiments import efficiency
+from binvit.lab.trials.measurements import add_measurements
 from binvit.packed import pack
 from binvit.packed.audit import audit
 
@@ -160,6 +162,24 @@ def test_claims_about_size_follow_the_audit():
     assert f"{100 * counted.share:.1f} % with float32 vectors" in claims[0].evidence
     (ax,) = efficiency.draw_bytes(counted).axes
     assert [label.get_text() for label in ax.get_yticklabels()][-1] == "total"
+
+
+def test_figures_of_times_name_their_cpu():
+    growth = pd.DataFrame({"contender": "binvit gsb", "grows": "width", "width": [64, 128], "seconds": [0.1, 0.2]})
+    assert efficiency.draw_growth(growth).get_suptitle() == machine.describe_cpu()
+    assert efficiency.draw_growth(growth.assign(cpu="another")).get_suptitle() == "another"
+    models = pd.DataFrame({"batch": [1], "contender": "binvit gsb", "per_image": 0.1, "low": 0.1, "high": 0.1})
+    assert efficiency.draw(models.assign(cpu="another"), "DeiT-S").get_suptitle() == "DeiT-S\nanother"
+    plt.close("all")
+
+
+def test_a_contender_with_a_former_name_stands_in_the_row_of_its_present_one(tmp_path):
+    here = pd.DataFrame({"batch": [1], "contender": "binvit elastic", "per_image": 0.006})
+    kernels = pd.DataFrame({"contender": ["torch int8"], "times": 5.0})
+    add_measurements(tmp_path, "08_models", here.assign(contender="binvit bit", per_image=0.009, cpu="old"), ["cpu"])
+    table = efficiency.beside(tmp_path, here, kernels)
+    assert table.loc[("ms per image, batch 1", "binvit elastic")].tolist() == ["9.0", "6.0"]
+    assert "binvit bit" not in table.index.get_level_values("contender")
 
 
 def test_growth_has_lines_of_reference():

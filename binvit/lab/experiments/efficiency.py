@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 import binvit
 from binvit.lab.analysis.claims import Claim, check_value
-from binvit.lab.benchmark.machine import BUSY
+from binvit.lab.benchmark.machine import BUSY, cpu_of
 from binvit.lab.benchmark.models import calibrated_model, random_model
 from binvit.lab.benchmark.run import PARTS
 from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, save_figure, scheme_color, styled
@@ -20,17 +20,23 @@ from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.packed import pack
 from binvit.packed.audit import Audit, audit
 
+RENAMED = {"binvit bit": "binvit elastic"}
+"""Contenders of older measurements -> what they are called now.
+
+The one-group scheme with learned scales and shifts was called bit until that name went to another one, as released with
+BiT; a CPU with AMX was measured before.
+"""
 REFERENCES = {1: ":", 2: "--"}  # powers of growth -> line style
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 
 
 @styled
 def draw(models: pd.DataFrame, title: str | None = None) -> Figure:
-    """Draw milliseconds per image as bars, one panel per batch size, the fastest on top.
+    """Draw milliseconds per image as bars, one panel per batch size, the fastest on top, the kind of CPU in the title.
 
     Args:
         models: what `binvit.lab.benchmark.models.benchmark_models` returned.
-        title: what the figure says.
+        title: what the figure says besides.
 
     Returns:
         The figure.
@@ -54,11 +60,14 @@ def draw(models: pd.DataFrame, title: str | None = None) -> Figure:
         ax.set_xlim(0, 1.15 * ends.max())
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", visible=False)
-        ax.set(xlabel="ms per image", title=f"batch of {batch}" if len(batches) > 1 or title is None else title)
+        ax.set(xlabel="ms per image", title=f"batch of {batch}")
     caption(fig, "median; the line spans the quartiles")
-    if title and len(batches) > 1:
-        fig.suptitle(title)
+    _head(fig, "\n".join(filter(None, [title, cpu_of(models)])))
     return fig
+
+
+def _head(fig: Figure, title: str) -> None:
+    fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
 
 
 @styled
@@ -103,7 +112,8 @@ def draw_bytes(audit: Audit, title: str | None = None) -> Figure:
 def draw_growth(growth: pd.DataFrame) -> Figure:
     """Draw how the latency of one image grows with tokens and with width, with lines of reference.
 
-    The lines start at each contender's first point and show what growth in proportion and with the square would be.
+    The lines start at each contender's first point and show what growth in proportion and with the square would be. The
+    title is the kind of CPU.
 
     Args:
         growth: what `binvit.lab.benchmark.models.benchmark_growth` returned.
@@ -132,6 +142,7 @@ def draw_growth(growth: pd.DataFrame) -> Figure:
         label_ends(ax, ends, colors, {name: name for name in ends})
     axes[0, 0].set_ylabel("ms for one image")
     caption(fig, "median; grey: growth in proportion (dotted) and with the square (dashed) from the first point")
+    _head(fig, cpu_of(growth))
     return fig
 
 
@@ -231,7 +242,7 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
         fast the 1-bit product is as each peer's, the smallest and the largest of all shapes.
     """
     both = {
-        name: pd.concat([read_measurements(archive, f"08_{name}"), here.assign(cpu="here")], ignore_index=True)
+        name: pd.concat([_archived(archive, name), here.assign(cpu="here")], ignore_index=True)
         for name, here in (("models", models), ("kernels", kernels))
     }
     rows = [
@@ -249,6 +260,12 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
     return wide[kinds].fillna("")
 
 
+def _archived(archive: str | Path, part: str) -> pd.DataFrame:
+    """Return a table of `PARTS` from an archive, contenders under the names that they have now."""
+    table = read_measurements(archive, f"08_{part}")
+    return table.assign(contender=table["contender"].replace(RENAMED)) if len(table) else table
+
+
 def redraw(archive: str | Path, out: str | Path) -> None:
     """Draw the archived measurements of the first kind of CPU, and the bytes of a DeiT-S.
 
@@ -256,10 +273,9 @@ def redraw(archive: str | Path, out: str | Path) -> None:
         archive: folder of archived measurements.
         out: folder of the figures.
     """
-    models, growth = (read_measurements(archive, f"08_{part}") for part in ("models", "growth"))
+    models, growth = (_archived(archive, part) for part in ("models", "growth"))
     if len(models):
-        cpu = models["cpu"].iloc[0]
-        save_figure(draw(models[models["cpu"] == cpu], f"DeiT-S, 224 x 224, {cpu}"), "08_latency", out)
+        save_figure(draw(models[models["cpu"] == models["cpu"].iloc[0]], "DeiT-S, 224 x 224"), "08_latency", out)
     if len(growth):
         save_figure(draw_growth(growth[growth["cpu"] == growth["cpu"].iloc[0]]), "08_growth", out)
     trained = calibrated_model(random_model(classes=1000), "binvit gsb")
