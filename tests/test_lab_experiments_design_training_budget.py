@@ -295,6 +295,23 @@ def test_a_colour_means_the_same_in_all_panels():
     plt.close("all")
 
 
+def test_what_does_not_train_is_crossed_out():
+    table = noise_table({"float": (0.5, 0.6), "gsb": (0.2, 0.2)}).assign(chance=0.1)  # with 40 % wrong labels
+    trained = label_noise.with_training(table)
+    untrained = trained[trained["training"] == "does not train"]
+    assert set(untrained["scheme"]) == {"gsb"}
+    assert set(untrained["label_noise"]) == {0.4}
+    figure = label_noise.draw(table)
+    for ax in figure.axes:
+        crosses = [line for line in ax.lines if line.get_marker() == "x"]
+        assert [line.get_xdata() for line in crosses] == [[0.4], [0.4]]  # one of each kind of noise
+        hollow = [line for line in ax.lines if line.get_marker() == "o" and line.get_color() == "white"]
+        assert [line.get_xdata() for line in hollow] == [[0.4]]
+    assert "×: does not train" in figure.get_supxlabel()
+    assert "×" not in label_noise.draw(table.assign(chance=0.01)).get_supxlabel()
+    plt.close("all")
+
+
 def test_figures_have_a_row_for_each_kind_of_images():
     table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
     both = pd.concat([table, table.assign(data="cifar100")])

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from binvit.lab.analysis.claims import Claim, check_pair
+from binvit.lab.analysis.claims import LEAST, Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.parse import parse_changes, parse_images
@@ -25,6 +25,7 @@ from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.archive import confusion
 
+UNTRAINED = "does not train"
 FITTED = 0.5  # share of the wrong labels that a model reproduces if it has fitted the noise
 
 
@@ -76,6 +77,21 @@ def fitted(table: pd.DataFrame, full: str = "float") -> pd.DataFrame:
     noisy = table[(table["scheme"] == full) & (table["label_noise"] > 0)]
     found = noisy.groupby(["data", "labels", "label_noise"], sort=False)["memorized"].mean().reset_index()
     return found.assign(fitted=found["memorized"] >= FITTED)
+
+
+def with_training(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the column training, which says of what has a mean below three times chance that it does not train.
+
+    Args:
+        table: the result of `run` with the trials of `conditions`.
+
+    Returns:
+        The table; the column is empty where a scheme trains, and everywhere if chance is not known.
+    """
+    keys = ["data", "labels", "label_noise", "scheme"]
+    mean = table.groupby(keys)["test_accuracy"].transform("mean")
+    chance = table.get("chance", pd.Series(0.0, table.index))
+    return table.assign(training=np.where(mean < LEAST * chance, UNTRAINED, ""))
 
 
 def _unless_unfitted(claim: Claim, part: pd.DataFrame, full: str) -> Claim:
@@ -160,7 +176,7 @@ def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:
 def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw test accuracy and memorized wrong labels against the share of wrong labels, a row per kind of images.
 
-    Lines are symmetric noise; hollow diamonds are class-conditional noise.
+    Lines are symmetric noise; hollow diamonds are class-conditional noise. What does not train is crossed out.
 
     Args:
         table: the result of `training_budget.run` with the trials of `conditions`.
@@ -170,8 +186,8 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         The figure.
     """
     panels = {"test_accuracy": "test accuracy (%)", "memorized": "wrong labels memorized (%)"}
-
-    colors = colors_of(table["scheme"])
+    keys = ["scheme", "label_noise", "training"]
+    colors, table = colors_of(table["scheme"]), with_training(table)
 
     def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
         part = part.dropna(subset=[value])
@@ -180,17 +196,26 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
             return
         alike = part["labels"] == "class-conditional"
         if not part[~alike].empty:
-            summary = summarize(part[~alike], ["scheme", "label_noise"], value)
-            lines(summary, "label_noise", ylabel=panels[value], trials=part[~alike], value=value, ax=ax)
-        for row in summarize(part[alike], ["scheme", "label_noise"], value).to_dict("records"):
+            summary = summarize(part[~alike], keys, value)
+            shown: dict[str, Any] = {"trials": part[~alike], "value": value, "colors": colors, "ax": ax}
+            lines(summary, "label_noise", ylabel=panels[value], **shown)
+            for row in summary[summary["training"] == UNTRAINED].to_dict("records"):
+                style: dict[str, Any] = {"color": "white", "mec": colors[row["scheme"]], "zorder": 3}
+                ax.plot(row["label_noise"], 100 * row["mean"], "o", mew=1.3, ms=6, **style)
+                ax.plot(row["label_noise"], 100 * row["mean"], "x", ms=4, **style)
+        for row in summarize(part[alike], keys, value).to_dict("records"):
             color, x = colors[row["scheme"]], row["label_noise"]
             if row["n"] >= FEWEST:
                 ax.plot([x, x], [100 * row["low"], 100 * row["high"]], color=color, lw=0.9)
             ax.plot(x, 100 * row["mean"], "D", color="none", mec=color, mew=1.3, ms=5, zorder=3)
+            if row["training"] == UNTRAINED:
+                ax.plot(x, 100 * row["mean"], "x", color=color, ms=4, zorder=3)
 
     fig = subplot_grid(table, list(panels), panel, title)
     if (table["labels"] == "class-conditional").any():
         caption(fig, fig.get_supxlabel() + "; line: symmetric noise, ◇: class-conditional noise")
+    if (table["training"] == UNTRAINED).any():
+        caption(fig, fig.get_supxlabel() + f"\n×: {UNTRAINED}, its mean is below {LEAST} times chance")
     return fig
 
 
