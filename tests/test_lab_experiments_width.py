@@ -59,9 +59,8 @@ def told(claims):
 def test_claims_without_overlap_are_undecided():
     assert told(width.claims(table(0.9, own_cost=10))) == [("undecided", "no sizes overlap")] * 2
     single = width.claims(table(0.9, floats=[0.5], costs=[2000]))
-    assert {(claim.verdict, claim.evidence.partition(",")[0]) for claim in single} == {
-        ("undecided", "there is one float model")
-    }
+    assert {claim.verdict for claim in single} == {"undecided"}
+    assert all(claim.evidence.startswith("one width of float was run") for claim in single)
 
 
 def test_what_was_not_measured_is_told_from_what_does_not_overlap():

@@ -258,7 +258,7 @@ def claims(table: pd.DataFrame) -> list[Claim]:
 
 def _compare(sentence: str, table: pd.DataFrame, scheme: str, cost: str) -> Claim:
     if len(set(table.loc[table["scheme"] == "float", cost].dropna())) == 1:
-        return Claim(sentence, "undecided", "there is one float model, and between two of them others are compared")
+        return Claim(sentence, "undecided", "one width of float was run, and it takes two to compare at equal cost")
     differences = gains(table, scheme, cost)
     if differences.empty:
         return Claim(sentence, "undecided", "no sizes overlap")
