@@ -217,7 +217,7 @@ def test_the_evidence_counts_trainings_that_learned_nothing():
     df = pd.DataFrame({"scheme": ["a"] * 5 + ["b"] * 5, "seed": [*range(5)] * 2, "chance": 0.1})
     df["test_accuracy"] = [0.9] * 5 + [0.8, 0.85, 0.29, 0.1, 0.82]
     claim = claims.check_pair("A beats B.", df, "a", "b")
-    assert claim.evidence.endswith("; 2 of 5 b does not train")
+    assert claim.evidence.endswith("; 2 of 5 b below 3 times chance")
     assert claim.estimate.mean == pytest.approx(0.9 - df["test_accuracy"][5:].mean())  # they count all the same
 
 

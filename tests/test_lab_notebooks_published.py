@@ -287,11 +287,11 @@ def drawn_with() -> str:
             Claim(
                 "A.",
                 "yes",
-                "x; 1 of 7 b does not train",
+                "x; 1 of 7 b below 3 times chance",
                 estimate=Difference(0.2, 0.1, 0.3, 7, "a", "b", "test_accuracy"),
                 percent=True,
             ),
-            "+20.0 (+10.0 to +30.0); 7 seeds; 1 of 7 b does not train",
+            "+20.0 (+10.0 to +30.0); 7 seeds; 1 of 7 b below 3 times chance",
         ),
     ],
 )

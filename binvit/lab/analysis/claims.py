@@ -117,7 +117,7 @@ def check_pair(
 def _lost(part: pd.DataFrame, name: str) -> str:
     """Say how many trainings have learned nothing, though their mean has."""
     count = int((part["test_accuracy"] < LEAST * part["chance"]).sum()) if "chance" in part else 0
-    return f"; {count} of {len(part)} {name} does not train" if count else ""
+    return f"; {count} of {len(part)} {name} below {LEAST} times chance" if count else ""
 
 
 def check_mean(

@@ -100,7 +100,7 @@ def cell(claim: Claim | None) -> str:
     seeds = f"{estimate.n} seed{'s' * (estimate.n > 1)}"
     if estimate.n > 1 and estimate.mean == estimate.low == estimate.high == 0:
         return f"**{claim.verdict}**: both sides train alike; {seeds}"
-    lost = re.findall(r"\d+ of \d+ \S+ does not train", claim.evidence)
+    lost = re.findall(r"\d+ of \d+ .+? below \d times chance", claim.evidence)
     return f"**{claim.verdict}**: " + "; ".join([f"{factor * estimate.mean:{spec}}{spread}", seeds, *lost])
 
 
