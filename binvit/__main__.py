@@ -9,16 +9,19 @@ import errno
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 from binvit.cli import experiments, models  # noqa: F401 - they add their commands to the group
-from binvit.cli.group import cli
+from binvit.cli.group import cli, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 1 if work failed, 2 if the input was wrong."""
     warnings.showwarning = _tell  # type: ignore[assignment]
+    with suppress(AttributeError, ValueError):  # a name of a file may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = cli.main(args=arguments, prog_name="binvit", standalone_mode=False)
     except click.Abort:
@@ -28,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(error.format_message())
     except OSError as error:
         # Our own sentences come without an error number.
-        sentence = str(error) if error.errno is None else f"{error.strerror}: {error.filename}."
+        where = "" if error.filename is None else f": {error.filename}"
+        sentence = str(error) if error.errno is None else f"{error.strerror}{where}."
         _refuse(sentence, 1 if error.errno in _FAILED_WORK else 2)
     except (ValueError, ModuleNotFoundError) as error:
         _refuse(str(error), 2 if getattr(error, "wrong_input", True) else 1)  # trials can fail at their work
@@ -41,13 +45,11 @@ _FAILED_WORK = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 def _tell(message: Warning | str, *where: object) -> None:
     """Show a warning as the sentence that it is, without the line of code that gave it."""
-    click.echo(str(message), err=True)
+    click.echo(printable(str(message)), err=True)
 
 
 def _refuse(sentence: str, code: int = 2) -> None:
-    # Names of files and folders may hold line breaks and codes that a terminal obeys.
-    printable = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
-    click.echo(f"Error: {''.join(printable)}", err=True)
+    click.echo(f"Error: {printable(sentence)}", err=True)
     sys.exit(code)
 
 

@@ -18,6 +18,7 @@ from torchvision.transforms import functional as TF
 
 Source = Image.Image | str | Path | bytes | np.ndarray
 """One image: decoded, a file, the bytes of a file, or pixels."""
+_LARGEST = 2**26  # pixels of an image that is resized as a whole
 _MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -70,10 +71,15 @@ def open_image(source: str | Path | bytes, place: str | None = None) -> Image.Im
         ValueError: the bytes are no image that Pillow can decode, or the file is no regular one.
     """
     with _opened(source, place or ("given as bytes" if isinstance(source, bytes) else str(source))) as image:
-        image.load()
-        with suppress(Exception):  # damaged notes about the camera do not make a damaged image
-            ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    kind = image.format  # which a copy has not
+    with suppress(Exception):  # damaged notes about the camera do not make a damaged image
+        image = ImageOps.exif_transpose(image)
+    return _rgb(image, kind)
 
 
 def resize_square(image: Image.Image, size: int) -> Image.Image:
@@ -102,6 +108,11 @@ def resize_and_cut(
         width, height = width, int(width * image.height / image.width)
     else:
         width, height = int(height * image.width / image.height), height
+    if width * height > _LARGEST:  # a thin image: what would be cut off is not made
+        x, y = image.width / width, image.height / height
+        left, top = (width - size[1]) // 2, (height - size[0]) // 2
+        box = (left * x, top * y, min(image.width, (left + size[1]) * x), min(image.height, (top + size[0]) * y))
+        return image.resize((size[1], size[0]), _MODES[interpolation], box)
     if image.size != (width, height):
         image = image.resize((width, height), _MODES[interpolation])
     return TF.center_crop(image, list(size))
@@ -141,7 +152,10 @@ def to_pixels(
             )
         image = Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
     elif isinstance(source, Image.Image):
-        image = _rgb(source)
+        if not (source.width and source.height):
+            raise ValueError(f"An image must have pixels, got one of {source.width} x {source.height}.")
+        with _told("given"):
+            image = _upright(source)
     elif isinstance(source, str | Path | bytes):
         image = open_image(source)
     else:
@@ -167,18 +181,24 @@ def _opened(source: str | Path | bytes, place: str) -> Iterator[Image.Image]:
     """Open an image, and tell what is wrong with it, then and while it is decoded, in one sentence."""
     if not isinstance(source, bytes):
         require_regular(Path(source), "image")
+    with _told(place), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        yield image
+
+
+@contextmanager
+def _told(place: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            yield image
+        yield
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
-        if isinstance(error, OSError) and error.errno is not None:  # the system's own: a disk, a limit, a permission
+        # The system's own: a disk, a limit, a permission. But a damaged file may send its decoder to before its start.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise ValueError(f"The image {place} cannot be decoded ({_first_line(error)}).") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip to 0 and 255
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode == "I" and image.format in ("PNG", "PPM")))
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode == "I" and kind in ("PNG", "PPM")))
     if image.mode == "P" and "transparency" in image.info:  # converted directly, Pillow warns
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import unicodedata
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from binvit.lab.data.datasets import load_data
+from binvit.lab.data.fingerprint import fingerprint
 
 SPLITS = ("train", "test")
 
@@ -155,6 +157,15 @@ def test_links_are_followed_but_never_in_a_circle(photos, tmp_path):
     assert counts(photos) == UNDISTURBED
 
 
+def test_links_between_classes_give_no_image_two_labels(photos):
+    for split in SPLITS:
+        (photos / split / "cat" / "x").symlink_to("../dog")
+        (photos / split / "dog" / "y").symlink_to("../cat")
+    (photos / "train" / "cat" / "z").symlink_to(photos / "test" / "dog")
+    (photos / "train" / "dog" / "w").symlink_to(photos / "test")
+    assert counts(photos) == UNDISTURBED
+
+
 def test_a_link_to_nowhere_is_refused(photos):
     (photos / "train" / "cat" / "7.png").symlink_to("7.png")
     refused(photos, r"image .*7\.png does not exist", FileNotFoundError)
@@ -214,3 +225,13 @@ def test_home_and_environment_variables_in_paths(photos, monkeypatch):
     monkeypatch.setenv("PHOTOS", "photos")
     for name, root in (("folder:~/photos", None), ("folder:~/$PHOTOS", None), ("folder:${PHOTOS}", "~")):
         assert load_data(name, root=root).classes == ["cat", "dog"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are texts there")
+def test_names_that_are_no_text(photos):
+    image = next((photos / "train" / "cat").iterdir())
+    image.rename(os.fsdecode(os.fsencode(image.parent) + b"/caf\xe9.png"))
+    assert counts(photos) == UNDISTURBED
+    assert fingerprint(f"folder:{photos}").startswith("sha256:")
+    (photos / "train" / "cat").rename(os.fsdecode(os.fsencode(photos / "train") + b"/caf\xe9"))
+    refused(photos, r"has a name that is no text in UTF-8\.$")

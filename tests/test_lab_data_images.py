@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from binvit import images
 from binvit.images import open_image
 from binvit.lab.data.images import ImageSet
 
@@ -124,3 +125,51 @@ def test_values_that_are_no_number_become_black_and_infinite_ones_white():
 def test_other_modes_become_rgb(mode):
     image = Image.fromarray(GRADIENT).convert("RGB").convert(mode)
     assert open_image(encode(image, "JPEG" if mode in ("CMYK", "YCbCr") else "PNG")).mode == "RGB"
+
+
+def test_an_opened_picture_is_turned_as_its_file_is(tmp_path):
+    pixels = np.zeros((6, 9, 3), np.uint8)
+    pixels[:2, :3] = 255, 0, 0
+    notes = Image.Exif()
+    notes[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "held.png", exif=notes)
+    expected = images.to_pixels(tmp_path / "held.png", 3, (6, 6))
+    with Image.open(tmp_path / "held.png") as opened:
+        np.testing.assert_array_equal(images.to_pixels(opened, 3, (6, 6)), expected)
+    assert (images.to_pixels(Image.fromarray(pixels), 3, (6, 6)) != expected).any()
+    turned = images.open_image(tmp_path / "held.png")  # and what was turned already is not turned again
+    np.testing.assert_array_equal(images.to_pixels(turned, 3, (6, 6)), expected)
+
+
+def test_pictures_that_cannot_be_used_are_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(
+        encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")[:-900]
+    )
+    with Image.open(path) as cut, pytest.raises(ValueError, match="cannot be decoded"):
+        images.to_pixels(cut, 3, (8, 8))
+    with pytest.raises(ValueError, match="must have pixels, got one of 0 x 5"):
+        images.to_pixels(Image.new("RGB", (0, 5)), 3, (8, 8))
+    # Pillow seeks to before this file's start, which is its fault and not the system's.
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        images.open_image(bytes.fromhex("0a050108000000000d000b0001016400") + bytes(112))
+
+
+@pytest.mark.parametrize(("size", "resize"), [((1, 2_000_000), None), ((20, 20), 2**15), ((3_000_000, 2), 64)])
+def test_thin_pictures_and_huge_enlargements_take_little_memory(size, resize, monkeypatch):
+    made = []
+    whole = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *more: made.append(size) or whole(self, size, *more))
+    picture = Image.new("RGB", size, (10, 200, 30))
+    cut = images.resize_and_cut(picture, (8, 8), resize)
+    assert cut.size == (8, 8)
+    assert np.asarray(cut).reshape(-1, 3).tolist() == [[10, 200, 30]] * 64
+    assert all(width * height <= 2**26 for width, height in made)
+
+
+def test_what_is_cut_from_a_huge_picture_is_its_centre(monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 400, 3), dtype=np.uint8))
+    whole = np.asarray(images.resize_and_cut(picture, (24, 24), 40), int)
+    monkeypatch.setattr(images, "_LARGEST", 1)
+    part = np.asarray(images.resize_and_cut(picture, (24, 24), 40), int)
+    assert abs(whole - part).max() <= 3  # weights that start at a fraction of a pixel

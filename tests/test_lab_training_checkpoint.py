@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import resource
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 import binvit
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
-from binvit.lab.training.model import CheckpointInfo, build_model, new_model
+from binvit.lab.training.model import CheckpointInfo, build_model, default_patch_size, new_model
 from binvit.lab.training.recipes import recipe
 
 TINY = {"width": 16, "depth": 1, "heads": 2}
@@ -111,3 +112,36 @@ def test_equal_models_are_equal_files_in_every_process(tmp_path):
     save_checkpoint(paths[0], new_model(info()), info())
     subprocess.run([sys.executable, "-c", program, *paths], check=True)
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("claim", "sentence"),
+    [
+        ({"mean": (0.5,)}, "its mean must be three numbers"),
+        ({"std": (None, None, None)}, "its std must be three numbers above 0"),
+        ({"std": (0.0, 0.0, 0.0)}, "its std must be three numbers above 0"),
+        ({"mean": ("a", "b", "c")}, "its mean must be three numbers"),
+        ({"mean": (float("nan"), 0.0, 0.0)}, "its mean must be three numbers"),
+        ({"trial": [1]}, "its trial must be an object or null"),
+        ({"classes": ([1], {"a": 1}, None)}, "its classes must be a list of texts"),
+        ({"image_size": 2**62}, "its image_size must be a whole number from 1 to 1048576"),
+    ],
+)
+def test_a_header_with_a_checksum_of_its_own_is_checked_as_well(claim, sentence, tmp_path):
+    path = save_checkpoint(tmp_path / "model", new_model(info()), dataclasses.replace(info(), **claim))
+    with pytest.raises(ValueError, match=rf"damaged header .*{sentence}"):
+        load_checkpoint(path)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is no regular file\.$"):
+        load_checkpoint(tmp_path / "pipe")
+
+
+def test_a_default_patch_is_found_at_once_however_large_the_image():
+    for side in range(4, 400):
+        divisors = [n for n in range(2, side // 2 + 1) if side % n == 0 and side // n <= 32]
+        if divisors:
+            assert default_patch_size(side) == min(divisors, key=lambda n: abs(n - side / 8))
+    assert default_patch_size(2**62) == 2**59

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -13,6 +14,8 @@ import notebook_maker
 import numpy as np
 import packed_models
 import pytest
+import timm
+import torch
 from image_files import image_folder
 from PIL import Image
 
@@ -21,6 +24,7 @@ from binvit.__main__ import main
 from binvit.lab import predict
 from binvit.lab.training.loop import TrainingDiverged
 from binvit.lab.trials import train_trial
+from binvit.packed import PackedViT
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -376,3 +380,40 @@ def test_reproduce_checks_parameters_of_all_notebooks_before_it_runs_one(capsys,
     assert not out.exists()
     out.write_text("a file")
     assert "is a file" in refused(capsys, "reproduce", "--notebooks", folder, "--out", out)
+
+
+def test_line_breaks_in_names_stay_within_their_row_and_codes_reach_no_terminal(capsys, model, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a\nb.png")
+    (folder / "bad\x1b]0;pwn\x07\nname.png").write_bytes(b"no image")
+    code, table, err = run(capsys, "predict", model, folder, "--csv", "--top", 1)
+    rows = list(csv.reader(io.StringIO(table)))
+    assert (code, len(rows), rows[1][0]) == (0, 2, str(folder / "a\nb.png"))
+    assert "\x1b" not in err
+    assert err.count("\n") == 1
+    code, text, _ = run(capsys, "predict", model, folder)
+    assert (code, text.count("\n")) == (0, 1)
+
+
+def test_a_packed_model_without_classes_or_numbers_predicts_nothing(capsys, tmp_path):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(image)
+    packed = binvit.load("gsb-digits")
+    wide = dataclasses.replace(packed.blueprint, mean=(1e300,) * 3)
+    binvit.save(PackedViT(wide, packed.tensors), tmp_path / "wide.safetensors")
+    assert "gives no numbers" in refused(capsys, "predict", tmp_path / "wide.safetensors", image, "--json")
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    binary = binvit.calibrate(binvit.binarize(model, "elastic"), torch.rand(2, 3, 32, 32)).eval()
+    binvit.save(binvit.pack(binary, mean=(0.5,) * 3, std=(0.5,) * 3), tmp_path / "headless.safetensors")
+    assert "no head that tells classes" in refused(capsys, "predict", tmp_path / "headless.safetensors", image)
+
+
+def test_numbers_and_paths_that_are_none(capsys, tmp_path):
+    assert "no finite number" in refused(capsys, "plan", "01", "--size", "smoke", "--teraflops", "nan")
+    assert "must not be empty" in refused(capsys, "pack", "")
+    (tmp_path / "results").mkdir()
+    assert "no tables of binvit bench" in refused(
+        capsys, "archive", tmp_path / "results", "--out", tmp_path / "new", "--bench", tmp_path / "results"
+    )
+    assert not (tmp_path / "new").exists()

@@ -1,9 +1,12 @@
 import contextlib
+import errno
 import json
 import os
 import re
 import resource
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from packed_models import CLASSES, images, logits_of, trained
 from safetensors.torch import save_file
 
 import binvit
+from binvit.packed import files
 from binvit.packed.files import KEY, checksum, is_packed, to_bytes
 
 X = images(4)
@@ -450,6 +454,44 @@ def test_numpy_images_decide_about_halves():
     model = trained(binvit.scheme("gsb", attention_bias="relative"), depth=1)
     halves, expected = (binvit.pack(model, images=images).tensors for images in (X.numpy()[::-1], X))
     assert {name: tensor.dtype for name, tensor in halves.items()} == {n: t.dtype for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("images", [X[:0], torch.full_like(X, torch.nan)])
+def test_images_that_prove_nothing_decide_about_no_halves(images):
+    model = trained(binvit.scheme("gsb"), depth=1)
+    with pytest.raises(ValueError, match="must be at least one, and their pixels finite"):
+        binvit.pack(model, images=images)
+
+
+@pytest.mark.parametrize("images", [X.to_sparse(), X.to("meta")])
+def test_images_that_are_elsewhere_or_sparse_are_refused(images, model):
+    with pytest.raises(ValueError, match=r"^Images must be a dense tensor on the CPU, got torch\.\w+ on \w+\.$"):
+        binvit.pack(model)(images)
+
+
+def test_negated_views_are_images(model):
+    packed = binvit.pack(model)
+    assert torch.equal(packed(torch._neg_view(X)), packed(-X))
+
+
+@pytest.mark.parametrize("defaults", ["torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')"])
+def test_warming_up_and_counting_do_not_depend_on_defaults(defaults, model, tmp_path):
+    path = binvit.save(binvit.pack(model), tmp_path / "model")
+    code = f"import sys, torch, binvit; m = binvit.load(sys.argv[1]); {defaults}; m.warm_up()"
+    code += "; from binvit.packed.audit import audit; print(audit(m).file_bytes)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{path.stat().st_size}\n"), done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(model, tmp_path, monkeypatch):
+    path = binvit.save(binvit.pack(model), tmp_path / "model")
+
+    def refuse(*arguments):  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(PermissionError):
+        binvit.load(path)
 
 
 ARGUMENTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +81,12 @@ def reproduce(
         sys.exit(1)
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.", context, option)
+    return value
+
+
 @cli.command()
 @click.argument("numbers", nargs=-1, metavar="[NN]...")
 @click.option("--size", default="archive", show_default=True, metavar="[archive|smoke|cpu|paper]",
@@ -88,7 +95,7 @@ def reproduce(
               help="A parameter for all of these notebooks; lists as in YAML.")  # fmt: skip
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
 @click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
-@click.option("--teraflops", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+@click.option("--teraflops", type=click.FloatRange(0, min_open=True), callback=_finite, default=10.0, show_default=True,
               help="1e12 operations per second that a GPU sustains; an A100 has 19.5 at most in float32.")  # fmt: skip
 @click.option("--out", type=PATH, help="File of the plan, a line per trial; binvit train --trial reads it.")
 def plan(
@@ -123,7 +130,9 @@ def plan(
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
-@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|paper]", help="How to train.")
+@click.option(
+    "--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|flowers|paper]", help="How to train."
+)
 @click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
               show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
@@ -174,16 +183,16 @@ def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
 
     found, damaged = read_results(results_dir)
     out = out or project.folder("paper_figures")
+    if measured:
+        from binvit.lab.experiments.efficiency import archive_bench
+
+        click.echo(f"Measurements of {', '.join(archive_bench(measured, out))} are in {out}.")
     new = add(found, out)
     click.echo(f"{new} trials are new in {out}, {len(found) - new} were there.")
     with suppress(FileNotFoundError):  # without a clone there are no notebooks, and nothing that they measure
         jobs = plan_.plan(project.folder("notebooks"), "archive")
         if count := take_measurements(jobs, results_dir, out):
             click.echo(f"{count} models and sets of images were measured for it.")
-    if measured:
-        from binvit.lab.experiments.efficiency import archive_bench
-
-        click.echo(f"Measurements of {', '.join(archive_bench(measured, out))} are in {out}.")
     for sentence in damaged:
         click.echo(sentence, err=True)
     if damaged:

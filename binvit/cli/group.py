@@ -13,7 +13,14 @@ class _Path(click.Path):
     """A path in which `~` and environment variables are replaced, also where a shell leaves them: --out=~/results."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("A path must not be empty.", param, ctx)
         return super().convert(os.path.expandvars(os.path.expanduser(value)), param, ctx)
+
+
+def printable(text: str) -> str:
+    """Escape line breaks, codes that a terminal obeys, and bytes that are no text; names of files may hold them."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 PATH = _Path(path_type=Path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from binvit.cli.group import PATH, cli
+from binvit.cli.group import PATH, cli, printable
 
 if TYPE_CHECKING:
     from binvit.lab.trials.trial import Trial
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", default="gsb", show_default=True, help="How to binarize; see binvit schemes.")
-@click.option("--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|paper]", help="How to train.")
+@click.option(
+    "--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|flowers|paper]", help="How to train."
+)
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
               help="A field of the recipe, such as epochs=20 or lr=3e-4; may be repeated.")  # fmt: skip
 @click.option("--model", metavar="TIMM", help="A timm vision transformer, in place of the recipe's own.")
@@ -150,12 +152,12 @@ def predict(model: Path, images: Path, top: int, form: str | None) -> None:
 
     from binvit.lab.predict import image_files, open_model, predict_files, written
 
-    skip = (lambda sentence: tqdm.write(sentence, file=sys.stderr)) if images.is_dir() else None
+    skip = (lambda sentence: tqdm.write(printable(sentence), file=sys.stderr)) if images.is_dir() else None
     files = image_files(images, skip)
     predictions = predict_files(open_model(model), files, top, skip)
     hidden = len(files) == 1 or not sys.stderr.isatty()
     for line in written(tqdm(predictions, total=len(files), unit="image", disable=hidden), form):
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(line if form else printable(line), file=sys.stdout)
 
 
 @cli.command()
@@ -203,7 +205,7 @@ def schemes() -> None:
 
 
 @cli.command("warm-up")
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=PATH)
 def warm_up(model: Path | None) -> None:
     """Compile ahead what the packed MODEL needs, by default what training and prediction need.
 

@@ -71,6 +71,8 @@ def open_model(path: Path) -> Classifier:
     packed = load(path)
     packed.preprocess([])  # refuses at once if images cannot be prepared
     plan = packed.blueprint
+    if not plan.vit.num_classes or not plan.vit.global_pool:
+        raise ValueError(f"The model {path} has no head that tells classes.")
     classes = packed.classes or [f"class {number}" for number in range(plan.vit.num_classes)]
     return Classifier(packed, classes, min(plan.vit.img_size), plan.mean, plan.std)
 
@@ -164,7 +166,10 @@ def predict_files(
                             raise
                         skip(f"Skipped {path}: {error}")
                 if read:
-                    found = classifier.from_tensor(torch.cat([image for _, image in read])).topk(top)
+                    shares_of_all = classifier.from_tensor(torch.cat([image for _, image in read]))
+                    if shares_of_all.isnan().any():  # pixels of a file are finite
+                        raise ValueError("The model gives no numbers: its normalization or weights are out of range.")
+                    found = shares_of_all.topk(top)
                     for (path, _), shares, numbers in zip(
                         read, found.values.tolist(), found.indices.tolist(), strict=True
                     ):
@@ -195,8 +200,8 @@ def written(predictions: Iterable[tuple[Path, list[tuple[str, float]]]], form: s
                 yield "image,rank,class,probability"
             for rank, (name, probability) in enumerate(classes, 1):
                 row = io.StringIO()
-                csv.writer(row, lineterminator="").writerow([path, rank, name, f"{probability:.6f}"])
-                yield row.getvalue()
+                csv.writer(row, lineterminator="\n").writerow([path, rank, name, f"{probability:.6f}"])
+                yield row.getvalue()[:-1]  # without an end, line breaks in names would not be quoted
         elif form == "json":
             found = [{"class": name, "probability": round(probability, 6)} for name, probability in classes]
             yield ("[" if count == 1 else ",") + json.dumps({"image": str(path), "classes": found}, ensure_ascii=False)

@@ -246,6 +246,9 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
     """
     if not isinstance(model, Binarized):
         raise ValueError(f"calibrate() takes a model made by binvit.binarize(), got {type(model).__name__}.")
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"Images must be a float tensor of shape (B, C, H, W), got {what}.")
     if all_processes and several_processes():
         images = _gather(images, torch.distributed.group.WORLD)
     if not is_usable(images):

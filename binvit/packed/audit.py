@@ -81,7 +81,7 @@ def audit(model: PackedViT) -> Audit:
     order = [*PARTS, PRODUCTS, SOFTMAX, STREAM]
     rows = [part for part in order if any(counter[part] for counter in counts.values())]
     table = pd.DataFrame({column: [counter[row] for row in rows] for column, counter in counts.items()}, index=rows)
-    floats = {name: torch.zeros(tensor.shape, dtype=torch.float32) for name, tensor in trained.items()}
+    floats = {name: torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for name, tensor in trained.items()}
     file_bytes = len(serialize(model.tensors, pack_header(model)))
     return Audit(table, file_bytes, len(serialize(floats)))
 

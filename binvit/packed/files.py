@@ -97,6 +97,8 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
             itself.
     """
     path = find_model(path)
+    with open(path, "rb"):  # a file that may not be read is not a damaged one
+        pass
     try:
         with safe_open(path, framework="pt") as file:  # the header alone: a foreign file may be large
             known = KEY in (file.metadata() or {})
@@ -156,6 +158,8 @@ def _read_header(name: str, text: str, tensors: Mapping[str, Tensor]) -> dict[st
 
 def is_packed(path: str | Path) -> bool:
     """Say whether a file is a packed model, without reading its tensors."""
+    with open(path, "rb"):  # a file that may not be read is not a damaged one
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             return KEY in (file.metadata() or {})

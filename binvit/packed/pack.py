@@ -86,6 +86,8 @@ def pack(
     halves = _halves(tensors)
     if images is not None and not exact:
         images = as_tensor(images)
+        if not len(images) or not images.isfinite().all():  # on these, everything rounded predicts the same
+            raise ValueError("Images to compare predictions on must be at least one, and their pixels finite.")
         expected = PackedViT(blueprint, tensors)(images).argmax(-1)
         for some in halves:
             if torch.equal(PackedViT(blueprint, tensors | some)(images).argmax(-1), expected):

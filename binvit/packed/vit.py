@@ -99,18 +99,18 @@ class PackedViT:
             return self._logits(images, torch_threads() if threads is None else threads)
 
     def _logits(self, images: Tensor | np.ndarray, threads: int) -> Tensor | np.ndarray:
-        is_tensor = isinstance(images, Tensor)
-        if not is_tensor and not isinstance(images, np.ndarray):
-            raise ValueError(f"Images must be a torch tensor or a numpy array, got {type(images).__name__}.")
+        is_tensor, given = isinstance(images, Tensor), images
+        images = as_tensor(images)
+        if images.device.type != "cpu" or images.layout != torch.strided:
+            raise ValueError(f"Images must be a dense tensor on the CPU, got {images.layout} on {images.device}.")
         shape = self.blueprint.image_shape
-        if tuple(images.shape[1:]) != shape or images.dtype not in (torch.float32, np.float32):
+        if tuple(images.shape[1:]) != shape or images.dtype != torch.float32:
             raise ValueError(
-                f"Images must be float32 of shape (B, {', '.join(map(str, shape))}), got {images.dtype} of shape "
+                f"Images must be float32 of shape (B, {', '.join(map(str, shape))}), got {given.dtype} of shape "
                 f"{tuple(images.shape)}."
             )
-        images = as_tensor(images)
         with torch.inference_mode(), on_cpu():
-            logits = self._run(images.detach(), min(threads, bits.get_threads()))
+            logits = self._run(images.detach().resolve_neg(), min(threads, bits.get_threads()))
         return logits.clone() if is_tensor else logits.numpy()
 
     def _run(self, images: Tensor, threads: int) -> Tensor:
@@ -203,7 +203,7 @@ class PackedViT:
         """
         start = time.perf_counter()
         for images in (1, 2):  # what the head reads of one image lies side by side, of two it does not
-            self(torch.zeros(images, *self.blueprint.image_shape))
+            self(torch.zeros(images, *self.blueprint.image_shape, dtype=torch.float32, device="cpu"))
         return time.perf_counter() - start
 
     def _path(self) -> str:
@@ -229,6 +229,8 @@ def as_tensor(images: Tensor | np.ndarray) -> Tensor:
     """Return images as a torch tensor; arrays that torch cannot map, such as mirrored or read-only ones, are copied."""
     if isinstance(images, Tensor):
         return images
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"Images must be a torch tensor or a numpy array, got {type(images).__name__}.")
     return torch.from_numpy(images if images.flags.carray else np.array(images, order="C"))
 
 

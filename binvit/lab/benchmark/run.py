@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def run_benchmarks(
         raise ValueError(f"The time per measurement must be a positive number of seconds, got {seconds!r}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the tables, {out}, is a file.")
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # minutes of measurements should not end at a folder that takes no file
     say(f"CPU: {describe_cpu()}.")
     say(f"The kernels took {bits.warm_up():.1f} s to compile or to load; no measurement includes it.")
     options: dict[str, Any] = {"threads": threads, "seconds": seconds}

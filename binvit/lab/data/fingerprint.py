@@ -56,7 +56,7 @@ def fingerprint(name: str, root: str | Path | None = None) -> str:
     if (entry := known.get(key)) and entry[:1] == [stamp]:
         return entry[1]
     found = hash_source(read_source(name, root))
-    with suppress(OSError):  # a cache only saves time
+    with suppress(OSError, RuntimeError, ValueError):  # a cache only saves time; there may be no home
         atomic_write(_cache_file(), json.dumps(_read_cache() | {key: [stamp, found]}, indent=1))
     return found
 
@@ -95,7 +95,7 @@ def _digests(images: ImageSet, whole: bool) -> Iterator[bytes]:
             shape = repr(image.shape).encode() if isinstance(image, np.ndarray) else b""
             yield hashlib.sha256(shape + bytes(content)).digest()
         else:
-            yield f"{image.name if isinstance(image, Path) else ''} {_size(image)}".encode()
+            yield f"{image.name if isinstance(image, Path) else ''} {_size(image)}".encode(errors="surrogateescape")
 
 
 def _size(image: bytes | Path | np.ndarray) -> int:
@@ -120,7 +120,11 @@ def _stamp(kind: str, location: Path) -> str:
     for path in sorted(files):
         with suppress(OSError):
             status = path.stat()
-            total.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
+            total.update(
+                f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode(
+                    errors="surrogateescape"
+                )
+            )
     return total.hexdigest()
 
 

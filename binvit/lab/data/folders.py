@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,16 +20,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _HIDDEN
 
 
-def visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path, others: Iterable[Path] = ()) -> list[Path]:
     """Return the files of a folder and of the folders in it, sorted by folder and name.
 
     Hidden files and folders are left out. Links are followed, but no folder is entered twice, nor from within itself.
+
+    Args:
+        folder: where to look.
+        others: folders whose content is something else's: they are not entered.
 
     Raises:
         PermissionError: a folder may not be read.
     """
     found: list[Path] = []
-    seen = _above(folder)
+    seen = _above(folder) | {_identity(other) for other in others}
     for top, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not is_hidden(name) and _is_new(Path(top, name), seen)]
         found += [Path(top, name) for name in sorted(files) if not is_hidden(name)]
@@ -56,6 +61,8 @@ def read_folder(location: Path, test: bool = True) -> Source:
     classes = sorted(folders["train"])
     if not classes:
         raise ValueError(f"{location / 'train'} holds no class folders.")
+    known = [folder for split in folders.values() for found in split.values() for folder in found]
+    known += [location / name for name in names]
     splits = {}
     for name, split in sorted(names.items(), key=lambda item: ("train", "val", "test").index(item[1])):
         for unknown in sorted(folders[split].keys() - set(classes)):
@@ -64,7 +71,8 @@ def read_folder(location: Path, test: bool = True) -> Source:
         labels: list[int] = []
         for label, class_name in enumerate(classes):
             if class_name in folders[split] and (test or split != "test"):
-                found = _images(folders[split][class_name])
+                own = folders[split][class_name]
+                found = _images(own, [other for other in known if other not in own])
                 images += found
                 labels += [label] * len(found)
         splits[split] = ImageSet(images, labels, str(location / name))
@@ -75,6 +83,10 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     """Return the folders of each class; names that differ by their Unicode form alone are one class."""
     found: dict[str, list[Path]] = {}
     for name in _subfolders(folder):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"The class folder {folder / name} has a name that is no text in UTF-8.") from None
         found.setdefault(normal_name(name), []).append(folder / name)
     return found
 
@@ -89,9 +101,9 @@ def _subfolders(folder: Path) -> list[str]:
     return [name for name in names if _identity(folder / name) not in above]
 
 
-def _images(folders: list[Path]) -> list[Path]:
+def _images(folders: list[Path], others: list[Path]) -> list[Path]:
     """Return the images of one class in one split, of which at least one has to be readable."""
-    files = [path for folder in folders for path in visible_files(folder) if path.suffix.lower() in SUFFIXES]
+    files = [path for folder in folders for path in visible_files(folder, others) if path.suffix.lower() in SUFFIXES]
     for path in files:
         require_regular(path, "image")
         if not is_readable(path):

@@ -5,6 +5,7 @@ with a checksum of itself and all tensors: equal models are equal files, and no 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 
 from binvit.files import atomic_write
+from binvit.images import require_regular
 from binvit.lab.training.model import CheckpointInfo, new_model
 from binvit.lab.training.recipe import Recipe
 from binvit.nn.convert import fill_buffers
@@ -112,6 +114,7 @@ def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.T
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
+    require_regular(path, "checkpoint")
     content = path.read_bytes()  # safetensors' own reader takes too many open files for a missing one
     try:
         tensors = load(content)
@@ -129,12 +132,28 @@ def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.T
     return _info(path, text), tensors
 
 
+def _check_images(header: dict[str, Any]) -> None:
+    """Raise a ValueError unless a header's numbers and names can be those of images."""
+    classes, mean, std, size, trial = (header[name] for name in ("classes", "mean", "std", "image_size", "trial"))
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("its classes must be a list of texts")
+    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if not (numbers and len(values) == 3 and all(least < value < math.inf for value in values)):
+            raise ValueError(f"its {name} must be three numbers{' above 0' if name == 'std' else ''}")
+    if type(size) is not int or not 1 <= size <= 2**20:
+        raise ValueError("its image_size must be a whole number from 1 to 1048576")
+    if not isinstance(trial, dict | None):
+        raise ValueError("its trial must be an object or null")
+
+
 def _info(path: Path, text: str) -> CheckpointInfo:
     try:
         header: dict[str, Any] = json.loads(text)
         if header["version"] != _VERSION:
             found = header["version"]
             raise ValueError(f"it has format version {found}, this release of binvit reads {_VERSION}")
+        _check_images(header)
         return CheckpointInfo(
             recipe=Recipe.from_dict(header["recipe"]),
             scheme=Scheme.from_dict(header["scheme"]),

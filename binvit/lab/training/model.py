@@ -89,7 +89,8 @@ def default_patch_size(image_size: int, patches: int = 8) -> int:
     Raises:
         ValueError: no divisor gives 2 to 32 patches a side.
     """
-    useful = [size for size in range(2, image_size // 2 + 1) if image_size % size == 0 and image_size // size <= 32]
+    parts = range(min(32, image_size // 2), 1, -1)  # few, however large the image
+    useful = [image_size // count for count in parts if image_size % count == 0]
     if not useful:
         raise ValueError(
             f"Images of {image_size} pixels cannot be divided into patches of equal size; "

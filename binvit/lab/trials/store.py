@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 
 from binvit.config import Config, Number, Text, Whole, read_json
 from binvit.files import atomic_write, set_aside
+from binvit.images import require_regular
 from binvit.lab.training.checkpoint import load_checkpoint, read_checkpoint
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.training.recipe import Recipe, Share
@@ -210,6 +211,7 @@ def read_result_file(path: Path) -> TrialResult:
         FileNotFoundError: there is no such file.
         ValueError: the file is corrupt.
     """
+    require_regular(path, "result file")
     try:
         values = read_json(path.read_bytes(), "it")
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
