@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from binvit.images import SUFFIXES, is_readable, require_regular, stored_size
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.splits import SPLITS, Source, normal_name, split_names
+
+Identity = tuple[int, int]  # of a folder: its device and its number there
 
 # Folders that file managers, archives and disk stations put beside images; they may hold thumbnails of them.
 _HIDDEN = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found")
@@ -20,20 +21,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _HIDDEN
 
 
-def visible_files(folder: Path, others: Iterable[Path] = ()) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     """Return the files of a folder and of the folders in it, sorted by folder and name.
 
     Hidden files and folders are left out. Links are followed, but no folder is entered twice, nor from within itself.
 
-    Args:
-        folder: where to look.
-        others: folders whose content is something else's: they are not entered.
-
     Raises:
         PermissionError: a folder may not be read.
     """
+    return _visible_files(folder, set())
+
+
+def _visible_files(folder: Path, others: set[Identity]) -> list[Path]:
     found: list[Path] = []
-    seen = _above(folder) | {_identity(other) for other in others}
+    seen = _above(folder) | others
     for top, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not is_hidden(name) and _is_new(Path(top, name), seen)]
         found += [Path(top, name) for name in sorted(files) if not is_hidden(name)]
@@ -61,8 +62,8 @@ def read_folder(location: Path, test: bool = True) -> Source:
     classes = sorted(folders["train"])
     if not classes:
         raise ValueError(f"{location / 'train'} holds no class folders.")
-    known = [folder for split in folders.values() for found in split.values() for folder in found]
-    known += [location / name for name in names]
+    parts = [folder for split in folders.values() for found in split.values() for folder in found]
+    known = {_identity(part) for part in [*parts, *(location / name for name in names)]}
     splits = {}
     for name, split in sorted(names.items(), key=lambda item: ("train", "val", "test").index(item[1])):
         for unknown in sorted(folders[split].keys() - set(classes)):
@@ -72,7 +73,7 @@ def read_folder(location: Path, test: bool = True) -> Source:
         for label, class_name in enumerate(classes):
             if class_name in folders[split] and (test or split != "test"):
                 own = folders[split][class_name]
-                found = _images(own, [other for other in known if other not in own])
+                found = _images(own, known - {_identity(folder) for folder in own})
                 images += found
                 labels += [label] * len(found)
         splits[split] = ImageSet(images, labels, str(location / name))
@@ -101,9 +102,12 @@ def _subfolders(folder: Path) -> list[str]:
     return [name for name in names if _identity(folder / name) not in above]
 
 
-def _images(folders: list[Path], others: list[Path]) -> list[Path]:
-    """Return the images of one class in one split, of which at least one has to be readable."""
-    files = [path for folder in folders for path in visible_files(folder, others) if path.suffix.lower() in SUFFIXES]
+def _images(folders: list[Path], others: set[Identity]) -> list[Path]:
+    """Return the images of one class in one split, of which at least one has to be readable.
+
+    Folders of other classes and splits are not entered, wherever links lead.
+    """
+    files = [path for folder in folders for path in _visible_files(folder, others) if path.suffix.lower() in SUFFIXES]
     for path in files:
         require_regular(path, "image")
         if not is_readable(path):
@@ -119,19 +123,19 @@ def _images(folders: list[Path], others: list[Path]) -> list[Path]:
     raise ValueError(f"The class folder {folders[0]} holds no image that can be read ({reason}).")
 
 
-def _above(folder: Path) -> set[tuple[int, int]]:
+def _above(folder: Path) -> set[Identity]:
     """Return the identities of a folder and of all that it lies in, by its name and by where links lead."""
     return {_identity(path) for start in (folder.absolute(), folder.resolve()) for path in (start, *start.parents)}
 
 
-def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+def _is_new(folder: Path, seen: set[Identity]) -> bool:
     identity = _identity(folder)
     new = identity not in seen
     seen.add(identity)
     return new
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> Identity:
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
