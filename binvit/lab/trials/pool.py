@@ -305,5 +305,6 @@ def _run(
             raise
         if not isinstance(error, OSError):
             traceback.print_exc()  # out of memory, a killed worker of the loader, or a fault of ours
-        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        return False, f"{name}{error}", is_wrong_input(error)
+            return False, f"{type(error).__name__}: {error}", is_wrong_input(error)
+        where = f": {error.filename}" if error.filename else ""
+        return False, f"{error.strerror}{where}" if error.strerror else str(error), is_wrong_input(error)
