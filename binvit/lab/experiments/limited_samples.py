@@ -16,7 +16,7 @@ from binvit.lab.analysis.claims import Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
-from binvit.lab.experiments.design.baselines import archive_baselines
+from binvit.lab.experiments.design.baselines import measurements_of
 from binvit.lab.experiments.design.parse import Images, parse_changes, parse_images
 from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
@@ -140,19 +140,7 @@ def _source_title(part: Images) -> str:
     return dataclasses.replace(part, samples_per_class=None).title
 
 
-def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
-    """Archive the `baselines` of a notebook's images, as far as they have archived trials to stand beside.
-
-    Args:
-        p: the notebook's parameters.
-        results_dir: folder of the results; unused, since pixels are all that is needed.
-        archive: folder of the archive.
-
-    Returns:
-        How many sets of images were classified.
-    """
-    del results_dir
-    return archive_baselines(runs(p), archive)
+take_measurements = measurements_of(runs)
 
 
 @styled

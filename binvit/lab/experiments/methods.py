@@ -11,7 +11,7 @@ import binvit
 from binvit.lab.analysis.claims import LEAST, Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
-from binvit.lab.experiments.design.baselines import archive_baselines
+from binvit.lab.experiments.design.baselines import measurements_of
 from binvit.lab.experiments.design.plan import BOTH_BIASES, WITH_BIAS, Condition, Run, notebook_runs, with_bias
 from binvit.lab.figures.charts import mark
 from binvit.lab.figures.panels import dot_panels
@@ -131,19 +131,7 @@ def claims(table: pd.DataFrame, margin: float = 0.05) -> list[Claim]:
     ]
 
 
-def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> int:
-    """Archive what methods that know nothing but pixels reach on a notebook's images.
-
-    Args:
-        p: the notebook's parameters.
-        results_dir: folder of the results; unused, since pixels are all that is needed.
-        archive: folder of the archive.
-
-    Returns:
-        How many sets of images were classified.
-    """
-    del results_dir
-    return archive_baselines(runs(p), archive)
+take_measurements = measurements_of(runs)
 
 
 def with_references(shown: pd.DataFrame, pixels: pd.DataFrame, guessing: Mapping[str, float]) -> pd.DataFrame:

@@ -95,6 +95,19 @@ def archive_baselines(runs: Sequence[Run], archive: str | Path) -> int:
     return count
 
 
+def measurements_of(runs: Callable[[Any], Sequence[Run]]) -> Callable[[Any, str | Path, str | Path], int]:
+    """Return the function of an experiment that archives the `baselines` of its images.
+
+    Args:
+        runs: a notebook's parameters -> what it trains.
+
+    Returns:
+        Parameters, folder of the results (unused, since pixels are all that is needed), folder of the archive -> how
+        many sets of images were classified.
+    """
+    return lambda p, results_dir, archive: archive_baselines(runs(p), archive)
+
+
 def _pixels(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     pixels = [np.asarray(images[index][0], np.float32).ravel() / 255 for index in range(len(images))]
     return np.stack(pixels), images.labels
