@@ -112,7 +112,7 @@ class _EntryCompiler(Compiler):
     def define_pipelines(self) -> list:
         library = _EntryLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         library.enable_object_caching()
-        self.state.library = library
+        self.state["library"] = library
         return super().define_pipelines()
 
 
@@ -130,7 +130,7 @@ class _EntryLibrary(JITCodeLibrary):
 
 class _NestedCompiler(Compiler):
     def define_pipelines(self) -> list:
-        self.state.library = _NestedLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state["library"] = _NestedLibrary(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         return super().define_pipelines()
 
 

@@ -14,6 +14,7 @@ from binvit.lab.analysis.verdicts import Claim, Verdict, confirm, correct, verdi
 
 __all__ = [
     "LEAST",
+    "UNTRAINED",
     "Claim",
     "all_of",
     "check_difference",
@@ -30,6 +31,8 @@ __all__ = [
 
 LEAST = 3
 """Below so many times chance a model has learned nothing worth comparing."""
+UNTRAINED = "does not train"
+"""What tables and figures say of such a model."""
 
 
 def check_difference(sentence: str, difference: Estimate, margin: float = 0.0, percent: bool = True) -> Claim:

@@ -231,7 +231,7 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
             sentence = f"Without further training, a 1-bit {tensor} costs more accuracy than {words}."
             checked.append(costs_more(sentence, "accuracy_drop", tensor, others))
     for tensor in SUPERPOSED:
-        sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any other but these two."
+        sentence = f"After training with it, a 1-bit {tensor} costs more accuracy than any but map and value."
         if len(after):
             rest = [other for other in TENSORS if other not in SUPERPOSED]  # the paper names both at once
             checked += confirm(LOSS_IS_ATTENTION, costs_more(sentence, "trained_drop", tensor, rest))

@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from binvit.lab.analysis.claims import LEAST, Claim, check_pair
+from binvit.lab.analysis.claims import LEAST, UNTRAINED, Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.parse import parse_changes, parse_images
@@ -25,7 +25,6 @@ from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.archive import confusion
 
-UNTRAINED = "does not train"
 FITTED = 0.5  # share of the wrong labels that a model reproduces if it has fitted the noise
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import binvit
-from binvit.lab.analysis.claims import LEAST, Claim, all_of, check_pair, confirm
+from binvit.lab.analysis.claims import LEAST, UNTRAINED, Claim, all_of, check_pair, confirm
 from binvit.lab.analysis.statistics import averaged, summarize
 from binvit.lab.analysis.verdicts import BEST, CNN_DO_NOT_TRANSFER, SUPERPOSITION_HELPS
 from binvit.lab.experiments.design.baselines import measurements_of
@@ -23,7 +23,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "group superposition": ("elastic", "gsb"),
 }
 CNN, TRANSFORMER = list(FAMILIES)[1:3]
-UNTRAINED = "does not train"
 PUBLISHED = ("notebook", "data", "model", "scheme", "what", "top1", "source", "grade")
 
 
