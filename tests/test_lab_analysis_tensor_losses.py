@@ -13,8 +13,7 @@ import binvit
 from binvit.lab.analysis import attention, tensor_losses
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments import gsb_ablation
-from binvit.nn.products import superpose
-from binvit.nn.rules import Elastic, GsbAttention, GsbValue
+from binvit.nn.rules import Elastic, GsbAttention, GsbValue, superpose
 from binvit.nn.schemes import PLACES
 
 

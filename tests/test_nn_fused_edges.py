@@ -15,8 +15,7 @@ from binvit.nn import products, rules
 from binvit.nn.block_parts import LayerEnd
 from binvit.nn.fused import autograd, elementwise, planes
 from binvit.nn.fused.linear import Part, binary_linear, takes_linear
-from binvit.nn.products import superpose
-from binvit.nn.rules import GsbAttention, GsbValue
+from binvit.nn.rules import GsbAttention, GsbValue, superpose
 from binvit.nn.schemes import INPUT_RULES, PLACES, WEIGHT_RULES
 
 scale = st.sampled_from([0.25, 0.5, 1.0, 2.0])

@@ -10,7 +10,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 import binvit
-from binvit.nn import products
+from binvit.nn import products, rules
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention, BinaryMlp
 from binvit.nn.linear import BinaryLinear
@@ -192,7 +192,7 @@ def test_a_linear_layer_of_bibert_with_zeros_among_its_inputs():
     y.backward(g.gy)
     zeros = (g.x == 0).float()
     assert zeros.any()
-    binary = products.superpose(layer.weight_binarizer.planes(layer.weight))
+    binary = rules.superpose(layer.weight_binarizer.planes(layer.weight))
     close(y - zeros @ binary.T, g.y, "value")
     close(x.grad, g.gx, "gx")
     c = values["weight"] - values["weight"].mean(1, keepdim=True)

@@ -71,7 +71,7 @@ def test_planes_are_small_integers_and_their_sum_is_the_value(table, shape):
             assert levels.max() <= rule.highest, name
             if scale is not None:
                 assert torch.broadcast_shapes(scale.shape, x.shape) == x.shape, name
-        torch.testing.assert_close(products.superpose(planes), products.binarize(x, rule, *parameters), msg=name)
+        torch.testing.assert_close(rules.superpose(planes), products.binarize(x, rule, *parameters), msg=name)
 
 
 def test_the_sign_of_zero_is_plus_one():

@@ -14,7 +14,8 @@ from binvit.nn.block_parts import Branches, LayerEnd, clip
 from binvit.nn.fused import autograd, formed
 from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.linear import scheme_linear
-from binvit.nn.products import attention_product, binary_product, superpose
+from binvit.nn.products import attention_product, binary_product
+from binvit.nn.rules import superpose
 from binvit.nn.schemes import Scheme
 
 

@@ -17,21 +17,12 @@ from binvit.nn.rules import Plane, Rule
 LARGEST_EXACT = 2**24  # integers below are exact in float32
 
 
-def superpose(terms: Sequence[Plane]) -> Tensor:
-    """Return the sum of scale * (levels - offset) over the planes."""
-    total: Any = None
-    for plane in terms:
-        term = plane.integers if plane.scale is None else plane.integers * plane.scale
-        total = term if total is None else total + term
-    return total
-
-
 class _Binarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.rule = rule
         ctx.save_for_backward(x, *parameters)
-        return superpose(planes.planes(rule, x, *parameters))
+        return planes.binarized(rule, x, *parameters)
 
     @staticmethod
     @once_differentiable
@@ -144,8 +135,8 @@ class _BinaryProduct(torch.autograd.Function):
         dx: Tensor | None = None
         dpx: list[Tensor | None] = [None] * len(px)
         if need_x:
-            dx, *dpx = planes.backward(rule_x, x, g @ superpose(planes.planes(rule_w, w, *pw)), *px)
-        xb = superpose(planes.planes(rule_x, x, *px))
+            dx, *dpx = planes.backward(rule_x, x, g @ planes.binarized(rule_w, w, *pw), *px)
+        xb = planes.binarized(rule_x, x, *px)
         gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
         dw, *dpw = planes.backward(rule_w, w, gw, *pw)
         dshift = None if dx is None or ctx.shift_shape is None else dx.sum_to_size(ctx.shift_shape)

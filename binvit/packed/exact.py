@@ -21,8 +21,8 @@ from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import AttentionBias, Binarizer
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.linear import BinaryLinear, BinaryPatchConv, each
-from binvit.nn.products import apply_scales, exact_in_float32, integer_product, superpose
-from binvit.nn.rules import Plane, Rule
+from binvit.nn.products import apply_scales, exact_in_float32, integer_product
+from binvit.nn.rules import Plane, Rule, superpose
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.products import bit_product, few_rows_product, plane_product
 

@@ -15,8 +15,7 @@ import binvit
 from binvit.lab.analysis.tensor_losses import fit_scales, single_tensor_options
 from binvit.nn.layer_parts import BiasedAttention
 from binvit.nn.layers import BinaryAttention
-from binvit.nn.products import superpose
-from binvit.nn.rules import Elastic, GsbAttention, GsbValue, largest
+from binvit.nn.rules import Elastic, GsbAttention, GsbValue, largest, superpose
 
 
 @torch.no_grad()

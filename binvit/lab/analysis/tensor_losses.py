@@ -22,8 +22,7 @@ from binvit.lab.training.evaluation import classify
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.linear import BinaryLinear
-from binvit.nn.products import superpose
-from binvit.nn.rules import SMALLEST_SCALE, Rule
+from binvit.nn.rules import SMALLEST_SCALE, Rule, superpose
 from binvit.nn.schemes import Scheme
 
 # Tensor of a transformer block -> the fields of a scheme that make it 1-bit; all other fields stay "float".

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from binvit.nn.fused import elementwise
-from binvit.nn.rules import Form, Plane, Rule
+from binvit.nn.fused import elementwise, heads
+from binvit.nn.rules import Form, HeadSign, Plane, Rule, superpose
 
 _NONE = np.empty(0, np.float32)
 
@@ -51,14 +51,25 @@ def gradients(
 def planes(rule: Rule, x: Tensor, *parameters: Tensor) -> list[Plane]:
     """Return what `rule.planes(x, *parameters)` does, to the last bit."""
     form = form_of(rule, x, parameters)
+    if isinstance(rule, HeadSign) and heads.takes_heads(rule, x, parameters):
+        return [Plane(heads.integers(rule, x, *parameters), parameters[0])]
     if form is None:
         return rule.planes(x, *parameters)
     return [Plane(levels(form, x), None if form.scale == 1 else x.new_tensor(form.scale))]
 
 
+def binarized(rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return the sum of the planes of x, to the last bit."""
+    if heads.takes_heads(rule, x, parameters):
+        return heads.binarized(rule, x, *parameters)
+    return superpose(planes(rule, x, *parameters))
+
+
 def backward(rule: Rule, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
     """Return what `rule.backward(x, g, *parameters)` does, up to the rounding of sums."""
     form = form_of(rule, x, parameters)
+    if heads.takes_heads(rule, x, parameters) and elementwise.usable(g):
+        return heads.gradients(rule, x, g, *parameters)
     if form is None or not elementwise.usable(g):
         return rule.backward(x, g, *parameters)
     dx = x.new_empty(x.shape)

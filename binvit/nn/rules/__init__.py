@@ -9,7 +9,7 @@ Notation in the docstrings: g is the gradient with respect to the binarized tens
 elements, a the scale. sign(0) = +1 everywhere.
 """
 
-from binvit.nn.rules.base import SMALLEST_SCALE, Float, Form, Plane, Rule, reduce_to, sign
+from binvit.nn.rules.base import SMALLEST_SCALE, Float, Form, Plane, Rule, reduce_to, sign, superpose
 from binvit.nn.rules.elastic import Bwn, Elastic
 from binvit.nn.rules.gsb import REDUCTIONS, Gsb, GsbAttention, GsbValue, check_thresholds, largest
 from binvit.nn.rules.maps import HeadSign, MapEde, MapLearned, MapThreshold, ScoreSign, ThreeMaps
@@ -42,5 +42,6 @@ __all__ = [
     "largest",
     "reduce_to",
     "sign",
+    "superpose",
     "window",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +29,15 @@ class Plane(NamedTuple):
     def integers(self) -> Tensor:
         """Return levels - offset, of the shape of the levels."""
         return self.levels if self.offset is None else self.levels - self.offset
+
+
+def superpose(terms: Sequence[Plane]) -> Tensor:
+    """Return the sum of scale * (levels - offset) over the planes."""
+    total: Any = None
+    for plane in terms:
+        term = plane.integers if plane.scale is None else plane.integers * plane.scale
+        total = term if total is None else total + term
+    return total
 
 
 BELOW_ZERO = -(2.0**-126)  # next to 0, so that x > BELOW_ZERO is x >= 0 but for numbers without weight
