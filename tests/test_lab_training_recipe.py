@@ -7,17 +7,22 @@ from hypothesis import strategies as st
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from binvit.cli.group import RECIPES
 from binvit.lab.training.model import build_model
 from binvit.lab.training.recipe import Recipe, Stage
 from binvit.lab.training.recipes import list_recipes, mlp_weights_stage, recipe
 
 
-@pytest.mark.parametrize("name", ["smoke", "digits", "cpu", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "digits", "cpu", "flowers", "pretrained", "paper"])
 def test_registered_recipes_survive_json(name):
     assert name in list_recipes()
     original = recipe(name)
     assert Recipe.from_dict(json.loads(json.dumps(original.to_dict()))) == original
     assert hash(original) == hash(recipe(name))
+
+
+def test_the_command_line_names_all_recipes():
+    assert set(RECIPES[1:-1].split("|")) == set(list_recipes())
 
 
 def test_paper_recipe_is_the_papers():
@@ -28,6 +33,18 @@ def test_paper_recipe_is_the_papers():
     assert (paper.auto_augment, paper.erasing, paper.interpolation) == ("rand-m9-mstd0.5-inc1", 0.25, "bicubic")
     assert (paper.distillation, paper.alpha) == ("hard", 0.5)
     assert (paper.mixup, paper.cutmix, paper.label_smoothing, paper.drop_path) == (0, 0, 0, 0)
+
+
+def test_the_pretrained_recipe_names_its_weights_by_their_hash():
+    """Which are in no clone: without them a training says what it lacks, and a model of that shape can be built."""
+    given = recipe("pretrained")
+    assert given.starts_from_weights
+    assert not given.has_teacher
+    with torch.device("meta"):
+        model = build_model(given, 102, 56)
+    assert (model.embed_dim, len(model.blocks), model.patch_embed.num_patches) == (384, 12, 16)
+    with pytest.raises(FileNotFoundError, match=f"weights with the hash {given.weights_hash}; give their file"):
+        build_model(given, 102, 56, pretrained=True)
 
 
 def test_values_take_their_declared_type():
@@ -79,7 +96,7 @@ def test_bad_fields_get_one_sentence(options, words):
 
 
 def test_unknown_recipe_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="Unknown recipe 'tiny'; valid recipes are cpu, digits, flowers, paper, smoke"):
+    with pytest.raises(ValueError, match="Unknown recipe 'tiny'; valid recipes are cpu, digits, flowers, paper, pretrained, smoke"):
         recipe("tiny")
 
 

@@ -1,7 +1,9 @@
 """Every scheme gets the same search on validation images, and the grid grows where its best rate lies at an end."""
 
 import pytest
+from click.testing import CliRunner
 
+from binvit.__main__ import cli
 from binvit.lab.data import datasets
 from binvit.lab.training import rates
 from binvit.lab.training.rates import ChosenRate, read_rates, tuned_rate, write_rates
@@ -77,6 +79,23 @@ def test_the_grid_grows_at_the_end_where_the_best_rate_lies(monkeypatch):
     (down,) = tune(["gsb"], grid=(0.1, 0.2), progress=False)
     assert down.rate == pytest.approx(0.0125)
     assert list(tuning_table([up]).columns) == ["rate", "0.001", "0.002", "0.004", "0.008", "0.016", "0.032"]
+
+
+def test_the_command_takes_rates_and_seeds(tmp_path, monkeypatch):
+    asked = []
+
+    def accuracies(trials, *_):
+        asked.extend((trial.recipe, trial.evaluate_on, trial.get_recipe().lr, trial.seed) for trial in trials)
+        return [1 / (1 + abs(trial.get_recipe().lr - 2e-4)) for trial in trials]
+
+    monkeypatch.setattr(module, "_accuracies", accuracies)
+    file, rates_ = tmp_path / "rates.yaml", ("1e-4", "2e-4", "4e-4")
+    options = [part for rate in rates_ for part in ("--rate", rate)] + ["--seed", "3", "--rates", str(file)]
+    result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", "--recipe", "pretrained", *options])
+    assert result.exit_code == 0, result.output
+    assert asked == [("pretrained", "val", float(rate), 3) for rate in rates_]
+    (found,) = read_rates(file).values()
+    assert (found.recipe, found.scheme, found.rate) == ("pretrained", "gsb", 2e-4)
 
 
 def test_diverged_trainings_lose_and_other_failures_are_told(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from binvit.cli.group import PATH, cli
+from binvit.cli.group import PATH, RECIPES, cli
 
 
 @cli.command()
@@ -130,11 +130,13 @@ def plan(
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
-@click.option(
-    "--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|flowers|paper]", help="How to train."
-)
+@click.option("--recipe", default="smoke", show_default=True, metavar=RECIPES, help="How to train.")
 @click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
               show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
+@click.option("--rate", "grid", type=float, multiple=True, default=[1e-3, 2e-3, 4e-3, 8e-3], show_default=True,
+              help="A rate to try first; may be repeated.")  # fmt: skip
+@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=[0, 1], show_default=True,
+              help="Trainings per rate; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
 @click.option("--root", type=PATH, help="Folder of the data set's files.")
 @click.option("--out", type=PATH, default="results", show_default=True,
@@ -145,6 +147,8 @@ def tune(
     schemes: tuple[str, ...],
     recipe: str,
     biases: tuple[Literal["none", "full", "relative"], ...],
+    grid: tuple[float, ...],
+    seeds: tuple[int, ...],
     jobs: int,
     root: Path | None,
     out: Path,
@@ -152,7 +156,8 @@ def tune(
 ) -> None:
     """Choose the learning rate of each scheme on validation images; recipes take it from then on.
 
-    Every scheme gets the same rates and seeds, and test images are not loaded.
+    Every scheme gets the same rates and seeds, and test images are not loaded. Where the best rate lies at an end of
+    those tried, the next one by a factor of two is tried as well.
     """
     import binvit
     from binvit.lab.training.rates import RATES, write_rates
@@ -161,7 +166,8 @@ def tune(
 
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
-    chosen = search(names, dataset, recipe, biases=biases, root=root, results_dir=out, jobs=jobs, progress=progress)
+    given: dict[str, Any] = {"grid": grid, "seeds": seeds, "root": root, "results_dir": out, "jobs": jobs}
+    chosen = search(names, dataset, recipe, biases=biases, progress=progress, **given)
     click.echo(tuning_table(chosen).round(3).to_string())
     click.echo(f"The rates are written to {write_rates(chosen, rates or RATES)}.")
 

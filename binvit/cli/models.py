@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from binvit.cli.group import PATH, cli, printable
+from binvit.cli.group import PATH, RECIPES, cli, printable
 
 if TYPE_CHECKING:
     from binvit.lab.trials.trial import Trial
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", default="gsb", show_default=True, help="How to binarize; see binvit schemes.")
-@click.option(
-    "--recipe", default="smoke", show_default=True, metavar="[smoke|digits|cpu|flowers|paper]", help="How to train."
-)
+@click.option("--recipe", default="smoke", show_default=True, metavar=RECIPES, help="How to train.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
               help="A field of the recipe, such as epochs=20 or lr=3e-4; may be repeated.")  # fmt: skip
 @click.option("--model", metavar="TIMM", help="A timm vision transformer, in place of the recipe's own.")
