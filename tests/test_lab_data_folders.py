@@ -46,6 +46,12 @@ def refused(folder, sentence, error=ValueError):
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize("name", ["folder:a\0b", "parquet:a\0b.parquet"])
+def test_a_path_with_a_nul_byte(name):
+    with pytest.raises(ValueError, match=r"A path must not hold a NUL byte, got 'a\\x00b"):
+        load_data(name)
+
+
 # ------------------------------------------------------------------------------------------------------------- hidden
 
 

@@ -82,6 +82,12 @@ def test_weights_that_do_not_fit_get_one_sentence(tmp_path, change, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_a_binarized_model_is_no_start(tmp_path):
+    torch.save(binvit.binarize(vit(), "gsb").state_dict(), tmp_path / "gsb.pth")
+    with pytest.raises(ValueError, match=r"gsb\.pth are a binarized model's; a training starts from those of a float"):
+        load_weights(vit(), tmp_path / "gsb.pth")
+
+
 def test_files_that_are_no_weights_get_one_sentence(tmp_path, weights):
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:-9])
     (tmp_path / "text.pth").write_text("hello")
@@ -92,6 +98,8 @@ def test_files_that_are_no_weights_get_one_sentence(tmp_path, weights):
             load_weights(vit(), tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"gone\.pth does not exist"):
         load_weights(vit(), tmp_path / "gone.pth")
+    with pytest.raises(ValueError, match=r"must not hold a NUL byte, got 'a\\x00b\.pth'"):
+        load_weights(vit(), "a\0b.pth")
     with pytest.raises(ValueError, match="is no regular file"):
         load_weights(vit(), tmp_path)
 

@@ -74,6 +74,12 @@ def test_calibrate_refuses_an_unusable_batch_and_leaves_the_model_alone(first):
     assert same(before, model.state_dict())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (2, 1, 16, 16), (2, 3, 4, 4)])
+def test_calibrate_refuses_images_of_another_size(shape):
+    with pytest.raises(ValueError, match=rf"takes images of shape \(3, .*got a batch of shape \(2, {shape[1]}, "):
+        binvit.calibrate(binvit.binarize(tiny_vit(), "gsb"), torch.rand(shape))
+
+
 def test_calibrate_says_when_the_weights_are_not_finite():
     model = binvit.binarize(tiny_vit(), "gsb")
     with torch.no_grad():

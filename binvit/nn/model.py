@@ -30,6 +30,7 @@ class Binarized:
     """
 
     scheme: Scheme
+    patch_embed: Any
     grad_checkpointing: bool
     training: bool
     _prepared = False  # all scales are known to be set
@@ -64,7 +65,7 @@ class Binarized:
             ValueError: if a binarized patch embedding would get other patches, or a learned attention bias, which has
                 its values by pairs of tokens, other tokens.
         """
-        embed = self.patch_embed  # type: ignore[attr-defined]
+        embed = self.patch_embed
         if patch_size is not None and tuple(patch_size) != embed.patch_size and isinstance(embed.proj, BinaryPatchConv):
             raise ValueError(
                 f"The binarized patch embedding keeps its patch size {embed.patch_size}, got {tuple(patch_size)}; "
@@ -241,14 +242,18 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
             in all of them: every process must call. False sets this process's scales alone.
 
     Raises:
-        ValueError: if the model is not binarized, there are no images, or pixels or the scales that follow from them
-            are not finite.
+        ValueError: if the model is not binarized, there are no images, they have another size than the model's, or
+            pixels or the scales that follow from them are not finite.
     """
     if not isinstance(model, Binarized):
         raise ValueError(f"calibrate() takes a model made by binvit.binarize(), got {type(model).__name__}.")
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"Images must be a float tensor of shape (B, C, H, W), got {what}.")
+    embed = model.patch_embed
+    size = embed.proj.weight.shape[1], *(embed.img_size if embed.strict_img_size else images.shape[2:])
+    if images.shape[1:] != size:
+        raise ValueError(f"The model takes images of shape {size}, got a batch of shape {tuple(images.shape)}.")
     if all_processes and several_processes():
         images = _gather(images, torch.distributed.group.WORLD)
     if not is_usable(images):

@@ -182,7 +182,13 @@ def split_name(name: Any) -> tuple[str, str]:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with `~` and environment variables replaced."""
+    """Return a path with `~` and environment variables replaced.
+
+    Raises:
+        ValueError: it holds a NUL byte, which no system takes.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 

@@ -81,6 +81,8 @@ def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str 
     if expected_hash and file_hash(path) != expected_hash:
         raise ValueError(f"The weights {path} are not those that the trial names: their hash is not {expected_hash}.")
     state = _read(path)
+    if any("_binarizer." in name for name in state):
+        raise ValueError(f"The weights {path} are a binarized model's; a training starts from those of a float model.")
     try:
         state = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
     except Exception as error:  # tensors of any name and shape come in, and timm asserts, indexes and reshapes
