@@ -18,7 +18,7 @@ from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
 from binvit.lab.benchmark.steps import benchmark_steps
 from binvit.lab.experiments import efficiency
-from binvit.lab.trials.measurements import add_measurements
+from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.packed import pack
 from binvit.packed.audit import audit
 
@@ -245,3 +245,12 @@ def test_a_ratio_has_an_interval_over_rounds():
     low, high = timing.ratio_interval(noisy, times["ours"])
     assert 5.7 < low < 6 < high < 6.3
     assert np.isnan(timing.ratio_interval(noisy[:3], times["ours"][:1])).all()  # one round has no interval
+
+
+def test_measured_steps_are_archived_by_cpu_and_threads(tmp_path):
+    steps = pd.DataFrame({"size": ["cpu"], "scheme": ["gsb"], "times": [1.1], "cpu": "a"})
+    for threads, times in ((1, 1.1), (2, 1.2), (1, 1.3)):
+        steps.assign(threads=threads, times=times).to_csv(tmp_path / "training.csv", index=False)
+        assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["training"]
+    table = read_measurements(tmp_path / "archive", "08_steps")
+    assert sorted(zip(table["threads"], table["times"], strict=True)) == [(1, 1.3), (2, 1.2)]

@@ -211,6 +211,8 @@ def _unless_busy(claim: Claim, others: float) -> Claim:
 def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
     """Add the tables of `binvit bench` to an archive; those of the same kind of CPU that were there make room.
 
+    Training steps of all schemes are called 08_steps; on another number of threads they stay beside one another.
+
     Args:
         folder: what `binvit bench --out` has written.
         archive: folder of the archive.
@@ -225,7 +227,9 @@ def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
     if not found:
         raise FileNotFoundError(f"There are no tables of binvit bench in {folder}.")
     for part in found:
-        add_measurements(archive, f"08_{part}", pd.read_csv(Path(folder) / f"{part}.csv"), ["cpu"])
+        steps = part == "training"  # of all schemes; 08_training has the notebook's one
+        name, keys = ("08_steps", ["cpu", "threads"]) if steps else (f"08_{part}", ["cpu"])
+        add_measurements(archive, name, pd.read_csv(Path(folder) / f"{part}.csv"), keys)
     return found
 
 
