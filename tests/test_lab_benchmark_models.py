@@ -1,8 +1,10 @@
 """Benchmarks on tiny models: what the tables say of themselves, not how fast this machine is."""
 
+import gc
 import subprocess
 import sys
 import time
+import weakref
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 import binvit
 from binvit.__main__ import cli, main
-from binvit.lab.benchmark import machine, memory, peers, roofline, run, timing
+from binvit.lab.benchmark import machine, memory, peers, roofline, run, steps, timing
 from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
 from binvit.lab.benchmark.steps import benchmark_steps
@@ -109,6 +111,24 @@ def test_steps_of_schemes_are_compared_at_each_size():
     assert (table[["first_ms", "ms"]] > 0).all().all()
     with pytest.raises(ValueError, match="Unknown size 'huge'; valid are smoke, cpu, DeiT-S"):
         benchmark_steps(["huge"])
+
+
+def test_steps_are_measured_one_model_after_the_other(monkeypatch):
+    """Sixteen models of DeiT-S at once would take 12 GB."""
+    made = []
+
+    def binarized(model, scheme):
+        gc.collect()
+        alive = [known() for known in made]
+        assert alive.count(None) >= len(alive) - 1  # the one before may still be bound to its step
+        binary = binvit.binarize(model, scheme)
+        made.append(weakref.ref(binary))
+        return binary
+
+    monkeypatch.setattr(steps, "binarize", binarized)
+    table = benchmark_steps(["smoke"], ["xnor", "elastic", "bnn", "bit"], threads=1, rounds=1, batch=2)
+    assert table["scheme"].tolist() == ["float", "xnor", "elastic", "bnn", "bit"]
+    assert len(made) == 4
 
 
 def test_memory_is_measured_in_processes_of_their_own():

@@ -29,18 +29,18 @@ def benchmark_steps(
     rounds: int = 5,
     batch: int | None = None,
 ) -> pd.DataFrame:
-    """Measure the training step (forward, backward, AdamW) of binarized models against the float model's.
+    """Measure the training step (forward, backward, AdamW) of binarized models, each beside the float model's.
 
     Args:
         sizes: keys of `SIZES`.
         schemes: names of the catalogue; None takes all of them.
         threads: threads of every contender.
-        rounds: rounds, in each of which every scheme runs.
+        rounds: rounds of a scheme, in each of which the float model runs, too.
         batch: images per step; None takes those of the size.
 
     Returns:
         One row per size and scheme, "float" among them: size, scheme, batch, threads, first_ms (of the first step,
-        which sets scales and may compile), ms (median), times (over the float step).
+        which sets scales and may compile), ms (median), times (over the float step beside it).
 
     Raises:
         ValueError: if a size or a scheme is unknown.
@@ -56,21 +56,28 @@ def benchmark_steps(
         if isinstance(model, VisionTransformerDistilled):
             model.set_distilled_training(True)
         images, labels = torch.randn(count, 3, pixels, pixels), torch.arange(count) % 100
-        with use_threads(threads) as used:
-            steps, first = {}, {}
-            for scheme in names:
-                binary = model if scheme == "float" else binarize(model, scheme)
-                steps[scheme] = training_step(binary, images, labels)
-                start = time.perf_counter()
-                steps[scheme]()
-                first[scheme] = time.perf_counter() - start
-            times = interleave(steps, least=rounds, most=rounds)
-        medians = {scheme: float(np.median(t)) for scheme, t in times.items()}
-        rows += [
-            (size, scheme, count, used, 1e3 * first[scheme], 1e3 * median, median / medians["float"])
-            for scheme, median in medians.items()
-        ]
+        rows += _measured(size, names, model, images, labels, threads, rounds)
     return pd.DataFrame(rows, columns=["size", "scheme", "batch", "threads", "first_ms", "ms", "times"])
+
+
+def _measured(
+    size: str, names: Iterable[str], model: nn.Module, images: Tensor, labels: Tensor, threads: int | None, rounds: int
+) -> list[tuple]:
+    """Measure one scheme after the other beside the float step, so that memory holds two models and not all."""
+    rows, of_float = [], []
+    with use_threads(threads) as used:
+        reference = training_step(model, images, labels)
+        for scheme in names:
+            step = reference if scheme == "float" else training_step(binarize(model, scheme), images, labels)
+            start = time.perf_counter()
+            step()
+            first = time.perf_counter() - start
+            times = interleave({"float": reference, scheme: step}, least=rounds, most=rounds)
+            median, beside = np.median(times[scheme]), np.median(times["float"])
+            of_float.append(beside)
+            rows.append([size, scheme, len(images), used, 1e3 * first, 1e3 * median, median / beside])
+    rows[0][5] = 1e3 * np.median(of_float)
+    return [tuple(row) for row in rows]
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numba import prange
 from torch import Tensor
 
@@ -89,7 +88,7 @@ def _vector(parameter: Tensor) -> np.ndarray:
 
 def integers(rule: HeadSign, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return the levels of x less their offset."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     factor = np.ones(scale.numel(), np.float32)
     _signs(_rows_of(x), _vector(scale), _vector(offset.round()), factor, _rows_of(out))
     return out
@@ -97,7 +96,7 @@ def integers(rule: HeadSign, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor
 
 def binarized(rule: Rule, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return the sum of the rule's planes."""
-    out, factor = torch.empty(x.shape, dtype=x.dtype), _vector(scale)
+    out, factor = x.new_empty(x.shape), _vector(scale)
     if isinstance(rule, HeadSign):
         _signs(_rows_of(x), factor, _vector(offset.round()), factor, _rows_of(out))
     else:
@@ -107,7 +106,7 @@ def binarized(rule: Rule, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 def gradients(rule: Rule, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Any, ...]:
     """Return what `rule.backward` does."""
-    dx, of_scale, of_offset = (torch.empty(x.shape, dtype=x.dtype) for _ in range(3))
+    dx, of_scale, of_offset = (x.new_empty(x.shape) for _ in range(3))
     outs = [_rows_of(out) for out in (dx, of_scale, of_offset)]
     signs = isinstance(rule, HeadSign)
     backward = _signs_backward if signs else _maps_backward
