@@ -12,7 +12,6 @@ from nn_helpers import arrays
 import binvit
 from binvit.lab.training.model import build_model
 from binvit.lab.training.recipes import recipe
-from binvit.nn import products
 from binvit.nn.fused import heads, planes
 from binvit.nn.layers import BinaryAttention
 from binvit.nn.rules import HeadSign, ThreeMaps, superpose
@@ -76,19 +75,3 @@ def test_a_training_step_is_the_formulas_own(name, monkeypatch):
         assert (fast is None) == (plain is None)
         if fast is not None:
             same(fast, plain)
-
-
-def test_threads_change_nothing():
-    x, g = torch.randn(3, 4, 33, 33), torch.randn(3, 4, 33, 33)
-    scale, offset = torch.rand(4, 1, 1) + 0.1, torch.randn(4, 1, 1)
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(
-                [products.binarize(x, RULES[1], scale, offset), *heads.gradients(RULES[0], x, g, scale, offset)]
-            )
-    finally:
-        torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)  # torch's own sums may be split differently

@@ -57,12 +57,12 @@ def benchmark_steps(
             model.set_distilled_training(True)
         images, labels = torch.randn(count, 3, pixels, pixels), torch.arange(count) % 100
         rows += _measured(size, names, model, images, labels, threads, rounds)
-    return pd.DataFrame(rows, columns=["size", "scheme", "batch", "threads", "first_ms", "ms", "times"])
+    return pd.DataFrame(rows)
 
 
 def _measured(
     size: str, names: Iterable[str], model: nn.Module, images: Tensor, labels: Tensor, threads: int | None, rounds: int
-) -> list[tuple]:
+) -> list[dict]:
     """Measure one scheme after the other beside the float step, so that memory holds two models and not all."""
     rows, of_float = [], []
     with use_threads(threads) as used:
@@ -75,9 +75,10 @@ def _measured(
             times = interleave({"float": reference, scheme: step}, least=rounds, most=rounds)
             median, beside = np.median(times[scheme]), np.median(times["float"])
             of_float.append(beside)
-            rows.append([size, scheme, len(images), used, 1e3 * first, 1e3 * median, median / beside])
-    rows[0][5] = 1e3 * np.median(of_float)
-    return [tuple(row) for row in rows]
+            numbers = {"first_ms": 1e3 * first, "ms": 1e3 * median, "times": median / beside}
+            rows.append({"size": size, "scheme": scheme, "batch": len(images), "threads": used} | numbers)
+    rows[0]["ms"] = 1e3 * np.median(of_float)  # the float model, which ran beside every other
+    return rows
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

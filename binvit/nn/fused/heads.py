@@ -86,8 +86,8 @@ def _vector(parameter: Tensor) -> np.ndarray:
     return parameter.detach().contiguous().view(-1).numpy()
 
 
-def integers(rule: HeadSign, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Return the levels of x less their offset."""
+def integers(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Return the levels of `HeadSign` less their offset, for x (B, H, N, M) and parameters (H, 1, 1), of x's shape."""
     out = x.new_empty(x.shape)
     factor = np.ones(scale.numel(), np.float32)
     _signs(_rows_of(x), _vector(scale), _vector(offset.round()), factor, _rows_of(out))
@@ -95,7 +95,7 @@ def integers(rule: HeadSign, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor
 
 
 def binarized(rule: Rule, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Return the sum of the rule's planes."""
+    """Return the sum of the rule's planes for x (B, H, N, M) and parameters (H, 1, 1), of x's shape."""
     out, factor = x.new_empty(x.shape), _vector(scale)
     if isinstance(rule, HeadSign):
         _signs(_rows_of(x), factor, _vector(offset.round()), factor, _rows_of(out))
@@ -105,7 +105,7 @@ def binarized(rule: Rule, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def gradients(rule: Rule, x: Tensor, g: Tensor, scale: Tensor, offset: Tensor) -> tuple[Any, ...]:
-    """Return what `rule.backward` does."""
+    """Return what `rule.backward` does: gradients of x (B, H, N, M), scale and offset (H, 1, 1), for g of x's shape."""
     dx, of_scale, of_offset = (x.new_empty(x.shape) for _ in range(3))
     outs = [_rows_of(out) for out in (dx, of_scale, of_offset)]
     signs = isinstance(rule, HeadSign)

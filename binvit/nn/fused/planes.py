@@ -49,10 +49,10 @@ def gradients(
 
 
 def planes(rule: Rule, x: Tensor, *parameters: Tensor) -> list[Plane]:
-    """Return what `rule.planes(x, *parameters)` does, to the last bit."""
-    form = form_of(rule, x, parameters)
+    """Return what `rule.planes(x, *parameters)` does, to the last bit; an offset may be in the levels already."""
     if isinstance(rule, HeadSign) and heads.takes_heads(rule, x, parameters):
-        return [Plane(heads.integers(rule, x, *parameters), parameters[0])]
+        return [Plane(heads.integers(x, *parameters), parameters[0])]
+    form = form_of(rule, x, parameters)
     if form is None:
         return rule.planes(x, *parameters)
     return [Plane(levels(form, x), None if form.scale == 1 else x.new_tensor(form.scale))]
@@ -67,10 +67,12 @@ def binarized(rule: Rule, x: Tensor, *parameters: Tensor) -> Tensor:
 
 def backward(rule: Rule, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
     """Return what `rule.backward(x, g, *parameters)` does, up to the rounding of sums."""
-    form = form_of(rule, x, parameters)
-    if heads.takes_heads(rule, x, parameters) and elementwise.usable(g):
+    if not elementwise.usable(g):
+        return rule.backward(x, g, *parameters)
+    if heads.takes_heads(rule, x, parameters):
         return heads.gradients(rule, x, g, *parameters)
-    if form is None or not elementwise.usable(g):
+    form = form_of(rule, x, parameters)
+    if form is None:
         return rule.backward(x, g, *parameters)
     dx = x.new_empty(x.shape)
     return dx, *gradients(rule, form, x, g, 1.0, dx, *parameters)
