@@ -4,13 +4,17 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 import binvit
+from binvit.bits import pack_signs, prepare_weights
 from binvit.nn.convert import set_progress
-from binvit.nn.fused import autograd, elementwise, formed, linear
+from binvit.nn.fused import autograd, bit_products, elementwise, formed, linear
 from binvit.nn.products import binary_product
 from binvit.nn.rules import Elastic
 
@@ -79,7 +83,6 @@ def test_fused_step_equals_the_rules(scheme, monkeypatch):
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4 * size + 1e-7, msg=name)
 
 
-# The last two are large enough for products in int8, which pay for their conversions from 2**24 multiply-adds on.
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 65), (5, 17, 40), (60, 40, 130), (400, 17, 33)])
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_products_of_every_size_equal_the_rules_in_float64(shape, unsigned):
@@ -107,6 +110,46 @@ def test_products_of_every_size_equal_the_rules_in_float64(shape, unsigned):
         torch.testing.assert_close(fused.double(), exact, rtol=1e-5, atol=1e-5 * size)
 
 
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 140), st.integers(1, 140)),
+    st.sampled_from(["signs", "levels", "rows"]),
+    st.integers(0, 3),
+    st.integers(0, 2**32 - 1),
+)
+def test_counted_bits_are_the_integers_of_the_levels(shape, kind, start, seed):
+    rows, k, columns = shape
+    draw = np.random.default_rng(seed)
+    x, shift = draw.standard_normal((rows, k)).astype(np.float32), draw.standard_normal(k).astype(np.float32)
+    w = np.where(draw.random((columns, k)) < 0.5, np.float32(-1), np.float32(1))
+    scale, bias = (draw.integers(-4, 5, columns).astype(np.float32) for _ in range(2))
+    panels = bit_products.prepare_levels(w)
+    packed = prepare_weights(pack_signs(w))
+    assert panels.shape == packed.shape
+    assert np.array_equal(panels.panels, packed.panels)
+    v = x + shift
+    levels = np.where(v > np.float32(0.3), 1, 0) if kind == "levels" else np.where(v >= 0, 1, -1)
+    means = np.empty(rows if kind == "rows" else 0, np.float32)
+    sums = packed.sums(k) if kind == "levels" else np.zeros(columns, np.int32)
+    out = np.full((rows, columns + 3), np.float32(7))
+    form = np.float32(0.3 if kind == "levels" else 0), kind == "levels", np.float32(0)
+    bit_products.linear_products(x, shift, *form, panels.panels, sums, scale, bias, start, means, out)
+    expected = np.full_like(out, 7)
+    product = (levels @ w.T.astype(int)).astype(np.float32)
+    if kind == "rows":
+        np.testing.assert_allclose(means, np.abs(v).mean(1), rtol=1e-5)
+        product *= means[:, None]
+    expected[:, start : start + columns] = product * scale + bias
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 if kind == "rows" else 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 64), (3, 7, 65), (1, 17, 24), (4, 66, 130)])
+def test_products_of_signs_are_exact(shape):
+    heads, n, k = shape
+    a, b = torch.randn(2, heads, n, k).sign(), torch.randn(2, heads, n + 3, k).sign()
+    assert torch.equal(bit_products.multiply_signs(a, b), a @ b.mT)
+
+
 def test_sums_do_not_depend_on_the_number_of_threads():
     run_with_two_threads("""
 import numba
@@ -121,7 +164,7 @@ for threads in (1, 2):
     numba.set_num_threads(threads)
     dx, dshift, signs, means = g.copy(), np.empty(70, np.float32), np.empty_like(x), np.ones(0, np.float32)
     one, form = np.float32(1), elementwise.numbers(Form(low=-0.5, high=0.5))
-    sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift)
+    sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift, signs)
     vectors = np.stack([shift] * 8)
     ends, dvectors = [np.empty_like(x) for _ in range(3)], np.empty_like(vectors)
     ends_of = x, g, vectors, 35, np.float32(1e-5), 2

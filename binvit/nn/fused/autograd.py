@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import attention, elementwise
+from binvit.nn.fused.bit_products import multiply_signs
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Elastic, GsbAttention, GsbValue, Rule
 
@@ -71,7 +72,7 @@ class _AttentionCore(torch.autograd.Function):
         attention.superpose_value(joint, shifts[2], scales_v, thresholds_v, extremes, values)
         size_q, size_k = scale_q.item(), scale_k.item()
         table = np.exp(np.arange(d + 1) * (-2.0 * size_q * size_k * d**-0.5)).astype(np.float32)
-        map_ = torch.bmm(signs_q, signs_k.mT)  # first the products of the signs, which the map overwrites
+        map_ = multiply_signs(signs_q, signs_k)  # which the map overwrites
         probability = qkv.new_empty(b, heads, n, n)
         extra = np.empty((0, 0, 0), np.float32) if bias is None else bias.detach().contiguous().numpy()
         maps = map_.numpy().reshape(b, heads, n, n)

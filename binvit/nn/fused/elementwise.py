@@ -36,7 +36,8 @@ def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool, 
 
 
 @kernel(reorder=True)
-def _share_of_largest(x, shift, share):
+def share_of_largest(x, shift, share):
+    """Return the share of the largest x + shift, both (K,)."""
     if share == 0:
         return ZERO
     top = x[0] + shift[0]
@@ -54,7 +55,7 @@ def binary_levels(x, shift, threshold, unsigned, share, means, out):
     rows, k = x.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            limit = _share_of_largest(x[r], shift, share)
+            limit = share_of_largest(x[r], shift, share)
             if unsigned:
                 for j in range(k):
                     out[r, j] = 1 if x[r, j] + shift[j] - limit > threshold else 0
@@ -99,12 +100,15 @@ def ede_slope(x, t):
 
 
 @kernel(parallel=True, reorder=True)
-def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift):
+def binary_backward(
+    x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift, binary
+):
     """Write the gradients of a binarizer of x + shift, (M, K) with a shift of (K,).
 
     `gain` g is the gradient of the levels' sum before the factors of the form; times `passed`, the row's mean (M,) and
     the slope it is the gradient of x, which is written to `out` (which may be g) or added to it; dshift (K,) takes the
-    gradient of the shift. Returns the sums of g level and of x dx.
+    gradient of the shift, and binary (M, K), if it is not empty, the levels times the row's mean. Returns the sums of
+    g level and of x dx.
     """
     rows, k = x.shape
     blocks = (rows + BLOCK - 1) // BLOCK
@@ -114,7 +118,7 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, sh
         row = np.empty(k, np.float32)
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
             level, ramp = ZERO, ZERO
-            limit = _share_of_largest(x[r], shift, share)
+            limit = share_of_largest(x[r], shift, share)
             factor = passed * means[r] if means.size else passed
             if slope == 0:
                 for j in range(k):
@@ -135,6 +139,14 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, sh
             else:
                 for j in range(k):
                     row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j] - limit, high)
+            if binary.size:
+                mean = means[r] if means.size else ONE
+                if unsigned:
+                    for j in range(k):
+                        binary[r, j] = mean if x[r, j] + shift[j] - limit > threshold else ZERO
+                else:
+                    for j in range(k):
+                        binary[r, j] = mean if x[r, j] + shift[j] >= 0 else -mean
             for j in range(k):
                 columns[block, j] += row[j]
             if add:
@@ -151,21 +163,6 @@ def binary_backward(x, shift, g, gain, slope, low, high, threshold, unsigned, sh
         for j in range(k):
             dshift[j] += columns[block, j]
     return levels.sum(), ramps.sum()
-
-
-@kernel(parallel=True, reorder=True)
-def scale_product(product, scale, means, bias, start, out):
-    """Write product * scale * means + bias, (M, N) with vectors (N,), (M,) or empty, (N,), into out from a column on.
-
-    out may be the product.
-    """
-    rows, n = product.shape
-    for block in prange((rows + BLOCK - 1) // BLOCK):
-        for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            mean = means[r] if means.size else ONE
-            row = out[r, start : start + n]
-            for j in range(n):
-                row[j] = np.float32(product[r, j]) * (scale[j] * mean) + bias[j]
 
 
 def rows_of(x: Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import planes
+from binvit.nn.fused.bit_products import multiply_signs
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Rule
 
@@ -61,7 +62,8 @@ class _AttentionByForms(torch.autograd.Function):
         forms: list[Any] = [planes.form_of(rule, qkv, values) for rule, values in zip(rules, given, strict=True)]
         form_q, form_k, form_a, form_v = forms
         q, k, v = (planes.levels(form, x) for form, x in zip((form_q, form_k, form_v), joint, strict=True))
-        product = (q @ k.mT).mul_(form_q.scale * form_k.scale * d**-0.5)
+        signs = form_q.threshold is None and form_k.threshold is None
+        product = (multiply_signs(q, k) if signs else q @ k.mT).mul_(form_q.scale * form_k.scale * d**-0.5)
         probability = product.softmax(-1) if softmax else product
         a = probability if bias is None else probability + bias
         map_ = planes.levels(form_a, a)

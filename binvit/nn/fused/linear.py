@@ -1,4 +1,4 @@
-"""The fused form of a 1-bit linear layer's product: levels in int8, one compiled pass each before and after.
+"""The fused form of a 1-bit linear layer's product: one compiled pass forward, on bits, and one back.
 
 It gives what `binvit.nn.products.binary_product` gives, up to float rounding, for every input rule with a
 `binvit.nn.rules.Form` and every weight rule with levels -1 and +1.
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from binvit.nn.fused import elementwise
+from binvit.nn.fused import bit_products, elementwise
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Rule
 
-INT8_WORTHWHILE = 2**24  # multiply-adds from which an int8 product pays for the conversions around it
 _BWN = Bwn()
 
 
@@ -47,55 +46,57 @@ class _Weights(NamedTuple):
     gains: Tensor | None
 
 
-def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> _Weights:
+def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     if rule == _BWN:
-        levels = w.new_empty(w.shape, dtype=dtype)
+        levels = w.new_empty(w.shape)
         return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
     ((levels, scale, _),) = rule.planes(w.detach(), *parameters)
+    levels = levels.contiguous()
     if scale is not None and scale.numel() == 1:
-        return _Weights(levels.to(dtype), scale.item(), None)
-    return _Weights(levels.to(dtype), 1.0, scale)
+        return _Weights(levels, scale.item(), None)
+    return _Weights(levels, 1.0, scale)
 
 
 class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: list[tuple[Rule, Rule, int]], x: Tensor, *tensors: Tensor) -> Tensor:
-        rows = elementwise.rows_of(x)
-        k, parts = x.shape[-1], _split(layout, tensors)
-        width = sum(len(part.w) for part in parts)
-        # torch._int_mm was seen to return garbage for inner dimensions of a few elements.
-        large = rows.size * width >= INT8_WORTHWHILE * len(parts) and k >= 16
-        dtype = torch.int8 if large else torch.float32
-        y = x.new_empty(len(rows), width) if large or len(parts) > 1 else None
+        rows, k = elementwise.rows_of(x), x.shape[-1]
+        parts = _split(layout, tensors)
+        y = x.new_empty(len(rows), sum(len(part.w) for part in parts))
         kept: list[Tensor | None] = []
         ctx.forms, start = [], 0
         for part in parts:
             n = len(part.w)
             form: Any = part.rule_x.form(*(p.item() for p in part.parameters_x))
-            weights = _weights(part.rule_w, part.w, part.parameters_w, dtype)
-            levels = x.new_empty(rows.shape, dtype=dtype)
+            weights = _weights(part.rule_w, part.w, part.parameters_w)
+            panels = bit_products.prepare_levels(weights.levels.numpy())
             means = np.empty(len(rows) if form.mean == "row" else 0, np.float32)
-            shift, limits = elementwise.vector(part.shift, k), elementwise.numbers(form)[3:]
-            elementwise.binary_levels(rows, shift, *limits, means, levels.numpy())
-            product = torch._int_mm(levels, weights.levels.t()) if large else levels @ weights.levels.t()
-            y = product if y is None else y
             gain = form.scale * weights.gain
-            factor = elementwise.vector(None if weights.gains is None else weights.gains * gain, n, gain)
-            bias = elementwise.vector(part.bias, n)
-            elementwise.scale_product(product.numpy(), factor, means, bias, start, y.numpy())
+            bit_products.linear_products(
+                rows,
+                elementwise.vector(part.shift, k),
+                *elementwise.numbers(form)[3:],
+                panels.panels,
+                np.zeros(n, np.int32) if form.threshold is None else panels.sums(k),
+                elementwise.vector(None if weights.gains is None else weights.gains * gain, n, gain),
+                elementwise.vector(part.bias, n),
+                start,
+                means,
+                y.numpy(),
+            )
             ctx.forms.append((form, weights.gain, means))
-            kept += [levels, weights.levels, weights.gains]
+            kept += [weights.levels, weights.gains]
             start += n
         ctx.layout = layout
         ctx.save_for_backward(x, *tensors, *kept)
-        return y.view(*x.shape[:-1], width)  # type: ignore[union-attr]
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        count = 3 * len(ctx.layout)
+        count = 2 * len(ctx.layout)
         x, *tensors = saved[: len(saved) - count]
         kept = saved[len(saved) - count :]
         rows, k = elementwise.rows_of(x), x.shape[-1]
@@ -105,10 +106,10 @@ class _BinaryLinear(torch.autograd.Function):
         start = 0
         for i, part in enumerate(_split(ctx.layout, tensors)):
             form, gain, means = ctx.forms[i]
-            levels, levels_w, gains = kept[3 * i : 3 * i + 3]
+            levels_w, gains = kept[2 * i : 2 * i + 2]
             up, start = g[:, start : start + len(part.w)], start + len(part.w)
-            weights = levels_w.float() if gains is None else levels_w * gains
-            d, dshift = up @ weights, np.empty(k, np.float32)
+            d = up @ (levels_w if gains is None else levels_w * gains)
+            dshift, binary = np.empty(k, np.float32), x.new_empty(rows.shape)
             dx = d if dx is None else dx
             sums = elementwise.binary_backward(
                 rows,
@@ -121,8 +122,8 @@ class _BinaryLinear(torch.autograd.Function):
                 i > 0,
                 dx.numpy(),
                 dshift,
+                binary.numpy(),
             )
-            binary = levels.float() if means.size == 0 else levels * torch.from_numpy(means)[:, None]
             dw = (up.mT @ binary).mul_(form.scale)
             dw, *dpw = part.rule_w.backward(part.w, dw, *part.parameters_w)
             numbers = [p.item() for p in part.parameters_x]

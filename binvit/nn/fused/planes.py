@@ -11,7 +11,7 @@ from torch import Tensor
 from binvit.nn.fused import elementwise, heads
 from binvit.nn.rules import Form, HeadSign, Plane, Rule, superpose
 
-_NONE = np.empty(0, np.float32)
+_NONE, _NO_LEVELS = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 
 
 def form_of(rule: Rule, x: Tensor, parameters: Sequence[Tensor]) -> Form | None:
@@ -43,7 +43,8 @@ def gradients(
     rows, up = _rows_of(x, form), _rows_of(g, form)
     shift, gain_x = elementwise.vector(None, rows.shape[1]), np.float32(form.gain)
     out, kind, ignored = dx.view(rows.shape).numpy(), elementwise.numbers(form), np.empty_like(shift)
-    sums = elementwise.binary_backward(rows, shift, up, np.float32(gain), *kind, gain_x, _NONE, False, out, ignored)
+    more = _NONE, False, out, ignored, _NO_LEVELS
+    sums = elementwise.binary_backward(rows, shift, up, np.float32(gain), *kind, gain_x, *more)
     values = rule.parameter_gradients(*sums, x.numel(), *(p.item() for p in parameters))
     return tuple(None if v is None else p.new_full(p.shape, float(v)) for p, v in zip(parameters, values, strict=True))
 

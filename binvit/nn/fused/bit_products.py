@@ -1,0 +1,125 @@
+"""Compiled forward products of the training step: signs and levels are packed into words and counted by `binvit.bits`.
+
+A sum of signs is an integer that float32 holds exactly, so that counted bits give what a float product would, to the
+last bit. Backward products have a float factor and stay float products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from torch import Tensor
+
+from binvit.bits.attention.lanes import popcount
+from binvit.bits.gemm import PreparedWeights, multiply_rows
+from binvit.bits.packing import WORD, signs_of_64, word_count
+from binvit.bits.tile import PANEL, TILE
+from binvit.jit import aligned_empty, kernel
+from binvit.nn.fused.elementwise import ONE, ZERO, share_of_largest
+
+ROWS = 8 * TILE  # whose words and products stay in the first-level cache
+
+
+@kernel
+def _pack_panels(levels, panels):
+    columns, k = levels.shape
+    rest = np.full(WORD, np.float32(-1))  # the last word's levels
+    for n in range(columns):
+        row = levels[n]
+        for w in range(panels.shape[1] // 2):
+            if (w + 1) * WORD <= k:
+                word = signs_of_64(row, w * WORD)
+            else:
+                for j in range(w * WORD, k):
+                    rest[j - w * WORD] = row[j]
+                word = signs_of_64(rest, 0)
+            panels[n // PANEL, 2 * w, n % PANEL] = np.uint32(word & np.uint64(0xFFFFFFFF))
+            panels[n // PANEL, 2 * w + 1, n % PANEL] = np.uint32(word >> np.uint64(32))
+
+
+def prepare_levels(levels: np.ndarray) -> PreparedWeights:
+    """Pack levels -1 and +1, float32 (N, K), as the right operand of a product."""
+    columns, k = levels.shape
+    panels = aligned_empty((word_count(columns), 2 * word_count(k), PANEL), np.uint32)
+    panels[-1] = 0  # the columns past N
+    _pack_panels(levels, panels)
+    return PreparedWeights(panels, columns)
+
+
+@kernel(parallel=True, reorder=True)
+def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
+    """Write b(x + shift) w^T * scale * mean + bias into out (M, ...) from a column on.
+
+    x is (M, K) with a shift of (K,); its levels b are {0, 1} by the threshold if unsigned, else signs. w comes as
+    panels of bits with the sums of its rows, `PreparedWeights.sums`, or zeros if signed; scale and bias are (N,). means
+    (M,), which may be empty for a mean of 1, takes the mean size of every row.
+    """
+    rows, k = x.shape
+    for block in prange((rows + ROWS - 1) // ROWS):
+        first = block * ROWS
+        last = min(rows, first + ROWS)
+        levels = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
+        words = np.zeros((ROWS, levels.size // WORD), np.uint64)
+        products = np.empty((ROWS, PANEL * panels.shape[0]), np.int32)
+        unused = np.empty((TILE, PANEL), np.int32)
+        for r in range(first, last):
+            limit = share_of_largest(x[r], shift, share)
+            if unsigned:
+                for j in range(k):
+                    levels[j] = ONE if x[r, j] + shift[j] - limit > threshold else -ONE
+            else:
+                for j in range(k):
+                    levels[j] = x[r, j] + shift[j]
+            for w in range(words.shape[1]):
+                words[r - first, w] = signs_of_64(levels, w * WORD)
+            if means.size:
+                total = ZERO
+                for j in range(k):
+                    total += abs(x[r, j] + shift[j])
+                means[r] = total / np.float32(k)
+        halve = np.int32(1) if unsigned else np.int32(0)
+        for panel in range(panels.shape[0]):
+            multiply_rows(words.view(np.uint32), panels, panel, k, products, 0, ROWS, unused)
+        for r in range(first, last):
+            product, row = products[r - first], out[r, start : start + scale.size]
+            if means.size:
+                for j in range(scale.size):
+                    row[j] = (product[j] + sums[j]) >> halve
+                for j in range(scale.size):  # a loop of its own, so that the order of the factors stays
+                    row[j] *= means[r]
+                for j in range(scale.size):
+                    row[j] = row[j] * scale[j] + bias[j]
+            else:
+                for j in range(scale.size):
+                    row[j] = np.float32((product[j] + sums[j]) >> halve) * scale[j] + bias[j]
+
+
+@kernel(parallel=True)
+def _multiply_signs(a, b, out):
+    heads, n, k = a.shape
+    m = b.shape[1]
+    for h in prange(heads):
+        row = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
+        count = row.size // WORD
+        columns, differing = np.empty((count, m), np.uint64), np.empty(m, np.int32)
+        for j in range(m):
+            row[:k] = b[h, j]
+            for w in range(count):
+                columns[w, j] = signs_of_64(row, w * WORD)
+        for i in range(n):
+            row[:k] = a[h, i]
+            differing[:] = 0
+            for w in range(count):
+                word = signs_of_64(row, w * WORD)
+                for j in range(m):
+                    differing[j] += np.int32(popcount(word ^ columns[w, j]))
+            for j in range(m):
+                out[h, i, j] = np.float32(k - 2 * differing[j])
+
+
+def multiply_signs(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply signs (..., N, K) with signs (..., M, K) over K, all contiguous: (..., N, M)."""
+    out = a.new_empty(*a.shape[:-1], b.shape[-2])
+    matrices = (x.numpy().reshape(-1, *x.shape[-2:]) for x in (a, b, out))
+    _multiply_signs(*matrices)
+    return out
