@@ -94,6 +94,25 @@ def test_peers_compute_the_float_model(name):
     assert (got - expected).abs().max() < 0.1 * expected.abs().max() + 0.02
 
 
+def test_openvino_leaves_the_process_able_to_take_signals():
+    pytest.importorskip("openvino")
+    code = """
+import faulthandler, os, signal, torch
+from binvit.lab.benchmark import peers
+faulthandler.enable()  # has a signal stack, as OpenVINO has
+model, images = torch.nn.Linear(8, 8).eval(), torch.zeros(1, 8)
+runs = [peer(model, images, 1) for peer in (peers.openvino_float32, peers.openvino_bfloat16)]
+while runs:
+    runs.pop(0)()
+taken = []
+signal.signal(signal.SIGUSR1, lambda *_: taken.append(1))
+os.kill(os.getpid(), signal.SIGUSR1)
+assert taken == [1]
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, (run.returncode, run.stderr)
+
+
 def test_training_steps_are_compared_with_the_float_step():
     table = benchmark_training(2, ["binvit gsb"], threads=1, rounds=2, depth=1, image_size=32)
     assert list(table["contender"]) == ["timm float32", "binvit gsb"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +140,18 @@ def _onnx(path: Path, images: Tensor, threads: int) -> Run:
     return lambda: session.run(None, inputs)
 
 
-def _openvino(model: nn.Module, images: Tensor, threads: int, precision: str) -> Run:
-    _need("openvino")
+@functools.cache
+def _openvino_core() -> Any:
+    """Return the process's only core: of two, the first to go leaves the second's signal stack without memory."""
     import openvino
 
+    return openvino.Core()
+
+
+def _openvino(model: nn.Module, images: Tensor, threads: int, precision: str) -> Run:
+    _need("openvino")
     with _exported(model, images) as path, _silence():
-        core = openvino.Core()
+        core = _openvino_core()
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": precision,
