@@ -108,10 +108,11 @@ class Config:
 
     _owner: ClassVar[str] = ""  # begins the sentences about fields; by default "The recipe's " for a Recipe
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, written: bool = True, **options: Any) -> None:
+        """Make a dataclass of a subclass; one that is not written in a file has no docstrings to be looked for."""
         super().__init_subclass__(**options)
         settings = ConfigDict(
-            extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, arbitrary_types_allowed=True
+            extra="forbid", use_attribute_docstrings=written, allow_inf_nan=False, arbitrary_types_allowed=True
         )
         dataclass(cls, frozen=True, config=settings)
         build = cls.__init__

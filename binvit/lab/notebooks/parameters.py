@@ -100,7 +100,8 @@ def convert(name: str, value: Any, annotation: str) -> Any:
 
 def _parameters(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     """Return values as a frozen record with fields of these types."""
-    model = type("Parameters", (Config,), {"__annotations__": dict(kinds), "_owner": "The parameter "})
+    fields = {"__annotations__": dict(kinds), "_owner": "The parameter "}
+    model: Any = type("Parameters", (Config,), fields, written=False)
     return model(**values)
 
 

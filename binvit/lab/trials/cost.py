@@ -15,6 +15,8 @@ from binvit.lab.trials.trial import Trial
 
 # Of a result's file: what every file says, and its record of an epoch.
 _RESULT_BYTES, _EPOCH_BYTES = 4000, 200
+# The fields of a recipe that its model's products and parameters depend on.
+_SHAPE = "model", "width", "depth", "heads", "mlp_ratio", "patch_size", "patches", "distilled", "global_pool"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Cost:
 def cost(trial: Trial, data: ImageData, keep_model: bool = False) -> Cost:
     """Count what a trial costs.
 
-    The products of a 1-bit model are counted as the float model's, since training computes them in floats. A training
-    image costs three forward passes, one for the output and two for the gradients, and one more of a teacher.
+    The products of a 1-bit model are counted as the float model's, though training counts some of the forward ones in
+    bits. A training image costs three forward passes, one for the output and two for the gradients, and one more of a
+    teacher.
 
     Args:
         trial: the configuration. A teacher that is trained first is a trial of its own.
@@ -44,7 +47,8 @@ def cost(trial: Trial, data: ImageData, keep_model: bool = False) -> Cost:
         keep_model: whether the trained model stays on disk.
     """
     recipe = trial.get_recipe()
-    forward, parameters = _model_cost(recipe, len(data.classes), data.image_size)
+    shape = Recipe(name="shape", **{field: getattr(recipe, field) for field in _SHAPE})
+    forward, parameters = _model_cost(shape, len(data.classes), data.image_size)
     count, stages = len(data.train), [*(stage.epochs for stage in recipe.stages), recipe.epochs]
     batch = min(recipe.batch_size, count)
     trained = sum(stages) * (count - count % batch)  # a last batch that is not full is left out
