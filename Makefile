@@ -25,7 +25,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: test reproduce figures notebooks soak cluster-test clean
 
