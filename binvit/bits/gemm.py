@@ -204,19 +204,7 @@ def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, nam
 
 
 @kernel
-def multiply_rows(rows, panels, panel, length, out, start, stop, scratch):
-    """Multiply rows of signs by one panel of weights; for use inside kernels.
-
-    Args:
-        rows: uint32 (M, steps), `halves` of packed words.
-        panels: `PreparedWeights.panels`.
-        panel: which of them.
-        length: number of bits of a row, at least 1.
-        out: int32 (M, N), the panel's columns of the rows are overwritten.
-        start: first row.
-        stop: one past the last row.
-        scratch: int32 (6, 64), for what is less than a whole tile.
-    """
+def _multiply_rows(rows, panels, panel, length, out, start, stop, scratch):
     steps = steps_of(length)
     column = panel * PANEL
     columns = min(PANEL, out.shape[1] - column)
@@ -244,7 +232,7 @@ def _multiply_share(rows, panels, length, out, task, tasks):
     for unit in range(units * task // tasks, units * (task + 1) // tasks):
         start = unit % blocks * _ROW_BLOCK
         stop = min(start + _ROW_BLOCK, out.shape[0])
-        multiply_rows(rows, panels, unit // blocks, length, out, start, stop, scratch)
+        _multiply_rows(rows, panels, unit // blocks, length, out, start, stop, scratch)
 
 
 @kernel

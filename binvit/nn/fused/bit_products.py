@@ -11,9 +11,9 @@ from numba import prange
 from torch import Tensor
 
 from binvit.bits.attention.lanes import popcount
-from binvit.bits.gemm import PreparedWeights, multiply_rows
+from binvit.bits.gemm import PreparedWeights
 from binvit.bits.packing import WORD, signs_of_64, word_count
-from binvit.bits.tile import PANEL, TILE
+from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_signs
 from binvit.jit import aligned_empty, kernel
 from binvit.nn.fused.elementwise import ONE, ZERO, share_of_largest
 
@@ -46,7 +46,46 @@ def prepare_levels(levels: np.ndarray) -> PreparedWeights:
     return PreparedWeights(panels, columns)
 
 
-@kernel(parallel=True, reorder=True)
+@kernel(reorder=True)
+def _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
+    k, last = x.shape[1], min(x.shape[0], first + ROWS)
+    levels = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
+    words = np.zeros((ROWS, levels.size // WORD), np.uint64)
+    products = np.empty((ROWS, PANEL * panels.shape[0]), np.int32)
+    for r in range(first, last):
+        limit = share_of_largest(x[r], shift, share)
+        if unsigned:
+            for j in range(k):
+                levels[j] = ONE if x[r, j] + shift[j] - limit > threshold else -ONE
+        else:
+            for j in range(k):
+                levels[j] = x[r, j] + shift[j]
+        for w in range(words.shape[1]):
+            words[r - first, w] = signs_of_64(levels, w * WORD)
+        if means.size:
+            total = ZERO
+            for j in range(k):
+                total += abs(x[r, j] + shift[j])
+            means[r] = total / np.float32(k)
+    halves, halve = words.view(np.uint32), np.int32(1) if unsigned else np.int32(0)
+    for panel in range(panels.shape[0]):
+        for row in range(0, ROWS, TILE):
+            tile_of_signs(halves, row, ROWS - 1, panels, panel, steps_of(k), k, products, row, panel * PANEL)
+    for r in range(first, last):
+        product, y = products[r - first], out[r, start : start + scale.size]
+        if means.size:
+            for j in range(scale.size):
+                y[j] = (product[j] + sums[j]) >> halve
+            for j in range(scale.size):  # a loop of its own, so that the order of the factors stays
+                y[j] *= means[r]
+            for j in range(scale.size):
+                y[j] = y[j] * scale[j] + bias[j]
+        else:
+            for j in range(scale.size):
+                y[j] = np.float32((product[j] + sums[j]) >> halve) * scale[j] + bias[j]
+
+
+@kernel(parallel=True)
 def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
     """Write b(x + shift) w^T * scale * mean + bias into out (M, ...) from a column on.
 
@@ -54,61 +93,29 @@ def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, b
     panels of bits with the sums of its rows, `PreparedWeights.sums`, or zeros if signed; scale and bias are (N,). means
     (M,), which may be empty for a mean of 1, takes the mean size of every row.
     """
-    rows, k = x.shape
-    for block in prange((rows + ROWS - 1) // ROWS):
+    for block in prange((x.shape[0] + ROWS - 1) // ROWS):
         first = block * ROWS
-        last = min(rows, first + ROWS)
-        levels = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
-        words = np.zeros((ROWS, levels.size // WORD), np.uint64)
-        products = np.empty((ROWS, PANEL * panels.shape[0]), np.int32)
-        unused = np.empty((TILE, PANEL), np.int32)
-        for r in range(first, last):
-            limit = share_of_largest(x[r], shift, share)
-            if unsigned:
-                for j in range(k):
-                    levels[j] = ONE if x[r, j] + shift[j] - limit > threshold else -ONE
-            else:
-                for j in range(k):
-                    levels[j] = x[r, j] + shift[j]
-            for w in range(words.shape[1]):
-                words[r - first, w] = signs_of_64(levels, w * WORD)
-            if means.size:
-                total = ZERO
-                for j in range(k):
-                    total += abs(x[r, j] + shift[j])
-                means[r] = total / np.float32(k)
-        halve = np.int32(1) if unsigned else np.int32(0)
-        for panel in range(panels.shape[0]):
-            multiply_rows(words.view(np.uint32), panels, panel, k, products, 0, ROWS, unused)
-        for r in range(first, last):
-            product, row = products[r - first], out[r, start : start + scale.size]
-            if means.size:
-                for j in range(scale.size):
-                    row[j] = (product[j] + sums[j]) >> halve
-                for j in range(scale.size):  # a loop of its own, so that the order of the factors stays
-                    row[j] *= means[r]
-                for j in range(scale.size):
-                    row[j] = row[j] * scale[j] + bias[j]
-            else:
-                for j in range(scale.size):
-                    row[j] = np.float32((product[j] + sums[j]) >> halve) * scale[j] + bias[j]
+        _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out)
 
 
-@kernel(parallel=True)
-def _multiply_signs(a, b, out):
+@kernel
+def _multiply_heads(a, b, out):
     heads, n, k = a.shape
     m = b.shape[1]
-    for h in prange(heads):
-        row = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
-        count = row.size // WORD
-        columns, differing = np.empty((count, m), np.uint64), np.empty(m, np.int32)
+    row = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
+    count = row.size // WORD
+    columns, differing = np.empty((count, m), np.uint64), np.empty(m, np.int32)
+    for h in range(heads):
         for j in range(m):
-            row[:k] = b[h, j]
+            for c in range(k):
+                row[c] = b[h, j, c]
             for w in range(count):
                 columns[w, j] = signs_of_64(row, w * WORD)
         for i in range(n):
-            row[:k] = a[h, i]
-            differing[:] = 0
+            for c in range(k):
+                row[c] = a[h, i, c]
+            for j in range(m):
+                differing[j] = 0
             for w in range(count):
                 word = signs_of_64(row, w * WORD)
                 for j in range(m):
@@ -118,8 +125,8 @@ def _multiply_signs(a, b, out):
 
 
 def multiply_signs(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply signs (..., N, K) with signs (..., M, K) over K, all contiguous: (..., N, M)."""
+    """Multiply signs (..., N, K) with signs (..., M, K) over K, all contiguous, on one thread: (..., N, M)."""
     out = a.new_empty(*a.shape[:-1], b.shape[-2])
     matrices = (x.numpy().reshape(-1, *x.shape[-2:]) for x in (a, b, out))
-    _multiply_signs(*matrices)
+    _multiply_heads(*matrices)
     return out
