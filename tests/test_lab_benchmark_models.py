@@ -109,8 +109,8 @@ signal.signal(signal.SIGUSR1, lambda *_: taken.append(1))
 os.kill(os.getpid(), signal.SIGUSR1)
 assert taken == [1]
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, (run.returncode, run.stderr)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_training_steps_are_compared_with_the_float_step():

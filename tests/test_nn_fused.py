@@ -154,7 +154,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     run_with_two_threads("""
 import numba
 import numpy as np
-from binvit.nn.fused import elementwise
+from binvit.nn.fused import bit_products, elementwise
 from binvit.nn.fused.ends import end_backward, end_forward
 from binvit.nn.rules import Form
 draw = np.random.default_rng(0).standard_normal
@@ -163,14 +163,20 @@ results = []
 for threads in (1, 2):
     numba.set_num_threads(threads)
     dx, dshift, signs, means = g.copy(), np.empty(70, np.float32), np.empty_like(x), np.ones(0, np.float32)
+    levels = np.empty_like(x)
     one, form = np.float32(1), elementwise.numbers(Form(low=-0.5, high=0.5))
-    sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift, signs)
+    sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift, levels)
     vectors = np.stack([shift] * 8)
     ends, dvectors = [np.empty_like(x) for _ in range(3)], np.empty_like(vectors)
     ends_of = x, g, vectors, 35, np.float32(1e-5), 2
     end_forward(*ends_of, ends[0])
     end_backward(x, g, x, vectors, 35, np.float32(1e-5), 2, *ends[1:], dvectors)
-    results.append((dx, dshift, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors))
+    results.append((dx, dshift, levels, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors))
+    panels, y, sizes = bit_products.prepare_levels(signs), np.empty((633, 633), np.float32), np.empty(633, np.float32)
+    scales = np.tile(shift, 10)[:633]
+    zeros = np.zeros(633, np.int32)
+    bit_products.linear_products(x, shift, *form[3:], panels.panels, zeros, scales, scales, 0, sizes, y)
+    results[-1] += y, sizes
 assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 """)
 

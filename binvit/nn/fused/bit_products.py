@@ -17,7 +17,7 @@ from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_signs
 from binvit.jit import aligned_empty, kernel
 from binvit.nn.fused.elementwise import ONE, ZERO, share_of_largest
 
-ROWS = 8 * TILE  # whose words and products stay in the first-level cache
+_ROWS = 8 * TILE  # whose words and products stay in the core's own cache
 
 
 @kernel
@@ -48,10 +48,10 @@ def prepare_levels(levels: np.ndarray) -> PreparedWeights:
 
 @kernel(reorder=True)
 def _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
-    k, last = x.shape[1], min(x.shape[0], first + ROWS)
+    k, last = x.shape[1], min(x.shape[0], first + _ROWS)
     levels = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
-    words = np.zeros((ROWS, levels.size // WORD), np.uint64)
-    products = np.empty((ROWS, PANEL * panels.shape[0]), np.int32)
+    words = np.zeros((_ROWS, levels.size // WORD), np.uint64)
+    products = np.empty((_ROWS, PANEL * panels.shape[0]), np.int32)
     for r in range(first, last):
         limit = share_of_largest(x[r], shift, share)
         if unsigned:
@@ -69,8 +69,8 @@ def _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, s
             means[r] = total / np.float32(k)
     halves, halve = words.view(np.uint32), np.int32(1) if unsigned else np.int32(0)
     for panel in range(panels.shape[0]):
-        for row in range(0, ROWS, TILE):
-            tile_of_signs(halves, row, ROWS - 1, panels, panel, steps_of(k), k, products, row, panel * PANEL)
+        for row in range(0, _ROWS, TILE):
+            tile_of_signs(halves, row, _ROWS - 1, panels, panel, steps_of(k), k, products, row, panel * PANEL)
     for r in range(first, last):
         product, y = products[r - first], out[r, start : start + scale.size]
         if means.size:
@@ -93,8 +93,8 @@ def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, b
     panels of bits with the sums of its rows, `PreparedWeights.sums`, or zeros if signed; scale and bias are (N,). means
     (M,), which may be empty for a mean of 1, takes the mean size of every row.
     """
-    for block in prange((x.shape[0] + ROWS - 1) // ROWS):
-        first = block * ROWS
+    for block in prange((x.shape[0] + _ROWS - 1) // _ROWS):
+        first = block * _ROWS
         _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out)
 
 

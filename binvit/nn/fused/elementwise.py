@@ -47,11 +47,8 @@ def share_of_largest(x, shift, share):
 
 
 @kernel(parallel=True, reorder=True)
-def binary_levels(x, shift, threshold, unsigned, share, means, out):
-    """Write the levels of x + shift, (M, K) with a shift of (K,): {0, 1} by the threshold if unsigned, else signs.
-
-    means (M,), which may be empty, takes the mean size of every row.
-    """
+def binary_levels(x, shift, threshold, unsigned, share, out):
+    """Write the levels of x + shift, (M, K) with a shift of (K,): {0, 1} by the threshold if unsigned, else signs."""
     rows, k = x.shape
     for block in prange((rows + BLOCK - 1) // BLOCK):
         for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
@@ -62,11 +59,6 @@ def binary_levels(x, shift, threshold, unsigned, share, means, out):
             else:
                 for j in range(k):
                     out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
-            if means.size:
-                total = ZERO
-                for j in range(k):
-                    total += abs(x[r, j] + shift[j])
-                means[r] = total / np.float32(k)
 
 
 @kernel(parallel=True, reorder=True)

@@ -32,7 +32,7 @@ def levels(form: Form, x: Tensor) -> Tensor:
     """Return the levels of x, of its shape."""
     rows, out = _rows_of(x, form), x.new_empty(x.shape)
     limits, shift = elementwise.numbers(form)[3:], elementwise.vector(None, rows.shape[1])
-    elementwise.binary_levels(rows, shift, *limits, _NONE, out.view(rows.shape).numpy())
+    elementwise.binary_levels(rows, shift, *limits, out.view(rows.shape).numpy())
     return out
 
 
