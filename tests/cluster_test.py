@@ -121,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="binvit-cluster-") as name, ExitStack() as stack:
         folder = Path(name)
         start_slurm(stack, folder)
-        (folder / "config.yaml").write_text(json.dumps({"only": "01 06", "parameters": PARAMETERS}))
+        (folder / "config.yaml").write_text(json.dumps({"only": "01 06", "per_job": 1, "parameters": PARAMETERS}))
         command = [sys.executable, "-m", "snakemake", "-s", ROOT / "notebooks" / "Snakefile"]
         command += ["--executor", "slurm", "--jobs", "2", "--retries", "1", "--latency-wait", "30"]
         command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]

@@ -1,6 +1,7 @@
 """Plans of notebooks: the same trials as the notebooks run, counted right, and trained one at a time."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -114,6 +115,10 @@ def test_a_trial_of_a_plan_is_trained_and_read_back(planned, tmp_path):
     assert (tmp_path / "results" / f"{chosen}.safetensors").is_file()
     trial, keep_model = grid.read_planned(tmp_path / "results" / f"{chosen}.json")
     assert (trial.id, keep_model) == (chosen, True)
+    other = next(line["id"] for line in lines if line["id"] != chosen)
+    several = CliRunner().invoke(cli, [*arguments, "--id", other], catch_exceptions=False).output
+    assert [line.split(":")[0] for line in several.splitlines() if "test accuracy" in line] == [chosen, other]
+    assert {result.id for result in read_results(tmp_path / "results")[0]} == {chosen, other}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path
     for file in (*files, "report/index.html"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
-    settings = {"only": "01 06", "parameters": values}
+    settings = {"only": "01 06", "per_job": 1, "parameters": values}
     jobs = snakemake(tmp_path, settings, "--touch", "--forceall")
     assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
     lines = [json.loads(line) for line in (tmp_path / "report" / "plan.jsonl").read_text().splitlines()]
@@ -174,3 +179,18 @@ def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path
     values["seeds"] = [0, 1]
     jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
     assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
+
+
+def test_trials_of_the_smoke_size_share_jobs_that_own_no_result(tmp_path):
+    values = {"seeds": [0], "schemes": ["float", "gsb"]}
+    trials = grid.grid(plan(NOTEBOOKS, "smoke", ["01", "06"], values))
+    kept = sum(item.keep_model for item in trials)
+    assert 1 < kept < len(trials) - 1
+    assert not any(item.needs for item in trials)
+    jobs = snakemake(tmp_path, {"only": "01 06", "parameters": values}, "--dry-run", "--quiet", "rules")
+    several = math.ceil(kept / 4) + math.ceil((len(trials) - kept) / 4)
+    assert jobs == {"train_several": several, "notebook": 2, "report": 1, "total": several + 3}
+    # What a job owns is deleted when it fails: a mark, and no trial that had finished before.
+    rules = (NOTEBOOKS / "Snakefile").read_text(encoding="utf-8")
+    (rule,) = re.findall(r"^rule train_several:\n(?:    .*\n)+", rules, re.MULTILINE)
+    assert re.findall(r"    output:\n +(.*)\n", rule) == ['touch(f"{RESULTS}/.sets/{{set}}"),']

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--root", type=PATH, help="Folder of the data set's files.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--trial", "file", type=PATH, help="File of a plan, a result or a trial, in place of all options above.")
-@click.option("--id", "identity", help="Which trial of the plan.")
+@click.option("--id", "identities", multiple=True, help="Which trial of the plan; may be repeated.")
 @click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
 def train(
     dataset: str,
@@ -48,7 +48,7 @@ def train(
     root: Path | None,
     device: str | None,
     file: Path | None,
-    identity: str | None,
+    identities: tuple[str, ...],
     out: Path,
 ) -> None:
     """Train a model and keep it; a finished trial is read instead of trained again.
@@ -62,13 +62,14 @@ def train(
         from binvit.lab.notebooks.grid import read_planned
 
         context = click.get_current_context()
-        others = [name for name in context.params if name not in ("device", "file", "identity", "out")]
+        others = [name for name in context.params if name not in ("device", "file", "identities", "out")]
         if told := [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
             raise ValueError(f"The file {file} says all about the trial; leave out {', '.join(told)}.")
-        _train(*read_planned(file, identity), device, out)
+        planned = [read_planned(file, identity) for identity in identities or (None,)]
+        _train([trial for trial, _ in planned], any(keep_model for _, keep_model in planned), device, out)
         return
-    if identity is not None:
-        raise ValueError(f"The identity {identity} needs the file of a plan, --trial FILE.")
+    if identities:
+        raise ValueError(f"The identity {identities[0]} needs the file of a plan, --trial FILE.")
     options = parse_options(settings)
     named = {"model": model, "weights": weights and str(weights), "pretrained": pretrained, "image_size": image_size}
     for name, value in named.items():
@@ -87,20 +88,23 @@ def train(
         root=None if root is None else str(root),
     )
     trial.get_scheme()  # refuses an unknown name before anything is written
-    _train(trial, True, device, out)
+    _train([trial], True, device, out)
 
 
-def _train(trial: Trial, keep_model: bool, device: str | None, out: Path) -> None:
+def _train(trials: list[Trial], keep_models: bool, device: str | None, out: Path) -> None:
     from binvit.lab.training.devices import Team
     from binvit.lab.trials.pool import run_trials
     from binvit.lab.trials.store import model_path
 
-    row = run_trials([trial], out, keep_models=keep_model, progress=sys.stderr.isatty(), device=device).iloc[0]
+    table = run_trials(trials, out, keep_models=keep_models, progress=sys.stderr.isatty(), device=device)
     if not Team(device).leads:
         return
-    click.echo(f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}, {row.seconds:.0f} s")
-    if keep_model:
-        click.echo(f"The model is {model_path(trial, out)}.")
+    for trial, row in zip(trials, table.itertuples(), strict=True):
+        name = f"{row.id}: " if len(trials) > 1 else ""
+        accuracies = f"test accuracy {row.test_accuracy:.4f}, train accuracy {row.train_accuracy:.4f}"
+        click.echo(f"{name}{accuracies}, {row.seconds:.0f} s")
+        if keep_models:
+            click.echo(f"The model is {model_path(trial, out)}.")
 
 
 @cli.command()
