@@ -95,8 +95,11 @@ def use_threads(threads: int | None) -> Iterator[int]:
     Yields:
         The number of threads in use.
     """
-    before = get_threads()
+    now, chosen = get_threads(), getattr(_CHOSEN, "threads", None)
+    before = numba.get_num_threads() if JIT else 1
     try:
-        yield before if threads is None else set_threads(threads)
+        yield now if threads is None else set_threads(threads)
     finally:
-        set_threads(before)
+        _CHOSEN.threads = chosen
+        if JIT:
+            numba.set_num_threads(before)

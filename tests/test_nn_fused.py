@@ -1,6 +1,8 @@
 """The fused training forms against the rules' own tensor formulas."""
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 import binvit
+import binvit.nn.fused
+from binvit import jit
 from binvit.bits import pack_signs, prepare_weights
 from binvit.nn.convert import set_progress
 from binvit.nn.fused import autograd, bit_products, elementwise, formed, linear
@@ -154,12 +158,14 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     run_with_two_threads("""
 import numba
 import numpy as np
+import torch
 from binvit.nn.fused import bit_products, elementwise
 from binvit.nn.fused.ends import end_backward, end_forward
 from binvit.nn.rules import Form
 draw = np.random.default_rng(0).standard_normal
 x, g, shift = (draw(shape).astype(np.float32) for shape in ((633, 70), (633, 70), 70))
 results = []
+torch.set_num_threads(2)  # no kernel has more
 for threads in (1, 2):
     numba.set_num_threads(threads)
     dx, dshift, signs, means = g.copy(), np.empty(70, np.float32), np.empty_like(x), np.ones(0, np.float32)
@@ -179,6 +185,33 @@ for threads in (1, 2):
     results[-1] += y, sizes
 assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 """)
+
+
+def test_kernels_have_no_more_threads_than_torch():
+    run_with_two_threads("""
+import numba
+import torch
+from binvit.nn.fused.elementwise import parallel_kernel
+from binvit.threads import get_threads
+@parallel_kernel
+def count():
+    return numba.get_num_threads()
+for torch_threads, numba_threads in [(1, 2), (2, 1), (2, 2), (1, 1)]:
+    torch.set_num_threads(torch_threads)
+    numba.set_num_threads(numba_threads)  # as another program may, at any time
+    assert count() == min(torch_threads, numba_threads)
+    assert (torch.get_num_threads(), numba.get_num_threads(), get_threads()) == (torch_threads, *[numba_threads] * 2)
+""")
+
+
+def test_every_parallel_kernel_of_a_training_follows_torch():
+    names = [name for _, name, _ in pkgutil.iter_modules(binvit.nn.fused.__path__, "binvit.nn.fused.")]
+    modules = [importlib.import_module(name) for name in names]
+    found = {name: value for module in modules for name, value in vars(module).items()}
+    kernels = {name: value for name, value in found.items() if isinstance(value, jit._Kernel)}
+    assert len(kernels) > 5
+    assert [name for name, kernel in kernels.items() if kernel._entry.targetoptions.get("parallel")] == []
+    assert sum(hasattr(value, "__wrapped__") for value in found.values()) > len(kernels)
 
 
 def test_double_precision_and_exotic_rules_take_the_formulas():

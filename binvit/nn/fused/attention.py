@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from binvit.jit import kernel
+from binvit.nn.fused.elementwise import parallel_kernel
 
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
     """Write the signs of the shifted query and key: qkv (B, N, 3, H, d), shifts (H, d) -> (B, H, N, d) each."""
     batch, n, _, heads, width = qkv.shape
@@ -28,7 +28,7 @@ def split_signs(qkv, shift_q, shift_k, signs_q, signs_k):
                 signs_k[b, h, i, c] = ONE if qkv[b, i, 1, h, c] + shift_k[h, c] >= 0 else -ONE
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def superpose_value(qkv, shift, scales, thresholds, extremes, out):
     """Binarize the value per head: qkv (B, N, 3, H, d), shift (H, d) -> out (B, H, N, d), extremes (B, H, 2)."""
     batch, n, _, heads, width = qkv.shape
@@ -53,7 +53,7 @@ def superpose_value(qkv, shift, scales, thresholds, extremes, out):
             y[e] = y[e] if v[e] >= 0 else -y[e]
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def superpose_map(product, bias, table, scales, thresholds, probability, out):
     """Apply softmax by table, bias, maximum and groups to integer products (B, H, N, N), one row at a time."""
     batch, heads, n, m = product.shape
@@ -96,7 +96,7 @@ def superpose_map(product, bias, table, scales, thresholds, probability, out):
                 out[b, h, i, j] = y
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscales, counts):
     """Turn g, the gradient of the binarized map, into the gradient of the scores, row by row and in place."""
     batch, heads, n, m = probability.shape
@@ -145,7 +145,7 @@ def map_backward(probability, bias, g, scales, thresholds, factor, dbias, dscale
                     dbias[h, i, j] += d[j]
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def merge_gradients(
     qkv,
     shift_q,

@@ -15,7 +15,7 @@ from binvit.bits.gemm import PreparedWeights
 from binvit.bits.packing import WORD, signs_of_64, word_count
 from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_signs
 from binvit.jit import aligned_empty, kernel
-from binvit.nn.fused.elementwise import ONE, ZERO, share_of_largest
+from binvit.nn.fused.elementwise import ONE, ZERO, parallel_kernel, share_of_largest
 
 _ROWS = 8 * TILE  # whose words and products stay in the core's own cache
 
@@ -85,7 +85,7 @@ def _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, s
                 y[j] = np.float32((product[j] + sums[j]) >> halve) * scale[j] + bias[j]
 
 
-@kernel(parallel=True)
+@parallel_kernel
 def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
     """Write b(x + shift) w^T * scale * mean + bias into out (M, ...) from a column on.
 

@@ -6,6 +6,10 @@ tensor formulas. Sums are formed in blocks of fixed size, so that results do not
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numba import prange
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from binvit.jit import JIT, kernel
 from binvit.nn.rules import Form
-from binvit.threads import get_threads
+from binvit.threads import get_threads, use_threads
 
 BLOCK = 32  # rows that are summed together
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -26,6 +30,33 @@ def usable(*tensors: Tensor | None) -> bool:
         return False
     get_threads()  # starts them: numba may take torch's OpenMP runtime over, and the number that torch uses with it
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
+
+
+def parallel_kernel(function: Callable | None = None, *, reorder: bool = False) -> Callable:
+    """Compile a kernel of parallel loops that run on no more threads than torch has.
+
+    torch follows ``OMP_NUM_THREADS``, which clusters, Snakemake and torchrun set, and numba does not: processes side by
+    side would each use all cores, and wait for one another's threads.
+
+    Args:
+        function: the kernel, as for `binvit.jit.kernel`.
+        reorder: whether floating-point sums may be reordered.
+
+    Returns:
+        The compiled kernel, to be called from Python.
+    """
+    if function is None:
+        return functools.partial(parallel_kernel, reorder=reorder)
+    compiled = kernel(function, parallel=True, reorder=reorder)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        if (most := torch.get_num_threads()) >= get_threads():
+            return compiled(*arguments)
+        with use_threads(most):
+            return compiled(*arguments)
+
+    return call
 
 
 def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool, np.float32]:
@@ -46,7 +77,7 @@ def share_of_largest(x, shift, share):
     return share * top
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def binary_levels(x, shift, threshold, unsigned, share, out):
     """Write the levels of x + shift, (M, K) with a shift of (K,): {0, 1} by the threshold if unsigned, else signs."""
     rows, k = x.shape
@@ -61,7 +92,7 @@ def binary_levels(x, shift, threshold, unsigned, share, out):
                     out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def centred_signs(w, out):
     """Write the signs of w - mean(w), (N, K), into out and return the mean of |w|."""
     rows, k = w.shape
@@ -91,7 +122,7 @@ def ede_slope(x, t):
     return max(ONE, t) * np.float32(4) * e / ((ONE + e) * (ONE + e))
 
 
-@kernel(parallel=True, reorder=True)
+@parallel_kernel(reorder=True)
 def binary_backward(
     x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift, binary
 ):

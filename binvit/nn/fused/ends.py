@@ -105,7 +105,7 @@ def _own_input_backward(d, dx, n, k):
                 own[j] += part[j]
 
 
-@kernel(parallel=True, reorder=True)
+@elementwise.parallel_kernel(reorder=True)
 def end_forward(y, x, vectors, size, eps, activation, out):
     """Map products (M, N) and own inputs (M, K), K = 0 for none, to (M, N).
 
@@ -143,7 +143,7 @@ def end_forward(y, x, vectors, size, eps, activation, out):
                 row[j] = row[j] * alpha[j] + beta[j]
 
 
-@kernel(parallel=True, reorder=True)
+@elementwise.parallel_kernel(reorder=True)
 def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
     """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N).
 

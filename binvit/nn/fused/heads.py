@@ -12,7 +12,6 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from binvit.jit import kernel
 from binvit.nn.fused import elementwise
 from binvit.nn.rules import HeadSign, Rule, ThreeMaps, reduce_to
 
@@ -26,7 +25,7 @@ def takes_heads(rule: Rule, x: Tensor, parameters: Sequence[Tensor]) -> bool:
     return all(p.shape == (x.shape[1], 1, 1) for p in parameters)
 
 
-@kernel(parallel=True)
+@elementwise.parallel_kernel
 def _signs(x, scale, whole, factor, out):
     """Write factor (sign(x / scale + whole) - whole) for x (B * H, M), each vector (H,)."""
     for r in prange(x.shape[0]):
@@ -36,7 +35,7 @@ def _signs(x, scale, whole, factor, out):
             out[r, j] = high if x[r, j] / scale[h] + whole[h] >= ZERO else low
 
 
-@kernel(parallel=True)
+@elementwise.parallel_kernel
 def _signs_backward(x, g, scale, whole, dx, of_scale, of_offset):
     """Write the gradient of x (B * H, M) and what the gradients of scale and offset sum up."""
     for r in prange(x.shape[0]):
@@ -51,7 +50,7 @@ def _signs_backward(x, g, scale, whole, dx, of_scale, of_offset):
             of_offset[r, j] = through - g[r, j]
 
 
-@kernel(parallel=True)
+@elementwise.parallel_kernel
 def _maps(x, scale, offset, out):
     """Write the sum of the three scaled maps of x (B * H, M)."""
     for r in prange(x.shape[0]):
@@ -63,7 +62,7 @@ def _maps(x, scale, offset, out):
             out[r, j] = first + second + (a if level >= THREE else a * ZERO)
 
 
-@kernel(parallel=True)
+@elementwise.parallel_kernel
 def _maps_backward(x, g, scale, offset, dx, of_scale, of_offset):
     """Write the gradient of x (B * H, M) and what the gradients of scale and offset sum up."""
     for r in prange(x.shape[0]):
