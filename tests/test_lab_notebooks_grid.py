@@ -188,7 +188,7 @@ def test_trials_of_the_smoke_size_share_jobs_that_own_no_result(tmp_path):
     assert 1 < kept < len(trials) - 1
     assert not any(item.needs for item in trials)
     jobs = snakemake(tmp_path, {"only": "01 06", "parameters": values}, "--dry-run", "--quiet", "rules")
-    several = math.ceil(kept / 4) + math.ceil((len(trials) - kept) / 4)
+    several = math.ceil(kept / 6) + math.ceil((len(trials) - kept) / 6)
     assert jobs == {"train_several": several, "notebook": 2, "report": 1, "total": several + 3}
     # What a job owns is deleted when it fails: a mark, and no trial that had finished before.
     rules = (NOTEBOOKS / "Snakefile").read_text(encoding="utf-8")
