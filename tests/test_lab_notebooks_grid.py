@@ -179,18 +179,21 @@ def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path
     values["seeds"] = [0, 1]
     jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
     assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
+    # Several in a job: what is trained already needs none, and the others of its seed share some.
+    settings.pop("per_job")
+    gone = sorted(trials)[0]
+    (tmp_path / "results" / f"{gone}.json").unlink()
+    jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
+    first = [line for line in lines if "id" in line]
+    kept = sum(line["keep_model"] for line in first)
+    sets = sum(math.ceil(count / 6) for count in (kept, len(first) - kept))
+    assert 2 <= sets < len(trials) / 2
+    assert jobs == {"train": 1 + sets, "notebook": 2, "report": 1, "total": 4 + sets}
 
 
-def test_trials_of_the_smoke_size_share_jobs_that_own_no_result(tmp_path):
-    values = {"seeds": [0], "schemes": ["float", "gsb"]}
-    trials = grid.grid(plan(NOTEBOOKS, "smoke", ["01", "06"], values))
-    kept = sum(item.keep_model for item in trials)
-    assert 1 < kept < len(trials) - 1
-    assert not any(item.needs for item in trials)
-    jobs = snakemake(tmp_path, {"only": "01 06", "parameters": values}, "--dry-run", "--quiet", "rules")
-    several = math.ceil(kept / 6) + math.ceil((len(trials) - kept) / 6)
-    assert jobs == {"train_several": several, "notebook": 2, "report": 1, "total": several + 3}
-    # What a job owns is deleted when it fails: a mark, and no trial that had finished before.
+def test_a_job_of_the_snakefile_owns_no_result(tmp_path):
+    # What a job owns is deleted when it fails and before it runs again, with all that had finished.
     rules = (NOTEBOOKS / "Snakefile").read_text(encoding="utf-8")
-    (rule,) = re.findall(r"^rule train_several:\n(?:    .*\n)+", rules, re.MULTILINE)
-    assert re.findall(r"    output:\n +(.*)\n", rule) == ['touch(f"{RESULTS}/.sets/{{set}}"),']
+    outputs = re.findall(r"^rule (\w+):\n(?:.+\n)*?    output:\n +(.*)\n", rules, re.MULTILINE)
+    assert outputs[:2] == [("report", 'f"{OUT}/index.html",'), ("train", 'touch(f"{RESULTS}/.trained/{{set}}"),')]
+    assert len(outputs) == 3
