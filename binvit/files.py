@@ -5,7 +5,8 @@ import platform
 import re
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..*\.(?P<machine>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.tmp")
@@ -64,6 +65,23 @@ def _machine() -> str:
     # Containers share a host's name, but not its process numbers.
     namespace = Path("/proc/self/ns/pid")
     return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}".replace(".", "-")
+
+
+@contextmanager
+def leaves_no_folders(folder: str | Path) -> Iterator[None]:
+    """Remove the folders that a block makes on the way to a folder and leaves empty.
+
+    Args:
+        folder: the last of them, which need not exist.
+    """
+    folder = Path(folder)
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something now
+            for place in absent:
+                place.rmdir()
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:

@@ -12,6 +12,7 @@ import two_processes
 from binvit.lab import Trial
 from binvit.lab.training import devices
 from binvit.lab.training.devices import Team, choose_device, spread
+from binvit.lab.trials.store import read_results
 from binvit.lab.trials.train_trial import train_trial
 
 
@@ -35,8 +36,12 @@ def assert_alike(found, expected):
 
 
 def test_two_processes_train_what_one_trains_with_the_doubled_batch(tmp_path):
-    several(2, tmp_path / "two.pt", 1)
+    several(2, tmp_path / "two.pt", 1, tmp_path / "results")
     found = torch.load(tmp_path / "two.pt", weights_only=True)
+    trained, read = found.pop("seconds")
+    assert trained == read
+    (result,), _ = read_results(tmp_path / "results")
+    assert (result.seconds, result.device) == (trained, "2 x cpu")
     assert_alike(found.values(), [two_processes.trained(name) for name in found])
 
 

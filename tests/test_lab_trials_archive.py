@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +11,10 @@ from archive_maker import result
 from image_files import parquet_file
 
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.trials.archive import add, data_name, find, read_data, stored_result
+from binvit.lab.trials.archive import add, data_name, find, read_data
 from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, run_trials
-from binvit.lab.trials.store import read_result
+from binvit.lab.trials.store import model_path, read_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 from binvit.nn.schemes import Scheme
 
@@ -49,9 +51,36 @@ def test_archived_trials_of_a_real_training_are_read_and_not_trained(tmp_path):
     again = run_trials(trials, tmp_path / "empty", progress=False, archive=tmp_path)
     pd.testing.assert_frame_equal(again, table)  # seconds included
     assert not list((tmp_path / "empty").rglob("*.json"))
-    assert stored_result(trials[0], tmp_path / "empty", keep_model=True, archive=tmp_path) is None
-    assert stored_result(trials[0], tmp_path / "empty") is None
-    assert stored_result(digits(2), tmp_path / "empty", archive=tmp_path) is None
+    assert find(digits(2), tmp_path) is None
+    kept = run_trials(trials[:1], tmp_path / "kept", keep_models=True, progress=False, archive=tmp_path)
+    assert model_path(trials[0], tmp_path / "kept").is_file()  # no archive has models
+    assert kept["test_accuracy"][0] == table["test_accuracy"][0]
+
+
+def test_archived_results_of_another_environment_are_told_beside_what_is_trained_now(tmp_path):
+    run_trials([digits()], tmp_path / "results", progress=False)
+    made = read_result(digits(), tmp_path / "results")
+    add([dataclasses.replace(made, versions=made.versions | {"torch": "1.0"}, threads=77)], tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_trials([digits()], tmp_path / "empty", progress=False, archive=tmp_path)  # the archive's alone
+    with pytest.warns(UserWarning, match=r"1 stored result was made with torch 1\.0 \(now .*\), threads 77"):
+        run_trials([digits(), digits(1)], tmp_path / "empty", progress=False, archive=tmp_path)
+
+
+def test_an_archive_that_cannot_be_read_trains_nothing_anew(tmp_path, monkeypatch):
+    add([result(digits())], tmp_path)
+    read = Path.open
+
+    def crowded(path, *arguments, **options):
+        if path.name == "data.csv":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", crowded)
+    with pytest.raises(OSError, match="Too many open files"):
+        run_trials([digits()], tmp_path / "results", progress=False, archive=tmp_path)
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_trial_whose_rate_was_chosen_anew_is_another_and_the_old_line_stays_readable(tmp_path, monkeypatch):
@@ -94,9 +123,10 @@ def test_published_trials_have_the_identities_that_follow_from_their_lines():
 def test_the_results_folder_comes_first(tmp_path):
     trial = digits()
     add([result(trial)], tmp_path)
-    run_trials([trial], tmp_path / "results", progress=False)
-    found = stored_result(trial, tmp_path / "results", archive=tmp_path)
-    assert found == read_result(trial, tmp_path / "results")
+    table = run_trials([trial], tmp_path / "results", progress=False)
+    assert table["test_accuracy"][0] != find(trial, tmp_path).test_accuracy
+    again = run_trials([trial], tmp_path / "results", progress=False, archive=tmp_path)
+    pd.testing.assert_frame_equal(again, table)
 
 
 def test_lines_are_sorted_kept_and_never_doubled(tmp_path):

@@ -13,7 +13,7 @@ from binvit.lab.data.sources import read_source
 from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.store import finished_result, load_kept, model_path, read_result, result_path
-from binvit.lab.trials.train_trial import train_trial
+from binvit.lab.trials.train_trial import run_trial, train_trial
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 1, "batch_size": 64}
@@ -61,6 +61,20 @@ def test_replaced_images_are_trained_anew_and_the_old_ones_are_still_known(tmp_p
     assert after["id"][0] != before["id"][0]
     path.write_bytes(kept)
     assert list(run_trials([trial], tmp_path, progress=False)["seconds"]) == list(before["seconds"])
+
+
+def test_images_that_change_during_a_training_have_no_result(tmp_path):
+    path = parquet_file(tmp_path / "a.parquet")
+    trial = of(tmp_path, "parquet:a.parquet")
+
+    def replaced(done, total, record):
+        parquet_file(path, seed=1)
+
+    with pytest.raises(ValueError, match=r"images of parquet:a\.parquet have changed while a model was trained"):
+        run_trial(trial, tmp_path / "results", keep_model=True, report=replaced)
+    with pytest.raises(ValueError, match="have changed while"):
+        train_trial(trial, progress=lambda *values: parquet_file(path, seed=2))
+    assert [path.suffix for path in (tmp_path / "results").rglob("*.*") if path.is_file()] in ([], [".state"])
 
 
 def test_a_result_or_model_under_another_name_is_refused(tmp_path):

@@ -404,6 +404,22 @@ def test_files_of_killed_writers_are_removed(tmp_path):
         (place / name).write_text("half of a resu")
     run_trials([tiny(epochs=1)], tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.tmp"))
+    # Where nothing is left to train, either; a state as well, whose process was killed right after the result.
+    state = tmp_path / ".running" / f"{tiny(epochs=1).id}.state"
+    for path in (tmp_path / name, state):
+        path.write_text("half of a resu")
+    run_trials([tiny(epochs=1)], tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_refused_trials_leave_no_folder(tmp_path, jobs):
+    refused = [tiny(seed=seed, patch_size=3) for seed in range(2)]
+    with pytest.raises(TrialsFailed, match="2 of 2 trials failed") as caught:
+        run_trials(refused, tmp_path / "a" / "b" / "c", jobs=jobs, progress=False)
+    assert caught.value.wrong_input
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_model_is_trained_again(tmp_path):

@@ -19,7 +19,7 @@ from binvit.lab.data.fingerprint import require_present
 from binvit.lab.data.label_noise import Matrix, pixel_confusion
 from binvit.lab.data.sources import locate, read_source, split_name
 from binvit.lab.data.write import command_of
-from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, finished_result
+from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 # Kept in full by each line's scheme; a line needs no description.
@@ -49,24 +49,6 @@ class DataSet:
     val: str = ""
     test: str = ""
     command: str = ""
-
-
-def stored_result(
-    trial: Trial, results_dir: str | Path, keep_model: bool = False, archive: str | Path | None = None
-) -> TrialResult | None:
-    """Return a finished trial's result from the results folder, else from the archive; None if neither has it.
-
-    Args:
-        trial: the configuration; its data may be absent.
-        results_dir: folder of the results.
-        keep_model: whether its model has to be kept, too, as no archive does.
-        archive: folder of the archive; None looks into none.
-
-    Raises:
-        ValueError: a file of the archive is damaged.
-    """
-    found = finished_result(trial, results_dir, keep_model)
-    return found if found is not None or keep_model or archive is None else find(trial, archive)
 
 
 def find(trial: Trial, archive: str | Path) -> TrialResult | None:

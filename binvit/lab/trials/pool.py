@@ -22,11 +22,11 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 
-from binvit.files import remove_leftovers
+from binvit.files import leaves_no_folders, remove_leftovers
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
-from binvit.lab.trials.archive import find, stored_result
-from binvit.lab.trials.store import TrialResult, read_result, trial_row
+from binvit.lab.trials.archive import find
+from binvit.lab.trials.store import TrialResult, finished_result, read_result, trial_row
 from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
 
@@ -92,19 +92,25 @@ def run_trials(
         raise ValueError(
             f"All {team.size} processes of torchrun train each trial together; jobs must be 1, got {jobs}."
         )
-    place = results_dir, keep_models
-    stored = {trial: _stored(trial, *place) for trial in trials} if team.leads else {}
-    _tell_changes([result for result in stored.values() if result], team, jobs)
-    stored = {trial: result or _stored(trial, *place, archive) for trial, result in stored.items()}
+    folder = Path(results_dir)
+    stored: dict[Trial, TrialResult | None] = {}
+    if team.leads:
+        stored = {trial: _stored(trial, folder, keep_models) for trial in trials}
+        compared = [result for result in stored.values() if result]
+        _remove_leftovers(folder, compared)
+        if archive is not None and not keep_models:
+            archived = {trial: find(trial, archive) for trial, result in stored.items() if result is None}
+            stored |= archived
+            if not all(stored.values()):  # archived results beside those that are trained now
+                compared += [result for result in archived.values() if result]
+        _tell_changes(compared, team, jobs)
     results: dict[Trial, TrialResult | None] = team.share(stored)
     pending = [trial for trial, result in results.items() if result is None]
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:
-        if team.leads:
-            for folder in (Path(results_dir), Path(results_dir) / ".running"):
-                remove_leftovers(folder)
-        with tqdm(total=len(pending), unit="trial", disable=not (progress and team.leads)) as bar:
-            queue = _Queue(pending, Path(results_dir), keep_models, bar)
+        shown = tqdm(total=len(pending), unit="trial", disable=not (progress and team.leads))
+        with leaves_no_folders(folder / ".running"), shown as bar:  # where all are refused, whoever made the folders
+            queue = _Queue(pending, folder, keep_models, bar)
             failures = queue.run_here(device) if jobs == 1 else queue.run_in_children(jobs, device)
         if failures:
             reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason, _ in failures)
@@ -138,13 +144,19 @@ def read_trials(trials: Iterable[Trial], archive: str | Path) -> pd.DataFrame:
     return table.reindex(columns=[*table.columns, *(name for name in ("id", "test_accuracy") if name not in table)])
 
 
-def _stored(
-    trial: Trial, results_dir: str | Path, keep_model: bool, archive: str | Path | None = None
-) -> TrialResult | None:
+def _stored(trial: Trial, folder: Path, keep_model: bool) -> TrialResult | None:
     try:
-        return stored_result(trial, results_dir, keep_model, archive)
+        return finished_result(trial, folder, keep_model)
     except OSError:  # it stays pending, and fails alone if this lasts
         return None
+
+
+def _remove_leftovers(folder: Path, finished: list[TrialResult]) -> None:
+    """Remove what killed processes have left: temporary files, and states of trials that had just been finished."""
+    for place in (folder, folder / ".running"):
+        remove_leftovers(place)
+    for result in finished:
+        (folder / ".running" / f"{result.id}.state").unlink(missing_ok=True)
 
 
 def _tell_changes(results: list[TrialResult], team: Team, jobs: int) -> None:
@@ -298,11 +310,11 @@ def _run(
     several = Team(device).size > 1
     try:
         return run_trial(trial, results_dir, keep_model, report, wait, device), None, False
-    except ValueError as error:
-        return False, str(error), is_wrong_input(error)
     except Exception as error:
-        if several:  # the other processes wait for this one, and only its end ends them
+        if several:  # the other processes may wait for this one, and only its end ends them
             raise
+        if isinstance(error, ValueError):
+            return False, str(error), is_wrong_input(error)
         if not isinstance(error, OSError):
             traceback.print_exc()  # out of memory, a killed worker of the loader, or a fault of ours
             return False, f"{type(error).__name__}: {error}", is_wrong_input(error)

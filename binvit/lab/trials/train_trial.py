@@ -1,7 +1,6 @@
 """One trial from its data to its files: trained, measured, kept."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,28 +36,6 @@ def is_wrong_input(error: Exception) -> bool:
     return isinstance(error, _WRONG_INPUT) and not isinstance(error, TrainingDiverged)
 
 
-def _leaves_nothing(run: Callable[..., bool]) -> Callable[..., bool]:
-    """Remove the lock of a trial that is refused, and the folders made for it, so that wrong input leaves no trace."""
-
-    @functools.wraps(run)
-    def run_cleanly(trial: Trial, results_dir: str | Path, *values: Any, **options: Any) -> bool:
-        running = Path(results_dir) / ".running"
-        made = [folder for folder in (running, running.parent) if not folder.exists()]
-        try:
-            return run(trial, results_dir, *values, **options)
-        except Exception as error:
-            if is_wrong_input(error):
-                with suppress(OSError, ValueError):  # ValueError: without readable data there is no name of a lock
-                    (running / f"{trial.id}.lock").unlink(missing_ok=True)
-                with suppress(OSError):  # other trials have files there
-                    for folder in made:
-                        folder.rmdir()
-            raise
-
-    return run_cleanly
-
-
-@_leaves_nothing
 def run_trial(
     trial: Trial,
     results_dir: str | Path,
@@ -84,13 +61,14 @@ def run_trial(
     """
     team = Team(device)
     results_dir = Path(results_dir)
+    identity = trial.id
     running = results_dir / ".running"  # locks, and states from which killed trials continue
     running.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(running / f"{trial.id}.lock")
+    lock = FileLock(running / f"{identity}.lock")
     if not _acquire(lock, team, wait):
         return False
     try:
-        state = running / f"{trial.id}.state"
+        state = running / f"{identity}.state"
         if team.share(team.leads and finished_result(trial, results_dir, keep_model) is not None):
             state.unlink(missing_ok=True)  # left by a process that was killed after it had written the result
             return True
@@ -102,6 +80,8 @@ def run_trial(
             teacher = load_model(taught, results_dir)
 
         def keep(result: TrialResult) -> None:
+            if result.id != identity:
+                raise ValueError(_changed(trial))
             if team.leads and result.model is not None and result.info is not None:
                 if keep_model:
                     save_checkpoint(model_path(trial, results_dir), result.model, result.info)
@@ -109,8 +89,17 @@ def run_trial(
 
         train_trial(trial, teacher=teacher, progress=report, device=device, resume=state, keep=keep)
         return team.share(True)  # when the files are there
+    except Exception as error:
+        if is_wrong_input(error):  # which leaves no trace
+            with suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
+
+
+def _changed(trial: Trial) -> str:
+    return f"The images of {trial.dataset} have changed while a model was trained on them; run the trial again."
 
 
 def _acquire(lock: FileLock, team: Team, wait: bool) -> bool:
@@ -160,21 +149,26 @@ def train_trial(
 
     Raises:
         TrainingDiverged: the loss is no longer finite.
-        ValueError: data, recipe and scheme do not fit together.
+        ValueError: data, recipe and scheme do not fit together, or the images changed while they were trained on.
         FileNotFoundError: data, weights or a teacher are missing.
     """
     team = Team(device)
     with own_random_state(team.device):  # around the data, too: what reads them may draw when it is imported
-        training = _training(trial, teacher, team, resume)
+        fingerprint = trial.fingerprint  # before a single image is read
+        training = _training(trial, trial.identity(fingerprint), teacher, team, resume)
         training.train(progress if team.leads else None)
-        result = _measure(trial, training)
+        result = _measure(trial, training, fingerprint)
+        if trial.fingerprint != fingerprint:
+            raise ValueError(_changed(trial))
     if keep is not None:
         keep(result)
     training.finish()
     return result
 
 
-def _training(trial: Trial, teacher: nn.Module | None, team: Team, resume: str | Path | None) -> Training:
+def _training(
+    trial: Trial, identity: str, teacher: nn.Module | None, team: Team, resume: str | Path | None
+) -> Training:
     recipe = trial.get_recipe()
     if recipe.weights_hash and not recipe.weights:
         recipe = dataclasses.replace(recipe, weights=find_weights(recipe.weights_hash, trial.root))
@@ -202,12 +196,12 @@ def _training(trial: Trial, teacher: nn.Module | None, team: Team, resume: str |
         teacher=teacher,
         team=team,
         resume=Path(resume) if resume else None,
-        identity=trial.id,
-        record={"id": trial.id} | trial.to_dict(),
+        identity=identity,
+        record={"id": identity} | trial.to_dict(),
     )
 
 
-def _measure(trial: Trial, training: Training) -> TrialResult:
+def _measure(trial: Trial, training: Training, fingerprint: str) -> TrialResult:
     """Evaluate a trained model on its training images."""
     train, history = training.data.train, training.position.history
     predictions = training.predict_train()
@@ -226,10 +220,10 @@ def _measure(trial: Trial, training: Training) -> TrialResult:
         versions=training.position.versions,
         threads=torch.get_num_threads(),
         device=training.team.description,
-        fingerprint=trial.fingerprint,
+        fingerprint=fingerprint,
         cpu=cpu_kind(),
         vectors=cpu_vectors(),
-        id=trial.id,
+        id=trial.identity(fingerprint),
         model=training.model.eval(),
         info=training.describe(),
     )
