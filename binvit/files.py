@@ -1,5 +1,6 @@
 """Files that other processes may read: written under a temporary name, then renamed."""
 
+import errno
 import os
 import platform
 import re
@@ -10,6 +11,18 @@ from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..*\.(?P<machine>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.tmp")
 _DAY = 86_400
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Say whether an error of a reader is the system's own: a disk, a limit, a permission, not what the file holds."""
+    # A damaged file may send its decoder to before its start, which the system calls an invalid argument.
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether this machine ran out of room or of open files, which is no fault of a file or of a network."""
+    numbers = (errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+    return isinstance(error, OSError) and error.errno in numbers
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:

@@ -9,7 +9,14 @@ import time
 
 import pytest
 
-from binvit.files import atomic_write, remove_leftovers
+from binvit.files import atomic_write, is_of_system, is_shortage, remove_leftovers
+
+
+def test_errors_of_the_system_are_told_from_those_of_a_file_s_content():
+    own = [OSError(number, "") for number in (errno.EMFILE, errno.ENOSPC, errno.EACCES, errno.EIO, errno.ECONNRESET)]
+    content = [OSError("a decoder's own sentence"), OSError(errno.EINVAL, ""), ValueError(""), EOFError()]
+    assert [is_of_system(error) for error in own + content] == [True] * 5 + [False] * 4
+    assert [is_shortage(error) for error in own + content] == [True] * 2 + [False] * 7
 
 
 def test_text_and_bytes_are_written_into_new_folders(tmp_path):
