@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import json
 import pickle
@@ -470,6 +471,23 @@ def test_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, network, n
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="needs root=FOLDER, the folder that holds it or"):
         load_data(name)
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_complete_set_that_cannot_be_read_is_not_downloaded_again(tmp_path, network, monkeypatch, number):
+    network |= SERVED["cifar10"]
+    load_data("cifar10", root=tmp_path)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")}
+
+    def refuse(*_, **__):
+        raise OSError(number, "refused", "batch")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.open", refuse, raising=False)
+    with pytest.raises(OSError, match="refused: 'batch'") as error:
+        load_data("cifar10", root=tmp_path)
+    assert error.value.errno == number
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

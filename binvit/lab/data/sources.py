@@ -91,7 +91,7 @@ def _torchvision(name: str, location: Path, **options: object) -> Any:
     build = getattr(datasets, name)
     try:
         return build(location, **options)
-    except (RuntimeError, OSError):
+    except (RuntimeError, FileNotFoundError):  # absent or damaged; what the system refuses to read may be complete
         _download(build, name, location, options)
     return build(location, **options)
 
