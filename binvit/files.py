@@ -1,9 +1,11 @@
-"""Files that other processes may read: written under a temporary name, then renamed."""
+"""Files that other processes may read: written under a temporary name, then renamed; and what is left of failures."""
 
+import errno
 import os
 import platform
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +13,18 @@ from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..*\.(?P<machine>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.tmp")
 _DAY = 86_400
+
+
+def is_of_system(error: BaseException) -> bool:
+    """Say whether an error of a reader is the system's own: a disk, a limit, a permission, not what the file holds."""
+    # A damaged file may send its decoder to before its start, which the system calls an invalid argument.
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether this machine ran out of room or of open files, which is no fault of a file or of a network."""
+    numbers = (errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+    return isinstance(error, OSError) and error.errno in numbers
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
@@ -33,8 +47,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    suffix = f"{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    temporary = target.with_name(f".{target.name[:30]}.{suffix}")
+    temporary = _beside(target)
     try:
         with open(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -61,6 +74,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _beside(target: Path) -> Path:
+    """Return a new temporary name that says whose it is; `remove_leftovers` reads it."""
+    return target.with_name(f".{target.name[:30]}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
 def _machine() -> str:
     # Containers share a host's name, but not its process numbers.
     namespace = Path("/proc/self/ns/pid")
@@ -85,20 +103,23 @@ def leaves_no_folders(folder: str | Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Remove the temporary files that writers left in a folder when they were killed.
+    """Remove the temporary files and folders that writers left in a folder when they were killed.
 
     Args:
-        folder: the folder, which need not exist; folders inside it are left alone.
+        folder: the folder, which need not exist; folders of other names inside it are left alone.
 
     Returns:
-        The files removed: those of dead processes of this machine, and of any machine if they are older than a day.
+        What was removed: that of dead processes of this machine, and of any machine if it is older than a day.
     """
     removed = []
     for path in Path(folder).glob(".*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
         with suppress(OSError):  # removed by another process, or not ours to remove
             if found and (_is_dead(**found.groupdict()) or time.time() - path.lstat().st_mtime > _DAY):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
                 removed.append(path)
     return removed
 
@@ -113,6 +134,56 @@ def _is_dead(machine: str, process: str) -> bool:
     except PermissionError:
         pass
     return False
+
+
+@contextmanager
+def temporary_folder(parent: str | Path, name: str) -> Iterator[Path]:
+    """Make an empty hidden folder for a while; `remove_leftovers` removes that of a process that was killed.
+
+    Args:
+        parent: an existing folder.
+        name: what the hidden name begins with.
+
+    Yields:
+        The folder, which is removed with all that is in it afterwards.
+    """
+    folder = _beside(Path(parent) / name)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def made_folders(folder: str | Path) -> Iterator[Path]:
+    """Make a folder with those above it; if what is done in it fails, those that were made and are empty go again.
+
+    Folders that were there before, or that another process has made, stay.
+
+    Args:
+        folder: the folder, which may exist.
+
+    Yields:
+        Its path.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = Path(folder)
+    made: list[Path] = []
+    try:
+        for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+            with suppress(FileExistsError):  # another process was faster, or the name ends with ".."
+                place.mkdir()
+                made.append(place)
+        folder.mkdir(parents=True, exist_ok=True)  # refuses what is no folder
+        yield folder
+    except BaseException:
+        for place in reversed(made):
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+        raise
 
 
 def set_aside(path: str | Path, label: str) -> Path:

@@ -9,7 +9,14 @@ import time
 
 import pytest
 
-from binvit.files import atomic_write, remove_leftovers
+from binvit.files import atomic_write, is_of_system, is_shortage, made_folders, remove_leftovers, temporary_folder
+
+
+def test_errors_of_the_system_are_told_from_those_of_a_file_s_content():
+    own = [OSError(number, "") for number in (errno.EMFILE, errno.ENOSPC, errno.EACCES, errno.EIO, errno.ECONNRESET)]
+    content = [OSError("a decoder's own sentence"), OSError(errno.EINVAL, ""), ValueError(""), EOFError()]
+    assert [is_of_system(error) for error in own + content] == [True] * 5 + [False] * 4
+    assert [is_shortage(error) for error in own + content] == [True] * 2 + [False] * 7
 
 
 def test_text_and_bytes_are_written_into_new_folders(tmp_path):
@@ -138,3 +145,41 @@ def test_temporary_files_of_dead_processes_are_removed_and_no_others(tmp_path):
             writer.kill()
             writer.communicate()
     assert remove_leftovers(tmp_path / "none") == []
+
+
+def test_a_temporary_folder_of_a_dead_process_is_removed_with_its_files_and_a_living_one_s_stays(tmp_path):
+    with temporary_folder(tmp_path, "download") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("half")
+        dead = folder.with_name(folder.name.replace(f".{os.getpid()}.", ".99999999."))
+        folder.rename(dead)
+        folder.mkdir()
+        assert remove_leftovers(tmp_path) == [dead]
+        assert os.listdir(tmp_path) == [folder.name]
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_made_for_what_fails_are_removed_unless_they_were_there_or_hold_something(tmp_path):
+    def stop(folder, keep):
+        assert folder.is_dir()
+        if keep:
+            (tmp_path / keep).write_text("kept")
+        raise KeyboardInterrupt
+
+    def fail(name, keep=None):
+        with pytest.raises(KeyboardInterrupt), made_folders(tmp_path / name) as folder:
+            stop(folder, keep)
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    assert fail("a/b/c") == fail("a/../b") == []
+    (tmp_path / "a").mkdir()
+    assert fail("a") == fail("a/b/c") == ["a"]
+    assert fail("a/b/c", keep="a/b/file") == ["a", "a/b", "a/b/file"]
+    with pytest.raises(FileExistsError), made_folders(tmp_path / "a/b/file"):
+        pass
+    with pytest.raises(OSError, match="File name too long"), made_folders(tmp_path / "x" / "y" / ("z" * 300) / "v"):
+        pass
+    assert os.listdir(tmp_path) == ["a"]
+    with made_folders(tmp_path / "x" / "y"):
+        pass
+    assert (tmp_path / "x" / "y").is_dir()

@@ -1,9 +1,12 @@
 import contextlib
+import errno
 import io
 import json
+import os
 import pickle
 import random
 import socket
+import stat
 import tarfile
 import urllib.error
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from binvit.files import temporary_folder
 from binvit.images import open_image
 from binvit.lab.data.datasets import list_datasets, load_data
 from binvit.lab.data.images import ImageSet
@@ -465,11 +469,54 @@ def test_torchvision_sets_are_downloaded_into_root_once(tmp_path, network, name,
 def test_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, network, name, missing):
     network |= {file: content for file, content in SERVED[name].items() if file != missing}
     with pytest.raises(FileNotFoundError, match=r"does not hold .* and it cannot be downloaded .*not known") as error:
-        load_data(name, root=tmp_path / "new")
+        load_data(name, root=tmp_path / "new" / "and" / "deep")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="needs root=FOLDER, the folder that holds it or"):
         load_data(name)
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+def test_a_download_leaves_the_folder_s_permissions_and_removes_what_a_killed_one_has_left(tmp_path, network):
+    network |= SERVED["cifar10"]
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for folder in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        folder.chmod(0o775)
+    with temporary_folder(tmp_path, "download") as folder:
+        dead = folder.with_name(folder.name.replace(f".{os.getpid()}.", ".99999999."))
+        (dead / "cifar-10-batches-py").mkdir(parents=True)
+    load_data("cifar10", root=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    for folder in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o775
+
+
+def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        load_data("cifar10", root=tmp_path / "a" / "b")
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_complete_set_that_cannot_be_read_is_not_downloaded_again(tmp_path, network, monkeypatch, number):
+    network |= SERVED["cifar10"]
+    load_data("cifar10", root=tmp_path)
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")}
+
+    def refuse(*_, **__):
+        raise OSError(number, "refused", "batch")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.open", refuse, raising=False)
+    with pytest.raises(OSError, match="refused: 'batch'") as error:
+        load_data("cifar10", root=tmp_path)
+    assert error.value.errno == number
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

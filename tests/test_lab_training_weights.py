@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import time
 
@@ -8,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from archive_maker import result
+from limits import open_files
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
@@ -104,6 +106,17 @@ def test_files_that_are_no_weights_get_one_sentence(tmp_path, weights):
         load_weights(vit(), tmp_path)
 
 
+def test_weights_that_cannot_be_opened_are_not_called_damaged(tmp_path, weights):
+    model = vit(init_values=1e-5)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    for path in (weights, tmp_path / "vit.pth"):
+        load_weights(model, path)
+        with pytest.raises(OSError, match="Too many open files"), open_files(0):
+            load_weights(model, path)
+        with open_files(1):
+            load_weights(model, path)
+
+
 def small(**options):
     chosen = {"width": 32, "depth": 1, "heads": 2, "patch_size": 4, "image_size": 16, "epochs": 1, **options}
     return Trial("digits", "float", "smoke", samples_per_class=2, recipe_options=chosen)
@@ -159,6 +172,18 @@ def test_pretrained_weights_are_refused_at_once_without_a_network(tmp_path, monk
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="timm has no pretrained weights for 'vit_base_patch16_plus_240'"):
         create_pretrained("vit_base_patch16_plus_240")
+
+
+def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("binvit.lab.training.weights._require_network", lambda: None)
+    monkeypatch.setattr(timm, "create_model", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        create_pretrained("deit_tiny_patch16_224")
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_pretrained_weights_of_the_cache_need_no_network(tmp_path, monkeypatch):

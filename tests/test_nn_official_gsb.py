@@ -1,5 +1,6 @@
 """Official GSB checkpoints load, agree with the released code, and bad files get one sentence."""
 
+import errno
 import re
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from limits import open_files
 from timm.models.deit import VisionTransformerDistilled
 
 import binvit
@@ -134,6 +136,12 @@ def test_a_truncated_file(tmp_path, share):
 def test_a_foreign_file(tmp_path, content):
     (tmp_path / "foreign.pth").write_bytes(content)
     refused(tmp_path / "foreign.pth", "truncated or no PyTorch checkpoint")
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_truncated():
+    with pytest.raises(OSError, match="Too many open files") as error, open_files(0):
+        binvit.load_official_gsb(CHECKPOINT)
+    assert error.value.errno == errno.EMFILE
 
 
 class Harmful:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from limits import open_files
 from packed_models import CLASSES, images, logits_of, trained
 from safetensors.torch import save_file
 
@@ -492,6 +493,15 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(model, tmp_path, monk
     monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(PermissionError):
         binvit.load(path)
+
+
+def test_one_more_open_file_is_enough_and_none_is_no_damage(path):
+    with open_files(1):
+        assert is_packed(path)
+        assert binvit.load(path).exact
+    for read in (is_packed, binvit.load):
+        with pytest.raises(OSError, match="Too many open files"), open_files(0):
+            read(path)
 
 
 ARGUMENTS = {

@@ -11,6 +11,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor
 
+from binvit.files import is_of_system
 from binvit.nn.catalogue import scheme
 from binvit.nn.convert import binarize, fill_buffers
 
@@ -76,6 +77,7 @@ def load_official_gsb(path: str | Path, reduce: str = "batch") -> VisionTransfor
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read, which does not mean that it is damaged.
         ValueError: if the file is truncated or no such checkpoint; names the first missing or unexpected key.
     """
     state = _read(Path(path))
@@ -113,6 +115,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged and foreign files
+        if is_of_system(error):
+            raise
         raise ValueError(
             f"{path} is truncated or no PyTorch checkpoint of plain tensors ({type(error).__name__})."
         ) from error
@@ -134,10 +138,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path) -> None:
     """Refuse an archive that unpacks to more than its size; torch stores its tensors as they are."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("a compressed archive")
+    with open(path, "rb") as file:  # by its name alone, a file that cannot be opened is no archive
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("a compressed archive")
 
 
 def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) -> VisionTransformerDistilled:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from binvit.config import read_json, show
+from binvit.files import is_of_system
 from binvit.images import require_regular
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.splits import (
@@ -52,7 +53,7 @@ def read_parquet(location: Path, test: bool = True) -> Source:
         values = pyarrow.parquet.read_table(location, columns=columns, filters=wanted).to_pydict()
         unread = pyarrow.parquet.read_metadata(location).num_rows - len(values["label"])
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_of_system(error):
             raise
         raise ValueError(f"{location} is not a readable Parquet file ({str(error).splitlines()[0]}).") from None
     rows_of: dict[str, list[int]] = {}

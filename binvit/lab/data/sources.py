@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from binvit.config import show
+from binvit.files import is_shortage, made_folders, remove_leftovers, temporary_folder
 from binvit.images import require_regular
 from binvit.lab.data.folders import read_folder
 from binvit.lab.data.images import ImageSet
@@ -91,7 +89,7 @@ def _torchvision(name: str, location: Path, **options: object) -> Any:
     build = getattr(datasets, name)
     try:
         return build(location, **options)
-    except (RuntimeError, OSError):
+    except (RuntimeError, FileNotFoundError):  # absent or damaged; what the system refuses to read may be complete
         _download(build, name, location, options)
     return build(location, **options)
 
@@ -99,22 +97,30 @@ def _torchvision(name: str, location: Path, **options: object) -> Any:
 def _download(build: Callable[..., Any], name: str, location: Path, options: dict[str, object]) -> None:
     """Download into a hidden folder first, so that an interrupted or a second download leaves nothing half-written."""
     timeout = socket.getdefaulttimeout()
-    new = not location.exists()
     try:
-        location.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=location) as folder:
-            socket.setdefaulttimeout(30)  # torchvision sets none and would wait forever behind a silent firewall
-            build(folder, download=True, **options)
-            # Moves file by file into folders that may be there already, and deletes nothing in them.
-            shutil.copytree(folder, location, copy_function=os.replace, dirs_exist_ok=True)
+        with made_folders(location):
+            remove_leftovers(location)
+            with temporary_folder(location, "download") as folder:
+                socket.setdefaulttimeout(30)  # torchvision sets none and would wait forever behind a silent firewall
+                build(folder, download=True, **options)
+                _move(folder, location)
     except Exception as error:  # urllib, tarfile and torchvision's integrity checks raise many kinds
-        if new:
-            with contextlib.suppress(OSError):
-                location.rmdir()
+        if is_shortage(error):
+            raise
         reason = str(error).split("\n")[0].rstrip(": ") or type(error).__name__
         raise FileNotFoundError(f"{location} does not hold {name} and it cannot be downloaded ({reason}).") from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Move file by file into folders that may be there already, of which nothing is deleted or changed."""
+    for path in sorted(folder.rglob("*")):
+        place = target / path.relative_to(folder)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(path, place)
 
 
 def _chaoyang(location: Path) -> Source:

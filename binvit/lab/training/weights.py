@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+from binvit.files import is_of_system, is_shortage
 from binvit.images import require_regular
 from binvit.lab.data.sources import expanded
 
@@ -123,6 +124,8 @@ def create_pretrained(name: str, **options: Any) -> torch.nn.Module:
         _require_network()
         return timm.create_model(name, pretrained=True, **options)
     except OSError as error:  # of sockets and of HTTP
+        if is_shortage(error):
+            raise
         file = f"model.safetensors of the Hugging Face repository {repository}" if repository else str(config.url)
         raise FileNotFoundError(
             f"The pretrained weights of {name!r} are not on this machine and cannot be downloaded "
@@ -145,11 +148,12 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     require_regular(path, "file of weights")
     try:
         if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
+            # Its own reader of files takes too many open files for a missing one.
+            state: Any = safetensors.torch.load(path.read_bytes())
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors have errors of their own for damaged files
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_of_system(error):
             raise
         raise ValueError(f"{path} holds no weights: no safetensors file or PyTorch state of tensors alone.") from None
     for key in ("model", "state_dict"):
