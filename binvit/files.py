@@ -85,23 +85,6 @@ def _machine() -> str:
     return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}".replace(".", "-")
 
 
-@contextmanager
-def leaves_no_folders(folder: str | Path) -> Iterator[None]:
-    """Remove the folders that a block makes on the way to a folder and leaves empty.
-
-    Args:
-        folder: the last of them, which need not exist.
-    """
-    folder = Path(folder)
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # it holds something now
-            for place in absent:
-                place.rmdir()
-
-
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Remove the temporary files and folders that writers left in a folder when they were killed.
 

@@ -22,7 +22,7 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 
-from binvit.files import leaves_no_folders, remove_leftovers
+from binvit.files import made_folders, remove_leftovers
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
 from binvit.lab.trials.archive import find
@@ -109,16 +109,16 @@ def run_trials(
     pending.sort(key=_length, reverse=True)  # the short ones last, so that no process idles for long at the end
     if pending:
         shown = tqdm(total=len(pending), unit="trial", disable=not (progress and team.leads))
-        with leaves_no_folders(folder / ".running"), shown as bar:  # where all are refused, whoever made the folders
+        with made_folders(folder / ".running"), shown as bar:  # which go again if all trials are refused
             queue = _Queue(pending, folder, keep_models, bar)
             failures = queue.run_here(device) if jobs == 1 else queue.run_in_children(jobs, device)
-        if failures:
-            reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason, _ in failures)
-            raise TrialsFailed(
-                f"{len(failures)} of {len(results)} trials failed: {reasons}",
-                wrong_input=all(wrong_input for _, _, wrong_input in failures),
-                failures=[(trial, reason) for trial, reason, _ in failures],
-            )
+            if failures:
+                reasons = "; ".join(f"{trial.describe()}: {reason}" for trial, reason, _ in failures)
+                raise TrialsFailed(
+                    f"{len(failures)} of {len(results)} trials failed: {reasons}",
+                    wrong_input=all(wrong_input for _, _, wrong_input in failures),
+                    failures=[(trial, reason) for trial, reason, _ in failures],
+                )
         results = {trial: result or read_result(trial, results_dir) for trial, result in results.items()}
     return pd.DataFrame([result.to_row() | {"root": trial.root} for trial in trials if (result := results[trial])])
 
