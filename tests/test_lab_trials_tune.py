@@ -108,5 +108,12 @@ def test_diverged_trainings_lose_and_other_failures_are_told(tmp_path):
         tune(["float"], grid=(), results_dir=tmp_path)
 
 
+def test_the_search_trains_where_it_is_told(tmp_path):
+    options = ["tune", "--scheme", "float", "--rate", "1e-3", "--seed", "0", "--out", str(tmp_path / "results")]
+    result = CliRunner().invoke(cli, [*options, "--device", "tpu"])
+    assert isinstance(result.exception, ValueError)
+    assert "'tpu'" in str(result.exception)
+
+
 def test_equal_rates_prefer_the_smaller_one():
     assert best_rate({0.1: [0.5, 0.7], 0.2: [0.6, 0.6], 0.05: [0.1, 0.2]}) == 0.1

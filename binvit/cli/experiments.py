@@ -138,6 +138,7 @@ def plan(
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=[0, 1], show_default=True,
               help="Trainings per rate; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
+@click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--root", type=PATH, help="Folder of the data set's files.")
 @click.option("--out", type=PATH, default="results", show_default=True,
               help="Folder of the results.")  # fmt: skip
@@ -150,6 +151,7 @@ def tune(
     grid: tuple[float, ...],
     seeds: tuple[int, ...],
     jobs: int,
+    device: str | None,
     root: Path | None,
     out: Path,
     rates: Path | None,
@@ -167,7 +169,7 @@ def tune(
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
     given: dict[str, Any] = {"grid": grid, "seeds": seeds, "root": root, "results_dir": out, "jobs": jobs}
-    chosen = search(names, dataset, recipe, biases=biases, progress=progress, **given)
+    chosen = search(names, dataset, recipe, biases=biases, progress=progress, device=device, **given)
     click.echo(tuning_table(chosen).round(3).to_string())
     click.echo(f"The rates are written to {write_rates(chosen, rates or RATES)}.")
 

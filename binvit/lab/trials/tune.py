@@ -42,6 +42,7 @@ def tune(
     results_dir: str | Path = "results",
     jobs: int = 1,
     progress: bool = True,
+    device: str | None = None,
 ) -> list[ChosenRate]:
     """Choose the learning rate of each scheme by its mean accuracy on validation images.
 
@@ -60,6 +61,7 @@ def tune(
         results_dir: folder of the results.
         jobs: trainings side by side.
         progress: show a progress bar.
+        device: where to train, as for `run_trials`.
 
     Returns:
         One rate per scheme and bias, with the accuracies that chose it. A training that diverges counts as accuracy 0.
@@ -88,7 +90,7 @@ def tune(
     for _ in range(WIDEST + 1):
         asked = [(pair, rate) for pair, rates in missing.items() for rate in rates]
         trials = [trial(*pair, rate, seed) for pair, rate in asked for seed in seeds]
-        scores = iter(_accuracies(trials, results_dir, jobs, progress))
+        scores = iter(_accuracies(trials, results_dir, jobs, progress, device))
         for pair, rate in asked:
             measured[pair][rate] = tuple(itertools.islice(scores, len(seeds)))
         missing = {pair: rates for pair in pairs if (rates := _beyond(measured[pair]))}
@@ -107,10 +109,12 @@ def tune(
     ]
 
 
-def _accuracies(trials: Sequence[Trial], results_dir: str | Path, jobs: int, progress: bool) -> list[float]:
+def _accuracies(
+    trials: Sequence[Trial], results_dir: str | Path, jobs: int, progress: bool, device: str | None
+) -> list[float]:
     """Train and return the accuracy of each trial, 0 for those that diverged."""
     try:
-        run_trials(trials, results_dir, jobs, progress=progress)
+        run_trials(trials, results_dir, jobs, progress=progress, device=device)
     except TrialsFailed as error:
         diverged = {trial for trial, reason in error.failures if reason.startswith(DIVERGED)}
         if len(diverged) < len(error.failures):
