@@ -1,5 +1,6 @@
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,26 @@ def test_unchanged_data_are_not_read_again_and_a_damaged_cache_does_no_harm(tmp_
     assert fingerprint("parquet:a.parquet", tmp_path) == found
 
 
+@pytest.mark.parametrize("edited", ["lab/data/folders.py", "lab/data/sources.py", "images.py"])
+def test_another_release_that_reads_the_same_files_differently_reads_them_again(tmp_path, monkeypatch, edited):
+    image_folder(tmp_path / "a")
+    before = fingerprint("folder:a", tmp_path)
+    home, code = Path(module.__file__).parents[2], tmp_path / "binvit"
+    for path in (home / "images.py", *(home / "lab" / "data").glob("*.py")):
+        (code / path.relative_to(home)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, code / path.relative_to(home))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "__file__", str(code / "lab" / "data" / "fingerprint.py"))
+        patch.setattr(module, "read_source", lambda *_: read_source("digits"))
+        module._code.cache_clear()
+        assert fingerprint("folder:a", tmp_path) == before
+        with open(code / edited, "a") as file:
+            file.write("# reads differently\n")
+        module._code.cache_clear()
+        assert fingerprint("folder:a", tmp_path) == fingerprint("digits") != before
+    module._code.cache_clear()
+
+
 def test_beyond_the_limit_sizes_and_a_sample_are_hashed_and_the_fingerprint_says_so(tmp_path, monkeypatch):
     path = image_folder(tmp_path / "a", size=16)
     source = read_source("folder:a", tmp_path)
@@ -101,6 +122,18 @@ def test_beyond_the_limit_sizes_and_a_sample_are_hashed_and_the_fingerprint_says
     last = sorted((path / "train" / "dog").glob("*.png"))[-1]
     last.write_bytes(last.read_bytes() + b"\0")  # another size, outside the sample
     assert hash_source(read_source("folder:a", tmp_path), largest=10) != partly
+
+
+@pytest.mark.parametrize("sample", [2, 4096])
+def test_beyond_the_limit_the_name_of_every_file_counts(tmp_path, monkeypatch, sample):
+    path = image_folder(tmp_path / "a")
+    monkeypatch.setattr(module, "SAMPLE", sample)
+    before = hash_source(read_source("folder:a", tmp_path), largest=10)
+    for image in sorted((path / "train" / "dog").iterdir()):
+        other = image.rename(image.with_name(f"{image.stem}-.png"))  # the order stays
+        assert hash_source(read_source("folder:a", tmp_path), largest=10) != before
+        other.rename(image)
+    assert hash_source(read_source("folder:a", tmp_path), largest=10) == before
 
 
 def test_missing_files_are_named_and_nothing_is_downloaded(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import random
 
 import numpy as np
@@ -25,6 +26,40 @@ def test_seeds_decide_all_generators_and_leave_no_trace():
         seed_all(0, 1, 3)
         assert all(a != b for a, b in zip(drawn(), first, strict=True))
     assert drawn() == expected
+
+
+def test_the_cpu_s_numbers_are_those_of_torch_s_own_seed():
+    with own_random_state("cpu"):
+        seed_all(3, 1, 4)
+        found = torch.rand(100)
+        torch.manual_seed(int(np.random.SeedSequence((3, 1, 4)).generate_state(1)[0]))
+        assert torch.equal(torch.rand(100), found)
+
+
+@pytest.mark.parametrize(
+    ("device", "seeded"), [("cpu", []), ("cuda", ["cuda"]), ("cuda:1", ["cuda:1"]), ("mps", ["mps", "mps as before"])]
+)
+def test_generators_of_other_devices_than_the_training_s_are_left_alone(monkeypatch, device, seeded):
+    calls, current = [], []
+
+    @contextlib.contextmanager
+    def on(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: calls.append(current[-1]))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append("all GPUs"))
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: calls.append("mps"))
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "before")
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: calls.append(f"mps as {state}"))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    state = torch.get_rng_state()
+    with own_random_state(device):
+        seed_all(7, device=device)
+    torch.set_rng_state(state)
+    assert calls == seeded
 
 
 def test_a_state_is_read_back_only_for_the_same_run(tmp_path):

@@ -221,6 +221,16 @@ def test_a_table_of_data_sets_with_other_columns_is_refused(tmp_path):
         find(digits(), tmp_path)
 
 
+@pytest.mark.parametrize("damage", [b"x" * 131_073, b"d\xefgits,sha256:1,10,1078,,719,\n"])
+def test_a_table_of_data_sets_that_cannot_be_read_is_named_in_one_sentence(tmp_path, damage):
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"name,fingerprint,classes,train,val,test,command\n" + damage)
+    with pytest.raises(ValueError, match=r"data\.csv is no readable table of data sets \(.*\)\.$") as error:
+        read_data(tmp_path)
+    assert type(error.value) is ValueError
+    assert "\n" not in str(error.value)
+
+
 def test_noise_free_columns_stay_empty(tmp_path):
     add([result(digits())], tmp_path)
     row = find(digits(), tmp_path).to_row()

@@ -32,7 +32,7 @@ _FOLDERS = {
 def fingerprint(name: str, root: str | Path | None = None) -> str:
     """Return the fingerprint of a data set; the same images, labels, splits and classes have the same everywhere.
 
-    It is kept in the user's cache folder, by path, size and time of change of every file.
+    It is kept in the user's cache folder, by path, size and time of change of every file and by the code that reads.
 
     Args:
         name: as `load_data` takes it.
@@ -40,7 +40,7 @@ def fingerprint(name: str, root: str | Path | None = None) -> str:
 
     Returns:
         "sha256:" and 32 hexadecimal digits; "sampled:" and 32 digits where the images have more than 4 GiB, of which
-        only sizes and a fixed sample were hashed.
+        only names, sizes and a fixed sample were hashed.
 
     Raises:
         ValueError: the name is unknown, or the data are damaged.
@@ -90,12 +90,12 @@ def hash_source(source: Source, largest: int = LARGEST_WHOLE) -> str:
 def _digests(images: ImageSet, whole: bool) -> Iterator[bytes]:
     sample = range(0, len(images), 1 if whole else max(1, len(images) // SAMPLE))
     for index, image in enumerate(images.images):
+        if not whole:
+            yield f"{image.name if isinstance(image, Path) else ''} {_size(image)}\0".encode(errors="surrogateescape")
         if index in sample:
             content = image.read_bytes() if isinstance(image, Path) else image
             shape = repr(image.shape).encode() if isinstance(image, np.ndarray) else b""
             yield hashlib.sha256(shape + bytes(content)).digest()
-        else:
-            yield f"{image.name if isinstance(image, Path) else ''} {_size(image)}".encode(errors="surrogateescape")
 
 
 def _size(image: bytes | Path | np.ndarray) -> int:
@@ -109,14 +109,22 @@ def _embedded(name: str) -> str:
     return hash_source(read_source(name))
 
 
+@functools.cache
+def _code() -> bytes:
+    """Return a hash of the modules that decide what files hold; another release may read the same ones differently."""
+    here = Path(__file__).parent
+    sources = [here.parents[1] / "images.py", *sorted(here.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).digest()
+
+
 def _stamp(kind: str, location: Path) -> str:
-    """Return a hash of the path, size and times of change of every file of a data set."""
+    """Return a hash of the path, size and times of change of every file of a data set, and of the code that reads."""
     if kind == "parquet":
         files = [location, location.with_name(f"{location.stem}.classes.json")]
     else:
         folder = location / _FOLDERS.get(kind, "")
         files = visible_files(folder)
-    total = hashlib.sha256()
+    total = hashlib.sha256(_code())
     for path in sorted(files):
         with suppress(OSError):
             status = path.stat()

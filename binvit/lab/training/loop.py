@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from binvit.lab.data.datasets import ImageData
 from binvit.lab.data.loader import Batches
 from binvit.lab.data.transforms import eval_transform, train_transform
-from binvit.lab.randomness import seed_all
+from binvit.lab.randomness import seed_all, seed_torch
 from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
@@ -159,7 +159,7 @@ class Training:
         self.position.stage, self.position.epoch = stage, 0
         epochs, scheme = self.stages[stage]
         recipe = self.recipe
-        seed_all(self.seed, stage)
+        seed_all(self.seed, stage, device=self.device)
         info = self.describe(scheme)
         if earlier is None:
             # A pretrained start is overwritten when a state is resumed, but then the weights lie in timm's cache.
@@ -186,10 +186,10 @@ class Training:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train for one epoch and return its record."""
-        seed_all(self.seed, self.position.stage, epoch)
+        seed_all(self.seed, self.position.stage, epoch, device=self.device)
         epochs, steps = self.stages[self.position.stage][0], len(self.batches)
         if self.team.rank:  # other dropped paths than the leading process has, but the same batches
-            torch.manual_seed(torch.initial_seed() + self.team.rank)
+            seed_torch(torch.initial_seed() + self.team.rank, self.device)
         losses, hits, seen, rate = [], 0.0, 0, 0.0
         late = self.position.stage + 1 == len(self.stages) and epoch + 1 > 0.9 * epochs
         pulled = one_bit_weights(self.model) if self.recipe.weight_penalty and late else []

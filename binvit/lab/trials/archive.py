@@ -192,13 +192,16 @@ def read_data(archive: str | Path) -> list[DataSet]:
     """Return the data sets that an archive names in its data.csv.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file is no table in UTF-8, or has other columns.
     """
     path = Path(archive) / "data.csv"
     if not path.is_file():
         return []
     columns = [item.name for item in fields(DataSet)]
-    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable table of data sets ({error}).") from None
     if any(list(row) != columns or None in row.values() for row in rows):
         raise ValueError(f"{path} must have the columns {', '.join(columns)}.")
     return [DataSet(**row) for row in rows]
