@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import json
 import re
+from pathlib import Path
 
 import notebook_maker
 import pytest
@@ -151,6 +153,34 @@ def test_damaged_records_of_earlier_batches_start_afresh(outcomes, tmp_path, dam
     index = report.write_report(outcomes[1:], tmp_path).read_text()
     assert "Second &lt;b&gt;one&lt;/b&gt;" in index
     assert "01_made.html" not in index
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_records_that_cannot_be_read_are_never_overwritten(outcomes, tmp_path, monkeypatch, number):
+    report.write_report(outcomes[:1], tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "outcomes.json", tmp_path / "index.html")}
+    read = Path.read_bytes
+
+    def refused(path):
+        if path.name == "outcomes.json":
+            raise OSError(number, "Refused", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        with pytest.raises(OSError, match="Refused"):
+            report.write_report(outcomes[1:], tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "01_made.html" in report.write_report(outcomes[1:], tmp_path).read_text()
+
+
+def test_a_table_of_retrained_trials_that_cannot_be_read_is_no_missing_one(outcomes, tmp_path, monkeypatch):
+    def refused(path, **options):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(report.pd, "read_csv", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        report.write_report(outcomes, tmp_path)
 
 
 def test_a_smoke_sized_report_says_that_its_verdicts_mean_nothing(outcomes, tmp_path):

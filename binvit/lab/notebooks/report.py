@@ -96,12 +96,27 @@ def _entry(outcome: Outcome) -> tuple[dict[str, Any], str]:
         return {"outcome": dataclasses.replace(outcome, error=why), "summary": None}, ""
 
 
+def _recorded(out: Path) -> list[Outcome]:
+    """Return the outcomes that a report has recorded.
+
+    Raises:
+        FileNotFoundError: there are no records.
+        OSError: they cannot be read, which says nothing of what they hold.
+        ValueError: they are damaged, or not ours.
+    """
+    content = (out / _RECORDS).read_bytes()
+    try:
+        records = read_json(content, _RECORDS)
+        return [Outcome.from_dict(record | {"executed": out / "notebooks" / record["executed"]}) for record in records]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"The records {out / _RECORDS} are damaged: {error}") from None
+
+
 def _earlier(out: Path) -> dict[str, Outcome]:
     """Return the outcomes that earlier batches have left in this folder, as far as their notebooks are still there."""
     try:
-        records = read_json((out / _RECORDS).read_bytes(), _RECORDS)
-        found = [Outcome.from_dict(record | {"executed": out / "notebooks" / record["executed"]}) for record in records]
-    except (OSError, ValueError, TypeError, LookupError):  # none yet, or not ours: the report starts afresh
+        found = _recorded(out)
+    except (FileNotFoundError, ValueError):  # none yet, or not ours: the report starts afresh
         return {}
     return {outcome.name: outcome for outcome in found if outcome.executed.is_file()}
 
@@ -115,6 +130,9 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
 
     Returns:
         The path of the index.
+
+    Raises:
+        OSError: the records of earlier batches cannot be read; they stay as they are.
     """
     shown = sorted((_earlier(out) | {outcome.name: outcome for outcome in outcomes}).values(), key=lambda o: o.name)
     records = [outcome.to_dict() | {"executed": outcome.executed.name} for outcome in shown]
@@ -143,10 +161,10 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
 
 
 def _retrained(out: Path) -> str:
-    """Return the table of the archived trials that were trained again as HTML, "" if there is none."""
+    """Return the table of the archived trials that were trained again as HTML, "" if there is none that is sound."""
     try:
         table = pd.read_csv(out / RETRAINED, dtype={"notebook": str})
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return ""
     return table.to_html(index=False, border=0, float_format="{:.2f}".format, na_rep="")
 
