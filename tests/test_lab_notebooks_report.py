@@ -202,3 +202,56 @@ def test_the_index_shows_the_trials_that_were_trained_again(outcomes, tmp_path):
     assert "<td>a&lt;b</td>" in index
     assert "<td>91.23</td>" in index
     assert "<td>04</td>" in index
+
+
+@pytest.fixture
+def folders(outcomes, tmp_path) -> list[Path]:
+    """The reports of one notebook each that `join_reports` takes."""
+    made = []
+    for outcome in outcomes:
+        folder = tmp_path / "jobs" / outcome.name[:2]
+        copy = folder / "notebooks" / outcome.executed.name
+        copy.parent.mkdir(parents=True)
+        if outcome.executed.is_file():
+            copy.write_bytes(outcome.executed.read_bytes())
+        report.write_report([dataclasses.replace(outcome, executed=copy)], folder)
+        made.append(folder)
+    return made
+
+
+def test_joined_reports_show_every_notebook_also_one_that_left_no_copy(folders, tmp_path):
+    index = report.join_reports(folders, tmp_path / "joined").read_text()
+    assert "3 notebooks" in index
+    assert "2 failed" in index
+    assert "Failed: E: &lt;v&gt;" in index
+    assert "Failed: RuntimeError: Kernel died" in index
+    assert "What is counted?" in (tmp_path / "joined" / "01_made.html").read_text()
+    (folders[0] / "notebooks" / "01_made.ipynb").unlink()
+    index = report.join_reports(folders, tmp_path / "joined").read_text()
+    assert "3 failed" in index
+    assert "Failed: Its executed copy is gone." in index
+    assert not (tmp_path / "joined" / "notebooks" / "01_made.ipynb").exists()
+
+
+@pytest.mark.parametrize(("damage", "state"), [("[1", "damaged"), ("", "damaged"), ("[3]", "damaged"), (None, "gone")])
+def test_joined_reports_count_a_notebook_without_sound_records_as_failed(folders, tmp_path, damage, state):
+    for folder in folders:
+        (folder / "outcomes.json").unlink() if damage is None else (folder / "outcomes.json").write_text(damage)
+    index = report.join_reports(folders[:1], tmp_path / "one").read_text()
+    assert "1 notebook" in index
+    assert "1 failed" in index
+    assert f"Failed: The records in 01 are {state}, so that it may not have finished." in index
+    assert 'href="01_made.html"' in index  # what is there is shown
+    assert "size unknown" in index
+    index = report.join_reports(folders, tmp_path / "all").read_text()
+    assert "3 failed" in index
+    assert 'id="03"' in index  # nothing tells its name
+
+
+def test_records_that_cannot_be_read_stop_the_joining(folders, tmp_path, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        report.join_reports(folders, tmp_path / "joined")

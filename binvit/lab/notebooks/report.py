@@ -173,7 +173,8 @@ def join_reports(folders: Sequence[Path], out: Path) -> Path:
     """Write one report of notebooks that ran in folders of their own, as jobs of a cluster.
 
     Args:
-        folders: what `write_report` has written.
+        folders: what `write_report` has written; where the records are absent or damaged, or a copy is gone, the
+            notebook counts as failed.
         out: the folder of the new report.
 
     Returns:
@@ -182,7 +183,24 @@ def join_reports(folders: Sequence[Path], out: Path) -> Path:
     outcomes = []
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        for outcome in _earlier(folder).values():
-            copy = shutil.copy(outcome.executed, out / "notebooks")
-            outcomes.append(dataclasses.replace(outcome, executed=Path(copy)))
+        for outcome in _all_of(folder):
+            copy = out / "notebooks" / outcome.executed.name
+            error = outcome.error
+            if outcome.executed.is_file():
+                shutil.copy(outcome.executed, copy)
+            else:
+                copy.unlink(missing_ok=True)  # one of an earlier report must not pass for this one's
+                error = error or "Its executed copy is gone."
+            outcomes.append(dataclasses.replace(outcome, executed=copy, error=error))
     return write_report(outcomes, out)
+
+
+def _all_of(folder: Path) -> list[Outcome]:
+    """Return the outcomes of a folder; without sound records those of the copies there, which then count as failed."""
+    try:
+        return _recorded(folder)
+    except (FileNotFoundError, ValueError) as error:
+        state = "gone" if isinstance(error, FileNotFoundError) else "damaged"
+        why = f"The records in {folder.name} are {state}, so that it may not have finished."
+        copies = sorted((folder / "notebooks").glob("[!.]*.ipynb")) or [folder / "notebooks" / f"{folder.name}.ipynb"]
+        return [Outcome(copy.stem, copy, 0.0, why, "unknown") for copy in copies]
