@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import notebook_maker
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from binvit.__main__ import cli
 from binvit.lab.notebooks import report
 from binvit.lab.notebooks.run import Outcome
 
@@ -255,3 +258,102 @@ def test_records_that_cannot_be_read_stop_the_joining(folders, tmp_path, monkeyp
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(OSError, match="Too many open files"):
         report.join_reports(folders, tmp_path / "joined")
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Return a function that makes the disk full for files of these names."""
+    write = report.atomic_write
+
+    def fill(*names):
+        def refused(path, content):
+            if path.name in names:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, content)
+
+        monkeypatch.setattr("binvit.lab.notebooks.report.atomic_write", refused)
+        monkeypatch.setattr("binvit.lab.notebooks.published.atomic_write", refused)
+
+    return fill
+
+
+def test_a_page_that_cannot_be_written_is_a_failure_and_stops_no_other(outcomes, tmp_path, full):
+    good = [outcomes[0], dataclasses.replace(outcomes[1], error=None)]
+    (tmp_path / "01_made.html").mkdir()
+    with pytest.raises(OSError, match=r"01_made\.html"):
+        report.write_report(good, tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "1 failed" in index
+    assert "Failed: Its page could not be written (" in index
+    assert "01_made.html" not in index
+    assert "What is counted?" in index
+    assert (tmp_path / "02_failed.html").is_file()
+    assert "2 notebooks, all finished" in report.write_report(good[1:], tmp_path).read_text()  # so had the first
+    (tmp_path / "01_made.html").rmdir()
+    full("02_failed.html")
+    with pytest.raises(OSError, match=r"02_failed\.html"):
+        report.write_report(good, tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "Failed: Its page could not be written (No space left on device)." in index
+    assert 'href="01_made.html"' in index
+    assert len(json.loads((tmp_path / "outcomes.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("name", ["outcomes.json", "index.html"])
+def test_what_cannot_be_written_is_told_after_all_else_is_there(outcomes, tmp_path, full, name):
+    full(name)
+    with pytest.raises(OSError, match=name):
+        report.write_report(outcomes, tmp_path)
+    (other,) = {"outcomes.json", "index.html"} - {name}
+    assert (tmp_path / "01_made.html").is_file()
+    assert (tmp_path / other).is_file()
+
+
+@pytest.fixture
+def reproduce(outcomes, tmp_path, monkeypatch):
+    """Return a function that calls `binvit reproduce` where notebooks are executed already."""
+    notebook_maker.write(tmp_path / "own" / "01_made.ipynb")
+    good = [outcomes[0], dataclasses.replace(outcomes[1], error=None)]
+    monkeypatch.setattr("binvit.lab.notebooks.run.run", lambda jobs, out, processes: good)
+    monkeypatch.setattr("binvit.lab.trials.train_trial.compile_kernels", lambda: 0.0)
+    command = ["reproduce", "--notebooks", str(tmp_path / "own"), "--out", str(tmp_path)]
+    return lambda: CliRunner().invoke(cli, command)
+
+
+def test_a_page_on_a_full_disk_ends_with_a_sentence_and_exit_code_1(reproduce, tmp_path, full):
+    assert reproduce().exit_code == 0
+    full("01_made.html")
+    found = reproduce()
+    assert found.exit_code == 1
+    page = tmp_path / "01_made.html"
+    assert f"could not be written in full: No space left on device: {page}." in found.output.replace("\n", " ")
+    assert 'href="02_failed.html"' in (tmp_path / "index.html").read_text()
+
+
+def test_a_sample_on_a_full_disk_lets_the_report_be_written(reproduce, tmp_path, full, monkeypatch):
+    (tmp_path / "retrained.csv").write_text("notebook,verdict\n04,of an earlier batch\n")
+    rows = [("04", "a trial", 90.0, 90.0, 0.0, 0.0, "identical", "")]
+    columns = ["notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with"]
+    monkeypatch.setattr("binvit.lab.notebooks.published.retrain", lambda *_: pd.DataFrame(rows, columns=columns))
+    full("retrained.csv")
+    found = reproduce()
+    assert found.exit_code == 1
+    assert "kept: No space left on device: " in found.output
+    index = (tmp_path / "index.html").read_text()
+    assert "2 notebooks, all finished" in index
+    assert "of an earlier batch" not in index
+    full()
+    assert reproduce().exit_code == 0
+    assert "a trial" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("It is damaged."), MemoryError()]
+)
+def test_a_report_is_there_whatever_the_sample_raises(reproduce, tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("binvit.lab.notebooks.published.check_sample", fail)
+    assert reproduce().exit_code == 1
+    assert "2 notebooks, all finished" in (tmp_path / "index.html").read_text()

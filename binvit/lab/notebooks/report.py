@@ -5,12 +5,13 @@ The pages need no network: styles and figures are inside, formulas become MathML
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -124,6 +125,8 @@ def _earlier(out: Path) -> dict[str, Outcome]:
 def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
     """Write one page per notebook and the index of all of them, those of earlier batches in the same folder included.
 
+    A notebook whose page cannot be written counts as failed and stops no other.
+
     Args:
         outcomes: what `run` returned; executed copies lie in `out/notebooks`.
         out: the folder of the report.
@@ -132,32 +135,54 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
         The path of the index.
 
     Raises:
-        OSError: the records of earlier batches cannot be read; they stay as they are.
+        OSError: something cannot be written, which is told after all else is there; or the records of earlier batches
+            cannot be read, and stay as they are.
+        ValueError: the index or the records have the place of something that is no file, likewise.
     """
-    shown = sorted((_earlier(out) | {outcome.name: outcome for outcome in outcomes}).values(), key=lambda o: o.name)
-    records = [outcome.to_dict() | {"executed": outcome.executed.name} for outcome in shown]
-    atomic_write(out / _RECORDS, json.dumps(records, indent=1) + "\n")
-    entries = []
-    for outcome in shown:
-        entry, cells = _entry(outcome)
-        entries.append(entry)
-        if outcome in outcomes:
-            page = out / f"{outcome.name}.html"
-            page.unlink(missing_ok=True)
-            if entry["summary"]:
-                title = entry["summary"].title
-                atomic_write(
-                    page,
-                    pages.render(
-                        "notebook.html.j2", title=title, outcome=outcome, cells=cells, smoke=outcome.size == "smoke"
-                    ),
-                )
+    failures: list[Exception] = []
+    entries = {outcome.name: _write_page(outcome, out, failures) for outcome in outcomes}
+    known = _earlier(out) | {outcome.name: outcome for outcome in outcomes}
+    entries |= {name: _entry(outcome)[0] for name, outcome in known.items() if name not in entries}
+    shown = [entries[name] | {"page": (out / f"{name}.html").is_file()} for name in sorted(known)]
+    records = [known[name].to_dict() | {"executed": known[name].executed.name} for name in sorted(known)]
+    retrained, index = "", out / "index.html"
+    with _noted(failures):
+        retrained = _retrained(out)
+    with _noted(failures):
+        atomic_write(out / _RECORDS, json.dumps(records, indent=1) + "\n")
     versions = ", ".join(f"{name} {version(name)}" for name in ("binvit", "torch", "timm", "numpy", "numba"))
-    index = out / "index.html"
-    about = {"title": "binvit: the experiments", "versions": versions, "retrained": _retrained(out)}
-    smoke = any(outcome.size == "smoke" for outcome in shown)
-    atomic_write(index, pages.render("index.html.j2", entries=entries, smoke=smoke, **about))
+    about = {"title": "binvit: the experiments", "versions": versions, "retrained": retrained}
+    smoke = any(outcome.size == "smoke" for outcome in known.values())
+    with _noted(failures):
+        atomic_write(index, pages.render("index.html.j2", entries=shown, smoke=smoke, **about))
+    if failures:
+        raise failures[0]
     return index
+
+
+@contextlib.contextmanager
+def _noted(failures: list[Exception]) -> Iterator[None]:
+    """Go on after something that cannot be read or written, and note why."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        failures.append(error)
+
+
+def _write_page(outcome: Outcome, out: Path, failures: list[Exception]) -> dict[str, Any]:
+    """Write the page of a notebook, if there is something to show, and return what the index shows of it."""
+    entry, cells = _entry(outcome)
+    page = out / f"{outcome.name}.html"
+    try:
+        page.unlink(missing_ok=True)
+        if entry["summary"]:
+            about = {"title": entry["summary"].title, "outcome": outcome, "smoke": outcome.size == "smoke"}
+            atomic_write(page, pages.render("notebook.html.j2", cells=cells, **about))
+    except (OSError, ValueError) as error:
+        failures.append(error)
+        why = outcome.error or f"Its page could not be written ({getattr(error, 'strerror', None) or error})."
+        return entry | {"outcome": dataclasses.replace(outcome, error=why)}
+    return entry
 
 
 def _retrained(out: Path) -> str:
