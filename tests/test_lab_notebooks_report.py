@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
+from binvit import files
 from binvit.__main__ import cli
 from binvit.lab.notebooks import report
 from binvit.lab.notebooks.run import Outcome
@@ -91,6 +93,16 @@ def test_index_keeps_the_notebooks_of_earlier_batches(outcomes, tmp_path):
     assert "size cpu" in index
     (tmp_path / "outcomes.json").write_text("[1")
     assert "1 notebook, all finished" in report.write_report([repeated], tmp_path).read_text()
+
+
+def test_what_killed_writers_have_left_is_removed(outcomes, tmp_path):
+    name = f"{files._machine()}.{2**22 + 1}.0123abcd.tmp"  # no process has such a number
+    left = [tmp_path / f".index.html.{name}", tmp_path / "notebooks" / f".01_made.ipynb.{name}"]
+    kept = [tmp_path / f".index.html.{files._machine()}.{os.getpid()}.0123abcd.tmp", tmp_path / ".own.tmp"]
+    for path in left + kept:
+        path.touch()
+    report.write_report(outcomes, tmp_path)
+    assert [path for path in left + kept if path.exists()] == kept
 
 
 def test_names_and_messages_are_text_whatever_they_hold(outcomes, tmp_path):

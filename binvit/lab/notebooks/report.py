@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from binvit.config import read_json
-from binvit.files import atomic_write
+from binvit.files import atomic_write, remove_leftovers
 from binvit.lab.notebooks import pages
 from binvit.lab.notebooks.run import Outcome
 
@@ -125,7 +125,8 @@ def _earlier(out: Path) -> dict[str, Outcome]:
 def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
     """Write one page per notebook and the index of all of them, those of earlier batches in the same folder included.
 
-    A notebook whose page cannot be written counts as failed and stops no other.
+    A notebook whose page cannot be written counts as failed and stops no other. What killed writers have left
+    in the folder is removed.
 
     Args:
         outcomes: what `run` returned; executed copies lie in `out/notebooks`.
@@ -140,6 +141,9 @@ def write_report(outcomes: Sequence[Outcome], out: Path) -> Path:
         ValueError: the index or the records have the place of something that is no file, likewise.
     """
     failures: list[Exception] = []
+    for folder in (out, out / "notebooks"):
+        with contextlib.suppress(OSError):  # a folder that cannot be listed can still be written to
+            remove_leftovers(folder)
     entries = {outcome.name: _write_page(outcome, out, failures) for outcome in outcomes}
     known = _earlier(out) | {outcome.name: outcome for outcome in outcomes}
     entries |= {name: _entry(outcome)[0] for name, outcome in known.items() if name not in entries}
