@@ -14,7 +14,7 @@ from contextlib import suppress
 import click
 
 from binvit.cli import experiments, models  # noqa: F401 - they add their commands to the group
-from binvit.cli.group import cli, printable
+from binvit.cli.group import cli, in_words, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,10 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _refuse(error.format_message())
     except OSError as error:
-        # Our own sentences come without an error number.
-        where = "" if error.filename is None else f": {error.filename}"
-        sentence = str(error) if error.errno is None else f"{error.strerror}{where}."
-        _refuse(sentence, 1 if error.errno in _FAILED_WORK else 2)
+        _refuse(in_words(error), 1 if error.errno in _FAILED_WORK else 2)
     except (ValueError, ModuleNotFoundError) as error:
         _refuse(str(error), 2 if getattr(error, "wrong_input", True) else 1)  # trials can fail at their work
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,18 +3,17 @@
 python tests/soak.py [--kills N] [--cases N] [--minutes M] [--seed S] [--only NAME]...
 
 Ends with exit code 1 if a finished trial was lost or changed, a result differs from that of an undisturbed run, or a
-reader raised anything but one of our sentences or took too much memory.
+reader raised anything but one of our sentences or took too much memory; and with 3 if there was no such fault, but the
+minutes ran out before all kills and cases were done.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from soak_kills import TINY, soak_kills
 
 import binvit
 from binvit import lab
@@ -41,83 +41,9 @@ from binvit.lab.trials.store import model_path, read_result, result_path
 from binvit.lab.trials.trial import Trial
 
 MOST_MEMORY = 2**30
+FAULTS, UNFINISHED = 1, 3  # exit codes
 AT_ONCE = 2  # parts that run side by side
 GOLDEN = Path(__file__).parent / "golden" / "imrl_tiny.pth"
-TINY = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 6, "batch_size": 64, "checkpoint_minutes": 0.0}
-
-# ---------------------------------------------------------------------------------------------------------------- kills
-
-
-def trials() -> list[Trial]:
-    """Return the trials that are trained and killed: float and 1-bit, with a teacher, augmented."""
-    made = [Trial("digits", name, seed=seed, samples_per_class=20, recipe_options=TINY)
-            for name in ("float", "gsb") for seed in range(2)]  # fmt: skip
-    options = {"distillation": "hard", "teacher_epochs": 3}, {"crop": 0.6, "mixup": 0.2, "drop_path": 0.1}
-    return made + [Trial("digits", "elastic", samples_per_class=20, recipe_options=TINY | more) for more in options]
-
-
-def content(folder: Path) -> dict[str, object]:
-    """Return what the finished trials of a folder hold: results without their seconds, models byte by byte."""
-    found: dict[str, object] = {}
-    for trial in trials():
-        with contextlib.suppress(FileNotFoundError):
-            values = read_result(trial, folder).to_dict() | {"seconds": 0}
-            found[trial.id] = json.dumps(values), model_path(trial, folder).read_bytes()
-    return found
-
-
-def run(folder: Path, jobs: int) -> int:
-    """Start a process that runs the trials."""
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        code = 1
-        try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                lab.run_trials(trials(), folder, jobs=jobs, keep_models=True, progress=False)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def soak_kills(kills: int, folder: Path, draw: random.Random, seconds: float) -> list[str]:
-    """Kill runs at random moments until that has been done so often; every tenth is a run of several children."""
-    run_undisturbed = run(folder / "whole", 1)
-    os.waitpid(run_undisturbed, 0)
-    until = time.monotonic() + seconds
-    whole, faults, done, rounds, seen, longest = content(folder / "whole"), [], 0, 0, 0, 2.0
-    if len(whole) != len(trials()):
-        return ["the undisturbed run has not finished"]
-    while done < kills and time.monotonic() < until:
-        rounds += 1
-        place, finished = folder / f"round{rounds}", {}
-        while len(finished) < len(whole) and time.monotonic() < until:
-            several = done % 10 == 9
-            child, start = run(place, 2 if several else 1), time.monotonic()
-            time.sleep(draw.uniform(0, 20.0 if several else longest))  # children of a pool start for seconds
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                done += 1
-            elif status:
-                faults.append(f"a run ended with the status {status}")
-            now = content(place)
-            faults += [f"{name} was finished and is lost" for name in finished if now.get(name) != finished[name]]
-            faults += [f"{name} differs from the undisturbed run" for name in now if now[name] != whole[name]]
-            seen += len(now) - len(finished)
-            finished = now
-            if faults or done >= kills:
-                break
-            longest = max(longest, min(10.0, time.monotonic() - start)) if ended else longest
-        if faults:
-            break
-        shutil.rmtree(place, ignore_errors=True)
-    told = f"{seen} trials finished among them, {len(faults)} faults"
-    print(f"kills: {done} SIGKILLs in {rounds} rounds, {told}")
-    return faults
-
 
 # ----------------------------------------------------------------------------------------------------------------- fuzz
 
@@ -219,14 +145,17 @@ def damaged(whole: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seconds: float) -> list[str]:
-    """Let a process read damaged files; each must be read or refused with a sentence."""
+def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seconds: float) -> tuple[list[str], bool]:
+    """Let a process read damaged files; each must be read or refused with a sentence.
+
+    Returns:
+        The faults, and whether all cases were done.
+    """
     path, read = reader
     whole, faults, refused, done, until = path.read_bytes(), [], 0, 0, time.monotonic() + seconds
     warnings.simplefilter("ignore")
-    for done in range(1, cases + 1):
-        if time.monotonic() > until:
-            break
+    while done < cases and len(faults) <= 5 and time.monotonic() < until:
+        done += 1
         path.write_bytes(damaged(whole, draw))
         try:
             read()
@@ -238,8 +167,6 @@ def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seco
             kept = Path(tempfile.gettempdir()) / f"soak-{name}-{done}"
             kept.write_bytes(path.read_bytes())
             faults.append(f"{name}: {error!r} for {kept}\n{traceback.format_exc()}")
-        if len(faults) > 5:
-            break
     path.write_bytes(whole)  # for the next reader
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     if memory > MOST_MEMORY:
@@ -247,7 +174,7 @@ def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seco
     print(
         f"{name}: {done} cases, {refused} refused, {len(faults)} faults, at most {memory / 2**20:.0f} MiB", flush=True
     )
-    return faults
+    return faults, done >= cases
 
 
 # -------------------------------------------------------------------------------------------------------------- program
@@ -262,7 +189,7 @@ def soak_reader(name: str, reader: Reader, cases: int, draw: random.Random, seco
 def main(kills: int, cases: int, minutes: float, seed: int, only: tuple[str, ...]) -> None:
     """Soak the store of trials and all readers."""
     torch.set_num_threads(1)  # a process that has started other threads must not be forked
-    start, code = time.monotonic(), 0
+    start, codes = time.monotonic(), {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name)
         # the longest first, two at a time
@@ -271,29 +198,40 @@ def main(kills: int, cases: int, minutes: float, seed: int, only: tuple[str, ...
         running: dict[int, str] = {}
         for name in [name for name in names if not only or name in only]:
             if len(running) == AT_ONCE:
-                code |= _end_of_one(running)
+                codes |= _end_of_one(running)
             seconds = 60 * minutes - (time.monotonic() - start)
             running[_apart(name, folder, kills, cases, random.Random(f"{seed} {name}"), seconds)] = name
         while running:
-            code |= _end_of_one(running)
-    print(f"{(time.monotonic() - start) / 60:.1f} minutes, {'faults' if code else 'no faults'}")
+            codes |= _end_of_one(running)
+    sentence, code = conclusion(codes)
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes, {sentence}")
     sys.exit(code)
+
+
+def conclusion(codes: dict[str, int]) -> tuple[str, int]:
+    """Return what the exit codes of all parts mean, and the exit code of the whole."""
+    faulty = [name for name, code in codes.items() if code not in (0, UNFINISHED)]
+    unfinished = [name for name, code in codes.items() if code == UNFINISHED]
+    sentence = f"faults of {', '.join(faulty)}." if faulty else "no faults."
+    if unfinished:
+        sentence += f" The time ran out before all was done of {', '.join(unfinished)}; --minutes gives more."
+    return sentence, FAULTS if faulty else UNFINISHED if unfinished else 0
 
 
 def _apart(name: str, folder: Path, kills: int, cases: int, draw: random.Random, seconds: float) -> int:
     """Start a process that soaks one part; its memory is measured and its crash is a fault."""
     child = os.fork()
     if child == 0:
-        code = 1
+        code = FAULTS
         try:
             if name == "kills":
-                faults = soak_kills(kills, folder / "kills", draw, seconds)
+                faults, complete = soak_kills(kills, folder / "kills", draw, seconds)
             else:
                 files = folder / name
                 _alone(lambda: write_files(files))  # compiling takes memory that is not the reader's
-                faults = soak_reader(name, readers(files)[name], cases, draw, seconds)
+                faults, complete = soak_reader(name, readers(files)[name], cases, draw, seconds)
             print("\n".join(faults), end="\n" if faults else "", flush=True)
-            code = int(bool(faults))
+            code = FAULTS if faults else 0 if complete else UNFINISHED
         except BaseException:
             traceback.print_exc()
         finally:
@@ -316,12 +254,13 @@ def _alone(work: Callable[[], object]) -> None:
         raise RuntimeError("the files for the readers could not be written")
 
 
-def _end_of_one(running: dict[int, str]) -> int:
+def _end_of_one(running: dict[int, str]) -> dict[str, int]:
+    """Wait for the end of a part and return its name and exit code."""
     child, ended = os.wait()
-    name, status = running.pop(child), os.waitstatus_to_exitcode(ended)
-    if status < 0:
-        print(f"{name}: its process died of the signal {-status}")
-    return int(status != 0)
+    name, code = running.pop(child), os.waitstatus_to_exitcode(ended)
+    if code < 0:
+        print(f"{name}: its process died of the signal {-code}")
+    return {name: code}
 
 
 if __name__ == "__main__":

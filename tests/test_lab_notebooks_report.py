@@ -1,10 +1,17 @@
 import dataclasses
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import notebook_maker
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from binvit import files
+from binvit.__main__ import cli
 from binvit.lab.notebooks import report
 from binvit.lab.notebooks.run import Outcome
 
@@ -88,6 +95,16 @@ def test_index_keeps_the_notebooks_of_earlier_batches(outcomes, tmp_path):
     assert "1 notebook, all finished" in report.write_report([repeated], tmp_path).read_text()
 
 
+def test_what_killed_writers_have_left_is_removed(outcomes, tmp_path):
+    name = f"{files._machine()}.{2**22 + 1}.0123abcd.tmp"  # no process has such a number
+    left = [tmp_path / f".index.html.{name}", tmp_path / "notebooks" / f".01_made.ipynb.{name}"]
+    kept = [tmp_path / f".index.html.{files._machine()}.{os.getpid()}.0123abcd.tmp", tmp_path / ".own.tmp"]
+    for path in left + kept:
+        path.touch()
+    report.write_report(outcomes, tmp_path)
+    assert [path for path in left + kept if path.exists()] == kept
+
+
 def test_names_and_messages_are_text_whatever_they_hold(outcomes, tmp_path):
     hostile = Outcome("<i>", tmp_path / "<i>.ipynb", 1.0, "<script>alert(1)</script>", size="<b>")
     index = report.write_report([*outcomes, hostile], tmp_path).read_text()
@@ -153,6 +170,34 @@ def test_damaged_records_of_earlier_batches_start_afresh(outcomes, tmp_path, dam
     assert "01_made.html" not in index
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_records_that_cannot_be_read_are_never_overwritten(outcomes, tmp_path, monkeypatch, number):
+    report.write_report(outcomes[:1], tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "outcomes.json", tmp_path / "index.html")}
+    read = Path.read_bytes
+
+    def refused(path):
+        if path.name == "outcomes.json":
+            raise OSError(number, "Refused", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        with pytest.raises(OSError, match="Refused"):
+            report.write_report(outcomes[1:], tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "01_made.html" in report.write_report(outcomes[1:], tmp_path).read_text()
+
+
+def test_a_table_of_retrained_trials_that_cannot_be_read_is_no_missing_one(outcomes, tmp_path, monkeypatch):
+    def refused(path, **options):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(report.pd, "read_csv", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        report.write_report(outcomes, tmp_path)
+
+
 def test_a_smoke_sized_report_says_that_its_verdicts_mean_nothing(outcomes, tmp_path):
     words = "The verdicts mean nothing"
     assert words not in report.write_report(outcomes, tmp_path).read_text()
@@ -172,3 +217,155 @@ def test_the_index_shows_the_trials_that_were_trained_again(outcomes, tmp_path):
     assert "<td>a&lt;b</td>" in index
     assert "<td>91.23</td>" in index
     assert "<td>04</td>" in index
+
+
+@pytest.fixture
+def folders(outcomes, tmp_path) -> list[Path]:
+    """The reports of one notebook each that `join_reports` takes."""
+    made = []
+    for outcome in outcomes:
+        folder = tmp_path / "jobs" / outcome.name[:2]
+        copy = folder / "notebooks" / outcome.executed.name
+        copy.parent.mkdir(parents=True)
+        if outcome.executed.is_file():
+            copy.write_bytes(outcome.executed.read_bytes())
+        report.write_report([dataclasses.replace(outcome, executed=copy)], folder)
+        made.append(folder)
+    return made
+
+
+def test_joined_reports_show_every_notebook_also_one_that_left_no_copy(folders, tmp_path):
+    index = report.join_reports(folders, tmp_path / "joined").read_text()
+    assert "3 notebooks" in index
+    assert "2 failed" in index
+    assert "Failed: E: &lt;v&gt;" in index
+    assert "Failed: RuntimeError: Kernel died" in index
+    assert "What is counted?" in (tmp_path / "joined" / "01_made.html").read_text()
+    (folders[0] / "notebooks" / "01_made.ipynb").unlink()
+    index = report.join_reports(folders, tmp_path / "joined").read_text()
+    assert "3 failed" in index
+    assert "Failed: Its executed copy is gone." in index
+    assert not (tmp_path / "joined" / "notebooks" / "01_made.ipynb").exists()
+
+
+@pytest.mark.parametrize(("damage", "state"), [("[1", "damaged"), ("", "damaged"), ("[3]", "damaged"), (None, "gone")])
+def test_joined_reports_count_a_notebook_without_sound_records_as_failed(folders, tmp_path, damage, state):
+    for folder in folders:
+        (folder / "outcomes.json").unlink() if damage is None else (folder / "outcomes.json").write_text(damage)
+    index = report.join_reports(folders[:1], tmp_path / "one").read_text()
+    assert "1 notebook" in index
+    assert "1 failed" in index
+    assert f"Failed: The records in 01 are {state}, so that it may not have finished." in index
+    assert 'href="01_made.html"' in index  # what is there is shown
+    assert "size unknown" in index
+    index = report.join_reports(folders, tmp_path / "all").read_text()
+    assert "3 failed" in index
+    assert 'id="03"' in index  # nothing tells its name
+
+
+def test_records_that_cannot_be_read_stop_the_joining(folders, tmp_path, monkeypatch):
+    def refused(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        report.join_reports(folders, tmp_path / "joined")
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Return a function that makes the disk full for files of these names."""
+    write = report.atomic_write
+
+    def fill(*names):
+        def refused(path, content):
+            if path.name in names:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, content)
+
+        monkeypatch.setattr("binvit.lab.notebooks.report.atomic_write", refused)
+        monkeypatch.setattr("binvit.lab.notebooks.published.atomic_write", refused)
+
+    return fill
+
+
+def test_a_page_that_cannot_be_written_is_a_failure_and_stops_no_other(outcomes, tmp_path, full):
+    good = [outcomes[0], dataclasses.replace(outcomes[1], error=None)]
+    (tmp_path / "01_made.html").mkdir()
+    with pytest.raises(OSError, match=r"01_made\.html"):
+        report.write_report(good, tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "1 failed" in index
+    assert "Failed: Its page could not be written (" in index
+    assert "01_made.html" not in index
+    assert "What is counted?" in index
+    assert (tmp_path / "02_failed.html").is_file()
+    assert "2 notebooks, all finished" in report.write_report(good[1:], tmp_path).read_text()  # so had the first
+    (tmp_path / "01_made.html").rmdir()
+    full("02_failed.html")
+    with pytest.raises(OSError, match=r"02_failed\.html"):
+        report.write_report(good, tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert "Failed: Its page could not be written (No space left on device)." in index
+    assert 'href="01_made.html"' in index
+    assert len(json.loads((tmp_path / "outcomes.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("name", ["outcomes.json", "index.html"])
+def test_what_cannot_be_written_is_told_after_all_else_is_there(outcomes, tmp_path, full, name):
+    full(name)
+    with pytest.raises(OSError, match=name):
+        report.write_report(outcomes, tmp_path)
+    (other,) = {"outcomes.json", "index.html"} - {name}
+    assert (tmp_path / "01_made.html").is_file()
+    assert (tmp_path / other).is_file()
+
+
+@pytest.fixture
+def reproduce(outcomes, tmp_path, monkeypatch):
+    """Return a function that calls `binvit reproduce` where notebooks are executed already."""
+    notebook_maker.write(tmp_path / "own" / "01_made.ipynb")
+    good = [outcomes[0], dataclasses.replace(outcomes[1], error=None)]
+    monkeypatch.setattr("binvit.lab.notebooks.run.run", lambda jobs, out, processes: good)
+    monkeypatch.setattr("binvit.lab.trials.train_trial.compile_kernels", lambda: 0.0)
+    command = ["reproduce", "--notebooks", str(tmp_path / "own"), "--out", str(tmp_path)]
+    return lambda: CliRunner().invoke(cli, command)
+
+
+def test_a_page_on_a_full_disk_ends_with_a_sentence_and_exit_code_1(reproduce, tmp_path, full):
+    assert reproduce().exit_code == 0
+    full("01_made.html")
+    found = reproduce()
+    assert found.exit_code == 1
+    page = tmp_path / "01_made.html"
+    assert f"could not be written in full: No space left on device: {page}." in found.output.replace("\n", " ")
+    assert 'href="02_failed.html"' in (tmp_path / "index.html").read_text()
+
+
+def test_a_sample_on_a_full_disk_lets_the_report_be_written(reproduce, tmp_path, full, monkeypatch):
+    (tmp_path / "retrained.csv").write_text("notebook,verdict\n04,of an earlier batch\n")
+    rows = [("04", "a trial", 90.0, 90.0, 0.0, 0.0, "identical", "")]
+    columns = ["notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with"]
+    monkeypatch.setattr("binvit.lab.notebooks.published.retrain", lambda *_: pd.DataFrame(rows, columns=columns))
+    full("retrained.csv")
+    found = reproduce()
+    assert found.exit_code == 1
+    assert "kept: No space left on device: " in found.output
+    index = (tmp_path / "index.html").read_text()
+    assert "2 notebooks, all finished" in index
+    assert "of an earlier batch" not in index
+    full()
+    assert reproduce().exit_code == 0
+    assert "a trial" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), ValueError("It is damaged."), MemoryError()]
+)
+def test_a_report_is_there_whatever_the_sample_raises(reproduce, tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("binvit.lab.notebooks.published.check_sample", fail)
+    assert reproduce().exit_code == 1
+    assert "2 notebooks, all finished" in (tmp_path / "index.html").read_text()

@@ -2,7 +2,10 @@ import dataclasses
 import errno
 import json
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +14,7 @@ from archive_maker import result
 from image_files import parquet_file
 
 from binvit.lab.training.recipe import Recipe
+from binvit.lab.trials import archive
 from binvit.lab.trials.archive import add, data_name, find, read_data
 from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, run_trials
@@ -140,6 +144,24 @@ def test_lines_are_sorted_kept_and_never_doubled(tmp_path):
     assert add([result(digits(seed)) for seed in (3, 10)], tmp_path) == 0
     assert path.read_text().splitlines() == after
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_that_add_at_once_lose_no_line(tmp_path, monkeypatch):
+    results = [[result(digits(seed))] for seed in range(2)]
+    both_have_read, read = threading.Barrier(2), archive.read_data
+
+    def read_beside_another(folder):
+        found = read(folder)
+        with suppress(threading.BrokenBarrierError):  # the other waits, as it should
+            both_have_read.wait(timeout=0.3)
+        return found
+
+    monkeypatch.setattr(archive, "read_data", read_beside_another)
+    with ThreadPoolExecutor(2) as pool:
+        new = list(pool.map(lambda made: add(made, tmp_path), results))
+    assert new == [1, 1]
+    assert len((tmp_path / "trials" / "digits.jsonl").read_text().splitlines()) == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {"data.csv", "trials", ".lock"}
 
 
 def test_data_sets_are_named_with_fingerprint_and_counts(tmp_path):

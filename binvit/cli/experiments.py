@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from binvit.cli.group import PATH, RECIPES, cli
+from binvit.cli.group import PATH, RECIPES, cli, in_words, printable
 
 
 @cli.command()
@@ -44,7 +44,8 @@ def reproduce(
     has the size of the papers.
 
     All parameters are checked, and files of images looked for, before anything runs. If a notebook fails, the others
-    still run, and the exit code is 1; so it is if a trial does not give what the archive says.
+    still run, and the exit code is 1; so it is if a trial does not give what the archive says, or if the sample or a
+    part of the report cannot be written, for instance on a full disk.
     """
     from binvit.lab import project
     from binvit.lab.notebooks import plan as plan_
@@ -64,20 +65,30 @@ def reproduce(
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
     outcomes = run.run(plan, out / "notebooks", jobs)
-    checked = published.check_sample(plan, out, sample_seed, count, sys.stderr.isatty())
-    index = report.write_report(outcomes, out)
-    click.echo(f"The report is {index}.")
+    with suppress(OSError, ValueError):  # told below, if it lasts
+        report.write_report(outcomes, out)  # the sample takes minutes and may fail
+    checked, problems = [], []
+    try:
+        checked = published.check_sample(plan, out, sample_seed, count, sys.stderr.isatty()).to_dict("records")
+    except (OSError, ValueError) as error:
+        problems.append(f"No sample of the archived trials could be trained again and kept: {in_words(error)}")
+    try:
+        click.echo(f"The report is {report.write_report(outcomes, out)}.")
+    except (OSError, ValueError) as error:
+        problems.append(f"The report in {out} could not be written in full: {in_words(error)}")
     failed = [outcome for outcome in outcomes if outcome.error]
     for outcome in failed:
         click.echo(f"{outcome.name} failed: {outcome.error}", err=True)
     if failed:
         click.echo(f"{len(failed)} of {len(outcomes)} notebooks failed.", err=True)
-    beyond = checked[checked["verdict"].str.startswith("no")]
-    for row in beyond.to_dict("records"):
+    beyond = [row for row in checked if row["verdict"].startswith("no")]
+    for row in beyond:
         click.echo(f"{row['trial']} does not give what the archive says: {row['verdict']}", err=True)
-    if len(checked):
+    if checked:
         click.echo(f"{len(checked) - len(beyond)} of {len(checked)} trials that were trained again agree.")
-    if failed or len(beyond):
+    for problem in problems:
+        click.echo(printable(problem), err=True)
+    if failed or beyond or problems:
         sys.exit(1)
 
 

@@ -23,6 +23,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def in_words(error: Exception) -> str:
+    """Return what an error says; one of the system names its file, and our own sentences come without a number."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{where}."
+
+
 PATH = _Path(path_type=Path)
 RECIPES = "[smoke|digits|cpu|flowers|pretrained|paper]"  # the names that are registered: an import would cost seconds
 

@@ -77,13 +77,12 @@ def check_sample(
     Returns:
         The table of `retrain.retrain`; without rows if there is no sample.
     """
+    (out / RETRAINED).unlink(missing_ok=True)  # of an earlier sample, which must not pass for this one
     candidates = archived_trials(jobs) if count != 0 else []
     chosen = choose(candidates, seed, count)
     table = retrain(chosen, [item.result for item in candidates], out / "retrained", progress)
     if len(table):
         atomic_write(out / RETRAINED, table.to_csv(index=False, lineterminator="\n"))
-    else:
-        (out / RETRAINED).unlink(missing_ok=True)
     return table
 
 

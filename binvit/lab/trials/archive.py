@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from binvit.config import read_json
 from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
@@ -160,6 +162,8 @@ def confusion(dataset: str, data: ImageData, archive: str | Path | None = None) 
 def add(results: Iterable[TrialResult], archive: str | Path) -> int:
     """Add finished trials to an archive; lines are sorted, and a trial that is there already stays as it is.
 
+    Several processes may add to one archive: one waits until another has written.
+
     Args:
         results: what was measured.
         archive: the folder with data.csv and trials/; made if it is absent.
@@ -167,24 +171,26 @@ def add(results: Iterable[TrialResult], archive: str | Path) -> int:
     Returns:
         How many were new.
     """
-    data = read_data(archive)
-    sorted_by_name: dict[str, dict[str, TrialResult]] = {}
-    for result in results:
-        item = next((item for item in data if item.fingerprint == result.fingerprint), None)
-        if item is None:
-            item = _describe(result, {item.name for item in data})
-            data.append(item)
-        sorted_by_name.setdefault(item.name, {})[result.id] = result
-    new = 0
-    for name, found in sorted_by_name.items():
-        path = _path(archive, name)
-        lines = {key: json.dumps(values, separators=(",", ":")) for key, values in _lines(path).items()}
-        before = len(lines)
-        lines = {key: _line(result) for key, result in found.items()} | lines
-        new += len(lines) - before
-        if len(lines) > before:
-            atomic_write(path, "".join(f"{lines[key]}\n" for key in sorted(lines, key=_order)))
-    _write_data(sorted(data, key=lambda item: item.name), archive)
+    Path(archive).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(archive) / ".lock"):
+        data = read_data(archive)
+        sorted_by_name: dict[str, dict[str, TrialResult]] = {}
+        for result in results:
+            item = next((item for item in data if item.fingerprint == result.fingerprint), None)
+            if item is None:
+                item = _describe(result, {item.name for item in data})
+                data.append(item)
+            sorted_by_name.setdefault(item.name, {})[result.id] = result
+        new = 0
+        for name, found in sorted_by_name.items():
+            path = _path(archive, name)
+            lines = {key: json.dumps(values, separators=(",", ":")) for key, values in _lines(path).items()}
+            before = len(lines)
+            lines = {key: _line(result) for key, result in found.items()} | lines
+            new += len(lines) - before
+            if len(lines) > before:
+                atomic_write(path, "".join(f"{lines[key]}\n" for key in sorted(lines, key=_order)))
+        _write_data(sorted(data, key=lambda item: item.name), archive)
     return new
 
 
