@@ -142,6 +142,17 @@ def test_types_come_with_the_package():
     assert (files("binvit") / "py.typed").is_file()
 
 
+def test_every_test_that_reliability_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "RELIABILITY.md").read_text()))
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 30
+    assert named <= defined
+
+
 def test_constraints_fix_every_dependency_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     fixed = dict(line.split("==") for line in lines if not line.startswith("#"))
