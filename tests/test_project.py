@@ -153,6 +153,17 @@ def test_every_test_that_reliability_names_exists():
     assert named <= defined
 
 
+def test_profile_of_the_cluster_names_rules_that_exist():
+    folder = ROOT / "notebooks"
+    profile = yaml.safe_load((folder / "profiles" / "slurm" / "config.yaml").read_text())
+    rules = set(re.findall(r"(?m)^rule (\w+):$", (folder / "Snakefile").read_text()))
+    assert profile["executor"] == "slurm"
+    assert "train" in rules
+    for name in ("set-threads", "set-resources"):
+        assert profile[name]
+        assert profile[name].keys() <= rules
+
+
 def test_constraints_fix_every_dependency_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     fixed = dict(line.split("==") for line in lines if not line.startswith("#"))
