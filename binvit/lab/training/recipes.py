@@ -59,8 +59,8 @@ _CPU = Recipe(
 # out: on validation images twice the epochs gain the float model 1.4 points, 30.3 to 31.7 % (two seeds).
 _FLOWERS = dataclasses.replace(_CPU, name="flowers", patches=4, epochs=160, eval_every=40, lr=1e-3)
 
-# Ten minutes on one thread: a ViT-S/14 of DINOv2, 16 patches and the class token. Its weights
-# are found by their hash beside the data, or given as `weights`.
+# Ten minutes on one thread: a ViT-S/14 of DINOv2, 16 patches and the class token. Its weights are found by their hash
+# beside the data, or given as `weights`.
 _PRETRAINED = Recipe(
     name="pretrained",
     model="vit_small_patch14_dinov2",

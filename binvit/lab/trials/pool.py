@@ -156,7 +156,8 @@ def _remove_leftovers(folder: Path, finished: list[TrialResult]) -> None:
     for place in (folder, folder / ".running"):
         remove_leftovers(place)
     for result in finished:
-        (folder / ".running" / f"{result.id}.state").unlink(missing_ok=True)
+        with suppress(OSError):  # a folder to read from is enough for reading
+            (folder / ".running" / f"{result.id}.state").unlink(missing_ok=True)
 
 
 def _tell_changes(results: list[TrialResult], team: Team, jobs: int) -> None:

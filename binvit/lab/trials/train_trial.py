@@ -159,6 +159,7 @@ def train_trial(
         training.train(progress if team.leads else None)
         result = _measure(trial, training, fingerprint)
         if trial.fingerprint != fingerprint:
+            training.finish()  # the state belongs to no images, so nobody may go on from it
             raise ValueError(_changed(trial))
     if keep is not None:
         keep(result)
