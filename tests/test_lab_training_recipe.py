@@ -13,7 +13,7 @@ from binvit.lab.training.recipe import Recipe, Stage
 from binvit.lab.training.recipes import list_recipes, mlp_weights_stage, recipe
 
 
-@pytest.mark.parametrize("name", ["smoke", "digits", "cpu", "flowers", "pretrained", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "digits", "cpu", "flowers", "cifar", "pretrained", "paper"])
 def test_registered_recipes_survive_json(name):
     assert name in list_recipes()
     original = recipe(name)
@@ -96,7 +96,7 @@ def test_bad_fields_get_one_sentence(options, words):
 
 
 def test_unknown_recipe_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="'tiny'; valid recipes are cpu, digits, flowers, paper, pretrained, smoke"):
+    with pytest.raises(ValueError, match="'tiny'; valid recipes are cifar, cpu, digits, flowers, paper, pretr"):
         recipe("tiny")
 
 

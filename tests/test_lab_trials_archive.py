@@ -14,7 +14,7 @@ from archive_maker import result
 from image_files import parquet_file
 
 from binvit.lab.training.recipe import Recipe
-from binvit.lab.trials import archive
+from binvit.lab.trials import archive, measurements
 from binvit.lab.trials.archive import add, data_name, find, read_data
 from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, run_trials
@@ -164,6 +164,25 @@ def test_two_that_add_at_once_lose_no_line(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} <= {"data.csv", "trials", ".lock"}
 
 
+def test_two_that_measure_at_once_lose_no_row(tmp_path, monkeypatch):
+    both_have_read, read = threading.Barrier(2), measurements.read_measurements
+
+    def read_beside_another(*names):
+        found = read(*names)
+        with suppress(threading.BrokenBarrierError):  # the other waits, as it should
+            both_have_read.wait(timeout=0.3)
+        return found
+
+    monkeypatch.setattr(measurements, "read_measurements", read_beside_another)
+
+    def measure(cpu):
+        measurements.add_measurements(tmp_path, "08_models", pd.DataFrame([{"cpu": cpu, "ms": 1.5}]), ["cpu"])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(measure, ["one", "two"]))
+    assert list(read(tmp_path, "08_models")["cpu"]) == ["one", "two"]
+
+
 def test_data_sets_are_named_with_fingerprint_and_counts(tmp_path):
     parquet_file(tmp_path / "Some photos_64.parquet", splits=("train", "val", "test"))
     photos = Trial("parquet:Some photos_64.parquet", root=str(tmp_path))
@@ -186,7 +205,7 @@ def test_archived_trials_are_read_where_their_data_are_absent_and_new_ones_say_w
         assert table["test_accuracy"][0] == 0.123456789
         assert table["dataset"][0] == absent.dataset
     new = dataclasses.replace(trial, seed=1)
-    with pytest.raises((TrialsFailed, FileNotFoundError), match=r"photos.parquet .* does not exist; binvit data makes"):
+    with pytest.raises((TrialsFailed, FileNotFoundError), match=r"photos.parquet .* does not exist; if the archive"):
         run_trials([new], tmp_path / "results", progress=False, archive=tmp_path)
 
 
@@ -251,6 +270,33 @@ def test_a_table_of_data_sets_that_cannot_be_read_is_named_in_one_sentence(tmp_p
         read_data(tmp_path)
     assert type(error.value) is ValueError
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["classes", "train", "val", "test"])
+@pytest.mark.parametrize("count", ["-1", "ten", "1e3", "9" * 5000])
+def test_a_count_of_images_that_is_no_number_is_named(tmp_path, column, count):
+    row = {
+        "name": "photos",
+        "fingerprint": "sha256:1",
+        "classes": "2",
+        "train": "4",
+        "val": "",
+        "test": "4",
+        "command": "",
+    }
+    pd.DataFrame([row | {column: count}]).to_csv(tmp_path / "data.csv", index=False)
+    with pytest.raises(ValueError, match=rf"counts {column} of 'photos' as .*, which is no number\.$") as error:
+        archive.counted_data("parquet:photos.parquet", archive=tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_file_of_trials_that_is_no_text_is_named_in_one_sentence(tmp_path):
+    add([result(digits())], tmp_path)
+    path = tmp_path / "trials" / "digits.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"gsb", b"g\xef\xef"))
+    with pytest.raises(ValueError, match=r"digits\.jsonl is no text in UTF-8 \(.*\)\.$") as error:
+        find(digits(), tmp_path)
+    assert type(error.value) is ValueError
 
 
 def test_noise_free_columns_stay_empty(tmp_path):

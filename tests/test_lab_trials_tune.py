@@ -1,5 +1,7 @@
 """Every scheme gets the same search on validation images, and the grid grows where its best rate lies at an end."""
 
+import dataclasses
+
 import pytest
 from click.testing import CliRunner
 
@@ -85,17 +87,21 @@ def test_the_command_takes_rates_and_seeds(tmp_path, monkeypatch):
     asked = []
 
     def accuracies(trials, *_):
-        asked.extend((trial.recipe, trial.evaluate_on, trial.get_recipe().lr, trial.seed) for trial in trials)
+        for trial in trials:
+            asked.append((trial.recipe, trial.samples_per_class, trial.evaluate_on, trial.get_recipe().lr, trial.seed))
         return [1 / (1 + abs(trial.get_recipe().lr - 2e-4)) for trial in trials]
 
     monkeypatch.setattr(module, "_accuracies", accuracies)
     file, rates_ = tmp_path / "rates.yaml", ("1e-4", "2e-4", "4e-4")
     options = [part for rate in rates_ for part in ("--rate", rate)] + ["--seed", "3", "--rates", str(file)]
-    result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", "--recipe", "pretrained", *options])
+    options += ["--recipe", "pretrained", "--samples-per-class", "5"]
+    result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", *options])
     assert result.exit_code == 0, result.output
-    assert asked == [("pretrained", "val", float(rate), 3) for rate in rates_]
+    assert asked == [("pretrained", 5, "val", float(rate), 3) for rate in rates_]
     (found,) = read_rates(file).values()
-    assert (found.recipe, found.scheme, found.rate) == ("pretrained", "gsb", 2e-4)
+    assert (found.recipe, found.scheme, found.rate, found.samples_per_class) == ("pretrained", "gsb", 2e-4, 5)
+    write_rates([dataclasses.replace(found, samples_per_class=None)], file)
+    assert "samples_per_class" not in file.read_text()
 
 
 def test_diverged_trainings_lose_and_other_failures_are_told(tmp_path):

@@ -141,6 +141,7 @@ def plan(
 @cli.command()
 @click.option("--dataset", default="digits", show_default=True, help="A data set, or folder:PATH, or parquet:FILE.")
 @click.option("--scheme", "schemes", multiple=True, help="May be repeated.  [default: all]")
+@click.option("--samples-per-class", type=click.IntRange(1), help="Training images of each class.  [default: all]")
 @click.option("--recipe", default="smoke", show_default=True, metavar=RECIPES, help="How to train.")
 @click.option("--bias", "biases", type=click.Choice(["none", "full", "relative"]), multiple=True, default=["none"],
               show_default=True, help="Learned bias of the attention map; may be repeated.")  # fmt: skip
@@ -157,6 +158,7 @@ def plan(
 def tune(
     dataset: str,
     schemes: tuple[str, ...],
+    samples_per_class: int | None,
     recipe: str,
     biases: tuple[Literal["none", "full", "relative"], ...],
     grid: tuple[float, ...],
@@ -179,7 +181,14 @@ def tune(
 
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
-    given: dict[str, Any] = {"grid": grid, "seeds": seeds, "root": root, "results_dir": out, "jobs": jobs}
+    given: dict[str, Any] = {
+        "samples_per_class": samples_per_class,
+        "grid": grid,
+        "seeds": seeds,
+        "root": root,
+        "results_dir": out,
+        "jobs": jobs,
+    }
     chosen = search(names, dataset, recipe, biases=biases, progress=progress, device=device, **given)
     click.echo(tuning_table(chosen).round(3).to_string())
     click.echo(f"The rates are written to {write_rates(chosen, rates or RATES)}.")

@@ -32,7 +32,7 @@ def in_words(error: Exception) -> str:
 
 
 PATH = _Path(path_type=Path)
-RECIPES = "[smoke|digits|cpu|flowers|pretrained|paper]"  # the names that are registered: an import would cost seconds
+RECIPES = "[smoke|digits|cpu|flowers|cifar|pretrained|paper]"  # as registered: an import would cost seconds
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

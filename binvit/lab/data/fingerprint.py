@@ -66,7 +66,7 @@ def require_present(name: str, root: str | Path | None = None) -> None:
     kind, location = locate(name, root)
     place = location / _FOLDERS[kind] if location is not None and kind in _FOLDERS else location
     if place is not None and not place.exists():
-        hint = "; binvit data makes the files of archived trials as their data.csv says" if kind == "parquet" else ""
+        hint = "; if the archive's data.csv names a command for it, that makes it" if kind == "parquet" else ""
         raise FileNotFoundError(f"{place} (the data set {name}) does not exist{hint}.")
 
 

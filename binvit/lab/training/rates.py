@@ -12,6 +12,7 @@ from pydantic import Field
 
 from binvit.config import Config, Number, Text, read_yaml, show
 from binvit.files import atomic_write
+from binvit.lab.training.recipe import Count
 
 RATES = Path(__file__).with_name("rates.yaml")
 _HEAD = """\
@@ -39,6 +40,8 @@ class ChosenRate(Config):
     """The rate whose mean accuracy is highest."""
     table: tuple[tuple[Rate, tuple[Accuracy, ...]], ...]
     """Each rate that was tried, with the accuracy on validation images of every seed."""
+    samples_per_class: Count | None = None
+    """Training images of each class that it was chosen with; None means all."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -80,7 +83,7 @@ def write_rates(chosen: Iterable[ChosenRate], path: str | Path = RATES) -> Path:
         The path written.
     """
     rates = read_rates(path) | {rate.key: rate for rate in chosen}
-    entries = [rates[key].to_dict() for key in sorted(rates)]
+    entries = [{k: v for k, v in rates[key].to_dict().items() if v is not None} for key in sorted(rates)]
     text = _HEAD + yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, width=110)
     _shipped.cache_clear()
     return atomic_write(path, text)

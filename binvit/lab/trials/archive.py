@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from binvit.config import read_json
+from binvit.config import read_json, show
 from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
@@ -137,7 +137,7 @@ def counted_data(
     if locate(dataset, root)[1] is None:
         return load_data(dataset, samples_per_class, root=root, image_size=image_size)
     known = (item for item in read_data(archive) if item.name == data_name(dataset) and item.train)
-    counts = next(((int(item.classes), int(item.train), int(item.test)) for item in known), None)
+    counts = next(((int(item.classes or 0), int(item.train), int(item.test or 0)) for item in known), None)
     return blank_data(dataset, samples_per_class, root, image_size, counts)
 
 
@@ -198,7 +198,7 @@ def read_data(archive: str | Path) -> list[DataSet]:
     """Return the data sets that an archive names in its data.csv.
 
     Raises:
-        ValueError: the file is no table in UTF-8, or has other columns.
+        ValueError: the file is no table in UTF-8, has other columns, or counts that are no numbers.
     """
     path = Path(archive) / "data.csv"
     if not path.is_file():
@@ -210,6 +210,12 @@ def read_data(archive: str | Path) -> list[DataSet]:
         raise ValueError(f"{path} is no readable table of data sets ({error}).") from None
     if any(list(row) != columns or None in row.values() for row in rows):
         raise ValueError(f"{path} must have the columns {', '.join(columns)}.")
+    for row in rows:
+        for name in ("classes", "train", "val", "test"):
+            if not re.fullmatch(r"([0-9]{1,12})?", row[name]):
+                raise ValueError(
+                    f"{path} counts {name} of {show(row['name'])} as {show(row[name])}, which is no number."
+                )
     return [DataSet(**row) for row in rows]
 
 
@@ -279,7 +285,11 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
 @functools.lru_cache(maxsize=16)
 def _parsed(path: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}).") from None
+    for number, line in enumerate(text.splitlines(), 1):
         values = read_json(line, f"Line {number} of {path}")
         key = values.get("id") if isinstance(values, dict) else None
         if not isinstance(key, str) or not re.fullmatch(r".+-\d+-[0-9a-f]{16}", key):

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from binvit.files import atomic_write
 
@@ -44,6 +45,8 @@ def _numbers(column: pd.Series) -> pd.Series:
 def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: Sequence[str]) -> None:
     """Write measurements to an archive; rows that are there already and have the same keys make room for them.
 
+    Several processes may write to one archive: one waits until another has written.
+
     Args:
         archive: the folder with measurements/.
         name: the table's file name without ending.
@@ -53,10 +56,13 @@ def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: S
     """
     if rows.empty:
         return
-    before = read_measurements(archive, name)
-    if len(before):
-        new = pd.MultiIndex.from_frame(rows[list(keys)].astype(str))
-        before = before[~pd.MultiIndex.from_frame(before[list(keys)].astype(str)).isin(new)]
-    table = pd.concat([before, rows], ignore_index=True) if len(before) else rows
-    table = table.sort_values(keys[0], kind="stable", key=lambda column: column.astype(str))
-    atomic_write(Path(archive) / FOLDER / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+    folder = Path(archive) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        before = read_measurements(archive, name)
+        if len(before):
+            new = pd.MultiIndex.from_frame(rows[list(keys)].astype(str))
+            before = before[~pd.MultiIndex.from_frame(before[list(keys)].astype(str)).isin(new)]
+        table = pd.concat([before, rows], ignore_index=True) if len(before) else rows
+        table = table.sort_values(keys[0], kind="stable", key=lambda column: column.astype(str))
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))

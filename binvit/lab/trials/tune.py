@@ -37,6 +37,7 @@ def tune(
     biases: Sequence[Bias] = ("none",),
     grid: Sequence[float] = GRID,
     seeds: Sequence[int] = SEEDS,
+    samples_per_class: int | None = None,
     recipe_options: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     results_dir: str | Path = "results",
@@ -56,6 +57,7 @@ def tune(
         biases: learned biases of the attention map; each is a search of its own.
         grid: the rates to try first.
         seeds: trainings per rate.
+        samples_per_class: training images of each class; None takes all that are not for validation.
         recipe_options: fields of the recipe to change in all trials.
         root: folder of data sets that are files.
         results_dir: folder of the results.
@@ -78,6 +80,7 @@ def tune(
             scheme,
             recipe,
             seed,
+            samples_per_class,
             scheme_options=equal_terms(bias),
             recipe_options={**(recipe_options or {}), "lr": rate},
             root=None if root is None else str(root),
@@ -104,6 +107,7 @@ def tune(
             bias=bias,
             rate=best_rate(measured[scheme, bias]),
             table=tuple(sorted(measured[scheme, bias].items())),
+            samples_per_class=samples_per_class,
         )
         for scheme, bias in pairs
     ]
