@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import io
@@ -6,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -361,6 +363,31 @@ def test_failed_work_takes_only_its_trial_with_it(tmp_path, monkeypatch, error, 
     with pytest.raises(TrialsFailed, match=f"1 of 2 trials failed: .*seed 1.*: {type(error).__name__}") as caught:
         run_trials([tiny(seed=1, epochs=1), tiny(epochs=1)], tmp_path, progress=False)
     assert not caught.value.wrong_input
+    assert read_result(tiny(epochs=1), tmp_path).test_accuracy > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the loader's process, which is forked")
+def test_a_killed_loader_takes_only_its_trial_with_it(tmp_path):
+    me = psutil.Process()
+    here = set(me.children())
+
+    def kill_loader():
+        while not found.wait(0.02):
+            with contextlib.suppress(psutil.Error):
+                for child in set(me.children()) - here:
+                    if child.cmdline() == me.cmdline():
+                        child.kill()
+                        found.set()
+
+    found = threading.Event()
+    thread = threading.Thread(target=kill_loader)
+    thread.start()
+    try:
+        with pytest.raises(TrialsFailed, match=r"^1 of 2 trials failed: .*seed 1.*DataLoader worker"):
+            run_trials([tiny(seed=1, epochs=5000, crop=0.5, workers=1), tiny(epochs=1)], tmp_path, progress=False)
+    finally:
+        found.set()
+        thread.join()
     assert read_result(tiny(epochs=1), tmp_path).test_accuracy > 0
 
 
