@@ -32,7 +32,7 @@ class Images:
 
     @classmethod
     def parse(cls, text: str) -> "Images":
-        """Read one kind of images from a text such as "parquet:cifar100.parquet, 20 per class, recipe cpu, 3 seeds".
+        """Read one kind of images from a text such as "parquet:cifar100.parquet, 20 per class, recipe cifar, 3 seeds".
 
         Raises:
             ValueError: a part of the text is not understood, given twice, or names an unknown data set or recipe.
@@ -68,7 +68,7 @@ def parse_images(text: str) -> list[Images]:
     """Read several kinds of images, separated by semicolons.
 
     Args:
-        text: such as "digits; parquet:cifar100.parquet, 20 per class, recipe cpu".
+        text: such as "digits; parquet:cifar100.parquet, 20 per class, recipe cifar".
 
     Raises:
         ValueError: a part is not understood, or two kinds of images would have the same name.
