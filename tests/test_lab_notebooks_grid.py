@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import binvit.lab
@@ -147,14 +149,20 @@ def test_a_plan_of_other_images_is_refused(tmp_path):
         grid.read_planned(tmp_path / "none")
 
 
-def snakemake(folder: Path, settings: dict, *arguments: str) -> dict[str, int]:
-    """Run the Snakefile with settings and return how many jobs of each rule it has to do."""
+def snakemake(folder: Path, settings: dict, *arguments: str) -> str:
+    """Run the Snakefile with settings and return what it says."""
     (folder / "config.yaml").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "snakemake", "-s", str(NOTEBOOKS / "Snakefile"), "--cores", "2", *arguments]
     options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 240}
     done = subprocess.run([*command, "--configfile", "config.yaml"], check=False, **options)
     assert done.returncode == 0, done.stderr
-    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE)}
+    return done.stdout + done.stderr
+
+
+def count_jobs(folder: Path, settings: dict, *arguments: str) -> dict[str, int]:
+    """Run the Snakefile with settings and return how many jobs of each rule it has to do."""
+    said = snakemake(folder, settings, *arguments)
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)}
 
 
 def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path):
@@ -169,26 +177,46 @@ def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     settings = {"only": "01 06", "per_job": 1, "parameters": values}
-    jobs = snakemake(tmp_path, settings, "--touch", "--forceall")
+    jobs = count_jobs(tmp_path, settings, "--touch", "--forceall")
     assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
     lines = [json.loads(line) for line in (tmp_path / "report" / "plan.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines if "id" in line} == trials
     # A place for figures is no part of a trial; a second seed has trials of its own, and leaves the first one's.
     values["figures_dir"] = "figures"
-    assert snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules") == {"notebook": 2, "report": 1, "total": 3}
+    assert count_jobs(tmp_path, settings, "--dry-run", "--quiet", "rules") == {"notebook": 2, "report": 1, "total": 3}
     values["seeds"] = [0, 1]
-    jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
+    jobs = count_jobs(tmp_path, settings, "--dry-run", "--quiet", "rules")
     assert jobs == {"train": len(trials), "notebook": 2, "report": 1, "total": len(trials) + 3}
     # Several in a job: what is trained already needs none, and the others of its seed share some.
     settings.pop("per_job")
     gone = sorted(trials)[0]
     (tmp_path / "results" / f"{gone}.json").unlink()
-    jobs = snakemake(tmp_path, settings, "--dry-run", "--quiet", "rules")
+    jobs = count_jobs(tmp_path, settings, "--dry-run", "--quiet", "rules")
     first = [line for line in lines if "id" in line]
     kept = sum(line["keep_model"] for line in first)
     sets = sum(math.ceil(count / 6) for count in (kept, len(first) - kept))
     assert 2 <= sets < len(trials) / 2
     assert jobs == {"train": 1 + sets, "notebook": 2, "report": 1, "total": 4 + sets}
+
+
+def test_jobs_of_the_snakefile_get_every_parameter_also_empty_ones_and_those_with_blanks(tmp_path):
+    values = {"seeds": [0], "schemes": ["float", "gsb"], "figures_dir": "my figures", "changes": "", "updates": 3}
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    settings = {"only": "06", "parameters": values, "results": "my results", "out": "it's a report"}
+    shown = snakemake(folder, settings, "--dry-run", "--printshellcmds")
+    commands = [shlex.split(line) for line in shown.splitlines() if " -m binvit " in line]
+    (notebook,) = [command[3:] for command in commands if "reproduce" in command]
+    given = {name: value for option, name, value in zip(notebook, notebook[1:], notebook[2:], strict=False)
+             if option == "-p"}  # fmt: skip
+    (job,) = plan(NOTEBOOKS, "smoke", ["06"], values)
+    wanted = {**job.values, "results_dir": str(folder / "my results")}
+    assert {name: yaml.safe_load(text) or "" for name, text in given.items()} == wanted
+    assert notebook[notebook.index("--out") + 1] == "it's a report/06"
+    for command in commands:
+        if "train" in command:
+            assert command[command.index("--trial") + 1] == "it's a report/plan.jsonl"
+            assert command[command.index("--out") + 1] == str(folder / "my results")
 
 
 def test_a_job_of_the_snakefile_owns_no_result(tmp_path):
