@@ -1,5 +1,6 @@
 """Plans of notebooks: the same trials as the notebooks run, counted right, and trained one at a time."""
 
+import dataclasses
 import json
 import math
 import re
@@ -210,7 +211,7 @@ def test_jobs_of_the_snakefile_get_every_parameter_also_empty_ones_and_those_wit
     given = {name: value for option, name, value in zip(notebook, notebook[1:], notebook[2:], strict=False)
              if option == "-p"}  # fmt: skip
     (job,) = plan(NOTEBOOKS, "smoke", ["06"], values)
-    wanted = {**job.values, "results_dir": str(folder / "my results")}
+    wanted = {**dataclasses.asdict(job)["values"], "results_dir": str(folder / "my results")}
     assert {name: yaml.safe_load(text) or "" for name, text in given.items()} == wanted
     assert notebook[notebook.index("--out") + 1] == "it's a report/06"
     for command in commands:
