@@ -64,7 +64,7 @@ def wait_for(what: str, seen, seconds: float = 900.0):
     while time.monotonic() < end:
         if found := seen():
             return found
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise SystemExit(f"{what} did not happen within {seconds:.0f} s.")
 
 
@@ -103,7 +103,7 @@ def training(identity: str) -> list[int]:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "train" in words and identity in words and "binvit" in words:
+        if "train" in words and f"--id={identity}" in words and "binvit" in words:
             found.append(int(path.parent.name))
     return found
 
@@ -129,6 +129,12 @@ def main() -> None:
         log = stack.enter_context((folder / "snakemake.log").open("w"))
         grid = stack.enter_context(running(*map(str, command), cwd=folder, stdout=log, stderr=log))
         running_folder = folder / "results" / ".running"
+        plan = folder / "report" / "plan.jsonl"
+
+        def planned() -> dict[str, int]:
+            """Return the epochs of each trial."""
+            lines = map(json.loads, plan.read_text().splitlines() if plan.exists() else [])
+            return {line["id"]: line["epochs"] for line in lines if "id" in line}
 
         def alive() -> None:
             if grid.poll() is not None:
@@ -136,12 +142,14 @@ def main() -> None:
 
         def state_and_processes():
             alive()
+            epochs = planned()
             for state in running_folder.glob("*.state"):
-                if (processes := training(state.stem)) and epochs_done(state) >= 3:
+                # What is left takes long enough to be seen when the job has been restarted.
+                if 3 <= epochs_done(state) < epochs[state.stem] - 20 and (processes := training(state.stem)):
                     return state, processes
             return None
 
-        state, processes = wait_for("A training with three epochs behind it", state_and_processes)
+        state, processes = wait_for("A training with three epochs behind it and many to go", state_and_processes)
         for process in processes:
             os.kill(process, signal.SIGKILL)
         wait_for("The end of the killed training", lambda: not training(state.stem), 60)
@@ -160,8 +168,7 @@ def main() -> None:
         text = (folder / "snakemake.log").read_text()
         if code:
             raise SystemExit(text + "".join(path.read_text() for path in folder.glob(".snakemake/slurm_logs/**/*.log")))
-        planned = [json.loads(line) for line in (folder / "report" / "plan.jsonl").read_text().splitlines()]
-        trials = [line["id"] for line in planned if "id" in line]
+        trials = planned()
         missing = [trial for trial in trials if not (folder / "results" / f"{trial}.json").is_file()]
         assert not missing, missing
         assert (folder / "report" / "index.html").is_file()

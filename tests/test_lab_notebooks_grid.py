@@ -217,6 +217,7 @@ def test_jobs_of_the_snakefile_get_every_parameter_also_empty_ones_and_those_wit
     for command in commands:
         if "train" in command:
             assert command[command.index("--trial") + 1] == "it's a report/plan.jsonl"
+            assert any(word.startswith("--id=gsb-") or word.startswith("--id=float-") for word in command)
             assert command[command.index("--out") + 1] == str(folder / "my results")
 
 
