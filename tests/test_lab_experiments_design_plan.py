@@ -95,6 +95,18 @@ def test_claims_name_the_images_only_if_there_are_several():
     ]
 
 
+def test_images_that_compare_nothing_have_no_claims_unless_there_are_no_others():
+    table = table_of({("a", "x"): [0.1], ("a", "y"): [0.5]})
+    lacking = Claim("It works.", "undecided", "no trial of 'b' was run")
+
+    def check(part):
+        return [lacking, Claim("It shines.", "no", "seen" if part["data"].iloc[0] == "y" else "not run")]
+
+    assert [claim.sentence for claim in claims.for_each_data(table, check)] == ["On y: It works.", "On y: It shines."]
+    assert len(claims.for_each_data(table, lambda part: [lacking])) == 2
+    assert not claims.is_not_run(Claim("It works.", "no", "3 of 4 that were run fail"))
+
+
 @pytest.mark.parametrize(
     ("verdicts", "expected", "evidence"),
     [

@@ -309,6 +309,9 @@ def test_what_does_not_train_is_crossed_out():
         assert [line.get_xdata() for line in hollow] == [[0.4]]
     assert "×: does not train" in figure.get_supxlabel()
     assert "×" not in label_noise.draw(table.assign(chance=0.01)).get_supxlabel()
+    one_share = table[table["label_noise"] == 0].assign(data="photographs")
+    assert len(label_noise.draw(pd.concat([table, one_share])).axes) == len(figure.axes)
+    assert len(label_noise.draw(one_share).axes) > 0  # there are no others
     plt.close("all")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,7 @@ __all__ = [
     "confirm",
     "correct",
     "for_each_data",
+    "is_not_run",
     "show",
     "table",
     "verdicts",
@@ -306,13 +308,20 @@ def for_each_data(table: pd.DataFrame, check: Callable[[pd.DataFrame], Sequence[
         check: rows of one kind of images -> claims.
 
     Returns:
-        All claims, those of the first images first.
+        All claims, those of the first images first. Images whose trials, shared with other experiments, compare nothing
+        here have none, unless there are no others.
     """
-    parts = list(table.groupby("data", sort=False))
-    if len(parts) == 1:
-        return list(check(table))
+    found = {data: list(check(part)) for data, part in table.groupby("data", sort=False)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    compared = {data: claims for data, claims in found.items() if not all(map(is_not_run, claims))} or found
     named = lambda claim, data: dataclasses.replace(claim, sentence=f"On {data}: {claim.sentence}")  # noqa: E731
-    return [named(claim, data) for data, part in parts for claim in check(part)]
+    return [named(claim, data) for data, claims in compared.items() for claim in claims]
+
+
+def is_not_run(claim: Claim) -> bool:
+    """Say whether nothing is known of a claim, since the trials that it compares were not run."""
+    return re.search(r"\b(was|not) run$", claim.evidence) is not None
 
 
 def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:

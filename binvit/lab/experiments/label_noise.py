@@ -175,6 +175,8 @@ def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:
 def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw test accuracy and memorized wrong labels against the share of wrong labels, a row per kind of images.
 
+    Images of which one share alone was run are left out, unless there are no others.
+
     Lines are symmetric noise; hollow diamonds are class-conditional noise. What does not train is crossed out.
 
     Args:
@@ -186,7 +188,9 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """
     panels = {"test_accuracy": "test accuracy (%)", "memorized": "wrong labels memorized (%)"}
     keys = ["scheme", "label_noise", "training"]
-    colors, table = colors_of(table["scheme"]), with_training(table)
+    several = table.groupby("data")["label_noise"].transform("nunique") > 1
+    table = with_training(table[several] if several.any() else table)
+    colors = colors_of(table["scheme"])
 
     def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
         part = part.dropna(subset=[value])
