@@ -242,7 +242,11 @@ def test_what_is_committed_follows_from_the_committed_archive(tmp_path):
     published.redraw_all(plan_notebooks(archive_maker.NOTEBOOKS, "archive"), folder, tmp_path / "out", readme)
     assert readme.read_text() == (ROOT / "README.md").read_text(), "make figures writes another table of results"
     drawn = {path.name: path for path in (tmp_path / "out").iterdir()}
-    committed = {path.name for path in folder.glob("*") if path.is_file()} - {"README.md", "data.csv", "reference.csv"}
+    committed = {path.name for path in folder.glob("[!.]*") if path.is_file()} - {
+        "README.md",
+        "data.csv",
+        "reference.csv",
+    }
     assert committed == set(drawn)
     for name, path in drawn.items():
         if name.endswith(".csv"):
