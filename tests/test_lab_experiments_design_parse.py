@@ -26,7 +26,7 @@ def test_images_are_read_from_text():
         (f"digits, {'9' * 5000} per class", "are not understood at"),
         ("digits, 0 per class", "not understood at '0 per class'"),
         ("digits, 3 seeds, 4 seeds", "not understood at '4 seeds'"),
-        ("digits, recipe large", "valid recipes are cpu"),
+        ("digits, recipe large", "valid recipes are cifar, cpu"),
         ("digits; digits, 2 seeds", "Two kinds of images of the experiment are called 'digits'"),
     ],
 )

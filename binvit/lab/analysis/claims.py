@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import math
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,6 @@ __all__ = [
     "confirm",
     "correct",
     "for_each_data",
-    "is_not_run",
     "show",
     "table",
     "verdicts",
@@ -314,14 +312,11 @@ def for_each_data(table: pd.DataFrame, check: Callable[[pd.DataFrame], Sequence[
     found = {data: list(check(part)) for data, part in table.groupby("data", sort=False)}
     if len(found) == 1:
         return next(iter(found.values()))
-    compared = {data: claims for data, claims in found.items() if not all(map(is_not_run, claims))} or found
+    compared = {
+        data: claims for data, claims in found.items() if not all(claim.is_not_run for claim in claims)
+    } or found
     named = lambda claim, data: dataclasses.replace(claim, sentence=f"On {data}: {claim.sentence}")  # noqa: E731
     return [named(claim, data) for data, claims in compared.items() for claim in claims]
-
-
-def is_not_run(claim: Claim) -> bool:
-    """Say whether nothing is known of a claim, since the trials that it compares were not run."""
-    return re.search(r"\b(was|not) run$", claim.evidence) is not None
 
 
 def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:

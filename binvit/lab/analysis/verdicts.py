@@ -1,6 +1,7 @@
 """Claims as records: a sentence with its verdict, and the correction of several verdicts together."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,6 +59,11 @@ class Claim:
             raise ValueError(f"A verdict is 'yes', 'no' or 'undecided', and {self.verdict!r} came.")
         if not self.sentence.strip() or "\n" in self.sentence:
             raise ValueError(f"A claim is one sentence on one line, and {self.sentence!r} came.")
+
+    @property
+    def is_not_run(self) -> bool:
+        """Whether nothing is known of it, since the trials that it compares were not run."""
+        return re.search(r"\b(was|not) run$", self.evidence) is not None
 
 
 def confirm(source: str, *claims: Claim) -> list[Claim]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from binvit.files import atomic_write
-from binvit.lab.analysis.claims import Claim, is_not_run
+from binvit.lab.analysis.claims import Claim
 
 BEGIN, END = "<!-- results: written by make figures -->", "<!-- end of results -->"
 NOT_RUN = "not run"
@@ -83,7 +83,7 @@ def cell(claim: Claim | None) -> str:
     Args:
         claim: what was checked; None if nothing was.
     """
-    if claim is None or is_not_run(claim):
+    if claim is None or claim.is_not_run:
         return NOT_RUN
     if claim.estimate is None:  # several differences
         part = re.match(r"\d+ of \d+ (fails?|is undecided|are undecided)", claim.evidence)
