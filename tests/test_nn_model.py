@@ -157,6 +157,31 @@ def test_a_pixel_that_is_no_number_gives_no_answer_for_its_image(name, value):
             packed.predict(x)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_features_of_an_image_that_is_not_finite_are_nan(name):
+    model = binvit.binarize(tiny_vit(), binvit.scheme(name, head_weight="sign", head_input="sign")).train()
+    x = X.clone()
+    x[1, 0, 0, 0] = torch.nan
+    model(X)
+    for mode in (True, False):
+        model.train(mode)
+        features = model.forward_features(x)
+        last, between = model.forward_intermediates(x, return_prefix_tokens=True)
+        kept = model.forward_intermediates(x, output_dict=True)["image_features"]
+        for output in (features, last, kept, *between[0], *between[-1], *model.get_intermediate_layers(x)):
+            assert output.isnan().flatten(1).all(1).tolist() == [False, True, False, False]
+            assert output[[0, 2, 3]].isfinite().all()
+
+
+def test_features_before_the_first_batch_set_the_scales():
+    model = binvit.binarize(tiny_vit(), "gsb").train()
+    model.set_grad_checkpointing(True)
+    model.forward_intermediates(X)[0].sum().backward()
+    other = binvit.binarize(tiny_vit(), "gsb").train()
+    other(X)
+    assert same(scales(model), scales(other))
+
+
 # --- what owners change
 
 
@@ -191,19 +216,33 @@ def test_a_scheme_with_float_heads_keeps_them_float():
     assert type(model.head) is nn.Linear
 
 
-def test_another_input_size_where_nothing_depends_on_it():
-    model = binvit.calibrate(binvit.binarize(tiny_vit(), "bit"), X)
-    model.set_input_size((24, 16))
-    assert model.eval()(images(2, 24, 16)).shape == (2, 5)
+@pytest.mark.parametrize("name", BINARY)
+def test_another_input_size_where_nothing_depends_on_it(name):
+    vit = tiny_vit(class_token=False, global_pool="avg")
+    model = binvit.calibrate(binvit.binarize(vit, binvit.scheme(name, attention_bias="none")), X)
+    for size, both in ((24, (24, 24)), ((24, 16), (24, 16)), ([16, 24], (16, 24))):
+        model.set_input_size(size)
+        assert model.eval()(images(2, *both)).shape == (2, 5)
+        model.train()(images(2, *both)).sum().backward()
+    packed = binvit.pack(model.eval(), exact=True)
+    assert torch.equal(packed(images(2, 16, 24)), model(images(2, 16, 24)))
 
 
 def test_another_input_size_is_refused_where_something_does():
     biased, plain = binvit.binarize(tiny_vit(), "gsb"), binvit.binarize(tiny_vit(), "bit")
-    with pytest.raises(ValueError, match=r"bias is for images of size \(16, 16\), got \(24, 16\)"):
+    with pytest.raises(ValueError, match=r"bias is for images of size \(16, 16\) .*, got \(24, 16\)"):
         biased.set_input_size((24, 16))
     with pytest.raises(ValueError, match=r"keeps its patch size \(8, 8\), got \(4, 4\)"):
         plain.set_input_size(patch_size=(4, 4))
-    biased.set_input_size((16, 16))
+    with pytest.raises(ValueError, match=r"size \(18, 16\) cannot be cut into patches of size \(8, 8\)"):
+        plain.set_input_size((18, 16))
+    blocks = binvit.binarize(tiny_vit(), binvit.scheme("gsb", components=("mlp", "mhsa")))
+    with pytest.raises(ValueError, match=r"in patches of size \(8, 8\), got \(16, 16\) in \(4, 4\)"):
+        blocks.set_input_size(patch_size=4)
+    for same_size in ((16, 16), [16, 16], 16):
+        biased.set_input_size(same_size)
+    blocks.set_input_size(32, 16)  # as many patches
+    assert blocks.train()(images(2, 32, 32)).shape == (2, 5)
 
 
 def test_a_float_model_with_a_bias_trains_and_is_kept(tmp_path):

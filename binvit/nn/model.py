@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from binvit.nn.block_parts import Branches
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.linear import BinaryLinear, BinaryPatchConv
 from binvit.nn.schemes import Scheme
@@ -36,10 +38,19 @@ class Binarized:
     _prepared = False  # all scales are known to be set
 
     def forward_features(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """Compute the tokens (B, N, D) of images (B, C, H, W); the arguments are those of timm's model."""
+        """Compute the tokens (B, N, D) of images (B, C, H, W); the arguments are those of timm's model.
+
+        All tokens of an image with a pixel that is not finite are NaN.
+        """
         if self.training and not self._prepared:
             _prepare(self, x)
-        return super().forward_features(x, *arguments, **options)  # type: ignore[misc]
+        return poison(super().forward_features(x, *arguments, **options), x)  # type: ignore[misc]
+
+    def forward_intermediates(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Compute the tokens of several blocks, NaN as in `forward_features`; the arguments are timm's."""
+        if self.training and not self._prepared:
+            _prepare(self, x)
+        return poison(super().forward_intermediates(x, *arguments, **options), x)  # type: ignore[misc]
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Compute the logits of images (B, C, H, W), NaN for an image with a pixel that is not finite."""
@@ -59,24 +70,33 @@ class Binarized:
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size.
+        """Take images of another size; branches that mix neighbouring patches follow.
 
         Raises:
-            ValueError: if a binarized patch embedding would get other patches, or a learned attention bias, which has
-                its values by pairs of tokens, other tokens.
+            ValueError: if a binarized patch embedding would get other patches, or images that are not whole patches, or
+                a learned attention bias, which has its values by pairs of tokens, other tokens.
         """
         embed = self.patch_embed
-        if patch_size is not None and tuple(patch_size) != embed.patch_size and isinstance(embed.proj, BinaryPatchConv):
+        size = embed.img_size if img_size is None else to_2tuple(img_size)
+        patch = embed.patch_size if patch_size is None else to_2tuple(patch_size)
+        binary = isinstance(embed.proj, BinaryPatchConv)
+        if binary and patch != embed.patch_size:
             raise ValueError(
-                f"The binarized patch embedding keeps its patch size {embed.patch_size}, got {tuple(patch_size)}; "
+                f"The binarized patch embedding keeps its patch size {embed.patch_size}, got {patch}; "
                 "binarize the model after the change."
             )
-        if self.scheme.attention_bias != "none" and (img_size or embed.img_size) != embed.img_size:
+        if binary and size is not None and (size[0] % patch[0] or size[1] % patch[1]):
+            raise ValueError(f"Images of size {size} cannot be cut into patches of size {patch}.")
+        grid = None if size is None else (size[0] // patch[0], size[1] // patch[1])
+        if self.scheme.attention_bias != "none" and grid != embed.grid_size:
             raise ValueError(
-                f"The learned attention bias is for images of size {embed.img_size}, got {img_size}; binarize the "
-                "model after the change."
+                f"The learned attention bias is for images of size {embed.img_size} in patches of size "
+                f"{embed.patch_size}, got {size} in {patch}; binarize the model after the change."
             )
-        super().set_input_size(img_size, patch_size)  # type: ignore[misc]
+        super().set_input_size(size, patch)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, Branches):
+                module.grid = embed.grid_size
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         self._prepared = False  # what is loaded may be a model that has seen no batch
@@ -102,12 +122,14 @@ def _is_added(name: str) -> bool:
 
 
 def poison(output: Any, images: Tensor) -> Any:
-    """Return an output (B, ...), or a tuple of them, with NaN for images that hold numbers that are not finite.
+    """Return an output (B, ...), or several in a container, with NaN for images with numbers that are not finite.
 
     Signs of NaN are finite, so that they would not come out of 1-bit layers by themselves.
     """
-    if isinstance(output, tuple):
-        return tuple(poison(part, images) for part in output)
+    if isinstance(output, dict):
+        return {name: poison(part, images) for name, part in output.items()}
+    if isinstance(output, tuple | list):
+        return type(output)(poison(part, images) for part in output)
     finite = images.isfinite().flatten(1).all(1)
     return torch.where(finite.view(-1, *[1] * (output.dim() - 1)), output, torch.nan)
 
