@@ -63,6 +63,14 @@ def test_chance_and_the_heading_stand_in_the_figure():
     plt.close("all")
 
 
+def test_the_figure_counts_trainings_that_learned_nothing_though_their_mean_did():
+    table = table_of({("float", "digits"): [0.9, 0.9], ("bit", "digits"): [0.1, 0.9], ("bnn", "digits"): [0.1, 0.2]})
+    guessing = {"digits": 0.1}
+    figure = methods.draw(methods.with_families(table.assign(scheme=table["condition"]), guessing), guessing)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["90.0", "50.0, 1 of 2 do not train", "15.0", "chance"]
+    plt.close("all")
+
+
 def test_unknown_schemes_are_refused():
     methods.check_scheme("all")
     methods.check_scheme("gsb")

@@ -158,12 +158,19 @@ def with_references(shown: pd.DataFrame, pixels: pd.DataFrame, guessing: Mapping
 def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
     """Draw the test accuracy of every scheme within its family, with chance as a line and the float model as another.
 
+    Where a mean is well above chance but some of its trainings are not, their number follows it.
+
     Args:
         table: the result of `with_families`.
         guessing: the result of `plan.chance`.
     """
     table = table.sort_values("trains", ascending=False, kind="stable")  # what does not train stands last
     summary = summarize(table, ["data", "family", "condition", "scheme"])
+    lost = table.assign(lost=table["test_accuracy"] < LEAST * table["data"].map(guessing).astype(float))
+    counts = lost[lost["trains"]].groupby(["data", "condition"])["lost"].sum()
+    known = [int(counts.get(key, 0)) for key in zip(summary["data"], summary["condition"], strict=True)]
+    notes = [f", {count} of {n} do not train" if count else "" for count, n in zip(known, summary["n"], strict=True)]
+    summary = summary.assign(note=notes)
     figure = dot_panels(summary, table, "condition", "family", reference="float", scheme="scheme")
     for ax, data in zip(figure.axes, summary["data"].unique(), strict=False):  # one says that nothing was run
         mark(ax, 100 * guessing[data], "chance")

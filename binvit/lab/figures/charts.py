@@ -172,7 +172,8 @@ def dots(
     """Draw means as dots, from five seeds on with 95 % intervals, one row each, the numbers written at the right.
 
     Args:
-        summary: the columns ``label``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them.
+        summary: the columns ``label``, ``mean``, ``low``, ``high``, ``n``, as `statistics.summarize` gives them; where
+            there is a column ``note``, its texts follow the numbers.
         label: the column that names the rows.
         group: a column that puts rows under headings; groups keep their order.
         xlabel: what the mean is.
@@ -228,6 +229,7 @@ def dots(
         spec = ".1f" if percent else ".3g"
         sign = "+" if reference == "0" else ""
         text = f"{factor * row['mean']:{sign}{spec}}" + ("" if math.isnan(half) else f" ± {half:{spec}}")
+        text += str(row.get("note", ""))
         ax.annotate(
             text, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=7.5, color=INK
         )
