@@ -20,6 +20,11 @@ def _copy_of(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
+def _in_backward() -> bool:
+    """Tell whether a backward pass is running, which computes checkpointed blocks again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def each(binarizer: Binarizer | nn.ModuleList) -> list[Binarizer]:
     """Return a layer's binarizer, or that of each of its parts, as a list."""
     return cast("list[Binarizer]", list(binarizer) if isinstance(binarizer, nn.ModuleList) else [binarizer])
@@ -107,8 +112,10 @@ class BinaryLinear(nn.Module):
         fixed = fixed.clamp(-1, 1)
         if not self.training:
             return ReplaceValue.apply(w, fixed)
-        # Behind autograd's back: a second forward pass before the step changes nothing that the first has kept.
-        self.weight.data.copy_(fixed.view_as(self.weight))
+        # Behind autograd's back: a second forward pass before the step changes nothing but the rounding of what the
+        # first has kept, and not even that where a checkpointed block is computed again.
+        if not _in_backward():
+            self.weight.data.copy_(fixed.view_as(self.weight))
         return self.matrix
 
     def products(self, x: Tensor) -> Tensor:
