@@ -1,4 +1,8 @@
-"""The catalogue of published binarizers; adding one is one record here and, if its rule is new, one rule class."""
+"""The catalogue of published binarizers; adding one is one record here and, if its rule is new, one rule class.
+
+In every 1-bit scheme the patch embedding has 8-bit weights, and the heads 8-bit weights and inputs, as in GSB's code;
+the codes of the others leave both float, but for BNN's, whose first layer has 1-bit weights.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +105,9 @@ _CATALOGUE = (
         "irnet",
         "standardized weights, a gradient that sharpens over training, own inputs",
         "Qin et al., Forward and backward information retention for accurate binary neural networks, 2020. The "
-        "attention map, with the paper's gradient at the distance from the threshold, and LayerNorms where the nets "
-        "have batch norms are this project's choice.",
+        "attention map, with the paper's gradient at the distance from the threshold, LayerNorms where the nets have "
+        "batch norms, and a gradient that sharpens with every step, where the released code's does with every epoch, "
+        "are this project's choice.",
         linear_bias="never",
         norm="after",
         own_input=True,
@@ -115,7 +120,7 @@ _CATALOGUE = (
         "learned shifts before every sign, own inputs and a shifted PReLU after every linear layer",
         "Liu et al., ReActNet: Towards precise binary neural network with generalized activation functions, 2020, in "
         "the transformer version released with BinaryViT (Le and Li, 2023), whose weights are centred where those of "
-        "the convolutional code are not.",
+        "the convolutional code are not; LayerNorms where its scripts put batch norms are this project's choice.",
         **_REACTNET,
         **_everywhere("sign_approx", weight="sign_mean_centred", attention="elastic_small", value="sign_approx"),
     ),
@@ -142,7 +147,8 @@ _CATALOGUE = (
         "bivit-head",
         "learned step and offset per head for query, key, map and value",
         "Li et al., Bi-ViT: Pushing the limit of vision transformer quantization, 2024, and its code, whose training "
-        "script lacks the paper's ranking-aware loss. The map starts constant, as released.",
+        "script lacks the paper's ranking-aware loss, and whose linear layers never add their bias. The map starts "
+        "constant, as released.",
         linear_bias="never",
         qk_norm=True,
         activation_limit=10.0,
@@ -153,7 +159,8 @@ _CATALOGUE = (
         "binaryvit",
         "own inputs, norms, shifted PReLUs and scales around every linear layer, pooling branches",
         "Le and Li, BinaryViT: Pushing binary vision transformers towards convolutional models, 2023. LayerNorms where "
-        "the released scripts put batch norms over tokens, and no pyramid, are this project's choice.",
+        "the released scripts put batch norms over tokens, and no pyramid, are this project's choice; a model with a "
+        "class token has no pooling branches.",
         layer_scale=True,
         branches="pool",
         **_REACTNET,
@@ -163,7 +170,9 @@ _CATALOGUE = (
         "bhvit-qd",
         "attention map decomposed into three binary maps, in BinaryViT's blocks with shifting branches",
         "Gao et al., BHViT: Binarized hybrid vision transformer, 2025, arXiv 2503.02394; its decomposition and blocks "
-        "on a plain vision transformer, without the windows and convolutions of its first stages.",
+        "on a plain vision transformer, without the windows and convolutions of its first stages, with LayerNorms "
+        "where the released scripts put batch norms; a model with a class token has no shifting branches. The penalty "
+        "of its last epochs is the field weight_penalty of recipes.",
         layer_scale=True,
         branches="shift",
         **_REACTNET,
@@ -197,7 +206,9 @@ _CATALOGUE = (
         "three superposed binary groups for the attention map and the value",
         _GSB_PAPER
         + ". The released code takes the maxima over the whole batch (reduce='batch'); the default here takes them "
-        "per row, so that an image's logits do not depend on its batch.",
+        "per row, so that an image's logits do not depend on its batch. Its scales stack up in the first step only "
+        "(init='official'), here for good, and the patch embedding's 8-bit steps start from one value for all "
+        "channels, here from one per channel.",
         attention="gsb",
         value="gsb",
         thresholds=(0.7, 0.9),
