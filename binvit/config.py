@@ -234,9 +234,11 @@ def sentence(error: ValidationError, what: str, fields: Iterable[str] = (), owne
         return str(context["error"])
     if kind == "unexpected_positional_argument":
         return f"A {what} has {len(names)} fields, got a value more: {show(value)}."
+    if kind == "missing" and place and isinstance(last := place[-1], int):  # an entry of a list of fixed length
+        kind, place, context = "too_short", place[:-1], {"min_length": last + 1}
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"Unknown {what} field {where!r}; valid fields are {', '.join(names)}."
+        return f"Unknown {what} field {show(where)}; valid fields are {', '.join(names)}."
     if kind == "missing":
         return f"A {what} needs the field {where}."
     context = {name: f"{item:g}" if isinstance(item, float) else item for name, item in context.items()}
@@ -293,4 +295,6 @@ def read_yaml(text: str, what: str) -> Any:
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply to be read.") from None
     except (yaml.YAMLError, ValueError) as error:
+        if not isinstance(error, yaml.YAMLError) and "digits" in str(error):  # Python's words name a function to call
+            raise ValueError(f"{what} holds a whole number of more than 4,300 digits.") from None
         raise ValueError(f"{what} is no readable YAML ({' '.join(str(error).split())}).") from None

@@ -181,8 +181,19 @@ def test_text_that_is_no_json_is_refused_by_one_sentence(text):
     "text", ["[" * 1000 + "]" * 1000, "7" * 5000, "{a: [", "\x00", "[&a 1, *a]", "!!python/none 1"]
 )
 def test_text_that_is_no_yaml_is_refused_by_one_sentence(text):
-    with pytest.raises(ValueError, match=r"^The file x\.yaml is (no readable YAML \(.+\)|nested too deeply.*)\.$"):
+    sentences = r"is no readable YAML \(.+\)|is nested too deeply.*|holds a whole number of more than 4,300 digits"
+    with pytest.raises(ValueError, match=rf"^The file x\.yaml ({sentences})\.$") as refused:
         read_yaml(text, "The file x.yaml")
+    assert "sys.set_int_max_str_digits" not in str(refused.value)
+
+
+class Place(Config, written=False):
+    corner: tuple[Number, Number]
+
+
+def test_a_list_of_fixed_length_that_is_too_short_is_told_by_its_length():
+    with pytest.raises(ValueError, match=r"^The place's corner must be a list of at least 2 entries, got \[1\]\.$"):
+        Place(corner=[1])
 
 
 def test_dates_in_yaml_stay_texts_that_a_field_can_name():

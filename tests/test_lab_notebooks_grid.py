@@ -128,13 +128,34 @@ def test_a_trial_of_a_plan_is_trained_and_read_back(planned, tmp_path):
     ("arguments", "sentence"),
     [
         ([], "holds 2 trials; name one with --id"),
-        (["--id", "gsb-smoke-0-0"], "holds no trial gsb-smoke-0-0"),
+        (["--id", "gsb-smoke-0-0"], "holds no trial 'gsb-smoke-0-0'"),
         (["--seed", "0"], "says all about the trial; leave out seed"),
     ],
 )
 def test_wrong_trials_are_refused(planned, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         CliRunner().invoke(cli, ["train", "--trial", str(planned), *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"keep_model": "false"}, r"The trial's keep_model in .* must be true or false, got 'false'\.$"),
+        ({"keep_model": None}, r"The trial's keep_model in .* must be true or false, got None\.$"),
+        ({"id": 4000 * "x"}, r"The trial 'x{40,60}\.\.\.x{40,60}' of .* is gsb-smoke-0-.* now"),
+        ({"trial": []}, r"A trial must be a mapping of field names to values, got \[\]\.$"),
+    ],
+)
+def test_odd_lines_of_a_plan_are_refused_in_a_sentence(fields, sentence, tmp_path):
+    path = tmp_path / "plan.jsonl"
+    path.write_text(json.dumps({"notebook": "01"}) + "\n" + json.dumps({"trial": Trial("digits").to_dict()} | fields))
+    with pytest.raises(ValueError, match=sentence):
+        grid.read_planned(path)
+
+
+def test_values_of_a_notebook_that_trains_nothing_are_checked_by_the_plan():
+    with pytest.raises(ValueError, match=r"^08_efficiency\.ipynb: .*batches holds -1"):
+        CliRunner().invoke(cli, ["plan", "08", "-p", "batches", "[-1]"], catch_exceptions=False)
 
 
 def test_a_plan_of_other_images_is_refused(tmp_path):

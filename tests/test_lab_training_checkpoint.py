@@ -1,17 +1,20 @@
 import dataclasses
 import os
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 import binvit
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.model import CheckpointInfo, build_model, default_patch_size, new_model
 from binvit.lab.training.recipes import recipe
+from binvit.packed.files import checksum
 
 TINY = {"width": 16, "depth": 1, "heads": 2}
 
@@ -80,7 +83,7 @@ def test_foreign_safetensors_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of binvit"):
         load_checkpoint(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "binvit checkpoint", "version": "1"})
-    with pytest.raises(ValueError, match="format version 1, this release of binvit reads 2"):
+    with pytest.raises(ValueError, match="format version '1', this release of binvit reads 2"):
         load_checkpoint(path)
 
 
@@ -114,23 +117,51 @@ def test_equal_models_are_equal_files_in_every_process(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("claim", "sentence"),
-    [
-        ({"mean": (0.5,)}, "its mean must be three numbers"),
-        ({"std": (None, None, None)}, "its std must be three numbers above 0"),
-        ({"std": (0.0, 0.0, 0.0)}, "its std must be three numbers above 0"),
-        ({"mean": ("a", "b", "c")}, "its mean must be three numbers"),
-        ({"mean": (float("nan"), 0.0, 0.0)}, "its mean must be three numbers"),
-        ({"trial": [1]}, "its trial must be an object or null"),
-        ({"classes": ([1], {"a": 1}, None)}, "its classes must be a list of texts"),
-        ({"image_size": 2**62}, "its image_size must be a whole number from 1 to 1048576"),
-    ],
+HEADER = (
+    ('"mean": [0.5]', r"Its mean must be a list of at least 2 entries, got [\[(]0\.5"),
+    ('"mean": ["a", "b", "c"]', "Its mean.* must be a number, got 'a'"),
+    (f'"mean": [1{400 * "0"}, 0, 0]', "Its mean.* must be a number, got a whole number of about 400 digits"),
+    ('"mean": [NaN, 0, 0]', "it is no readable JSON"),
+    ('"std": [null, null, null]', "Its std.* must be a number, got None"),
+    ('"std": [0.0, 0.0, 0.0]', "Its std.* must be above 0, got 0"),
+    ('"trial": [1]', "Its trial must be a mapping of names to values"),
+    (f'"trial": {{"a": {100 * "["}{100 * "]"}}}', "Its trial is nested deeper than 32 levels"),
+    ('"classes": "abc"', "Its classes must be a list, got 'abc'"),
+    ('"classes": [[1], {"a": 1}, null]', "Its classes.* must be a text"),
+    (f'"image_size": {2**62}', "Its image_size must be at most 1048576"),
+    (f'"image_size": {5000 * "9"}', "it is no readable JSON"),
+    (f'"recipe": {1000 * "["}{1000 * "]"}', "it is no readable JSON"),
+    ('"version": "two"', "it has format version 'two', this release of binvit reads 2"),
+    ('"colour": 1', "Unknown checkpoint info field 'colour'"),
 )
-def test_a_header_with_a_checksum_of_its_own_is_checked_as_well(claim, sentence, tmp_path):
-    path = save_checkpoint(tmp_path / "model", new_model(info()), dataclasses.replace(info(), **claim))
-    with pytest.raises(ValueError, match=rf"damaged header .*{sentence}"):
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    path = save_checkpoint(tmp_path_factory.mktemp("sound") / "model", new_model(info()), info())
+    with safe_open(path, "pt") as file:
+        header = file.metadata()["binvit checkpoint"].partition(" ")[2]
+    return header, load_file(path)
+
+
+def refusal(header, tensors, path):
+    """Return how a checkpoint with this header, and the checksum that belongs to it, is refused."""
+    total = checksum({"header": header}, tensors)
+    path.write_bytes(save(tensors, {"binvit checkpoint": f"{total} {header}"}))
+    with pytest.raises(ValueError, match=r"^The checkpoint .* has a damaged header: .*\.$") as refused:
         load_checkpoint(path)
+    return str(refused.value).partition("header: ")[2]
+
+
+@pytest.mark.parametrize(("claim", "sentence"), HEADER, ids=[claim[:20] for claim, _ in HEADER])
+def test_a_header_with_a_checksum_of_its_own_is_checked_as_well(claim, sentence, sound, tmp_path):
+    header, tensors = sound
+    assert re.match(sentence, refusal(f"{header[:-1]}, {claim}}}", tensors, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("header", ["{}", "null", "[]", '"text"', "1"])
+def test_a_header_that_is_no_header_is_refused_in_words(header, sound, tmp_path):
+    assert refusal(header, sound[1], tmp_path / "model").startswith("it has format version None, this release")
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path):

@@ -233,6 +233,11 @@ def _break(values, **changes):
         (lambda values: "{", "Line 1 of .*digits.jsonl is no readable JSON"),
         (lambda values: "[" * 1000, "Line 1 of .*digits.jsonl is no readable JSON"),
         (lambda values: "[]", "Line 1 of .*digits.jsonl is no archived trial"),
+        (lambda values: _break(values, trial=3), "Line 1 of .*digits.jsonl is no archived trial"),
+        (
+            lambda values: _break(values, id=f"a-{5000 * '9'}-{16 * '0'}"),
+            "Line 1 of .*digits.jsonl is no archived trial",
+        ),
         (lambda values: _break(values, id=3), "Line 1 of .*digits.jsonl is no archived trial"),
         (lambda values: _break(values, history=[1]), "damaged: its history must have columns of one length"),
         (lambda values: _break(values, history=values["history"] | {"lr": [1]}), "columns of one length"),

@@ -32,8 +32,17 @@ def test_rates_survive_the_file_and_replace_their_kind(tmp_path):
 @pytest.mark.parametrize("text", ["3", "- 3", "- {rate: 1}", "[", "- {data: a, recipe: b, scheme: c, bias: d}"])
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "rates.yaml").write_text(text)
-    with pytest.raises(ValueError, match="rate"):
+    with pytest.raises(ValueError, match=r"^The file of rates .*rates\.yaml is damaged: .+\.$"):
         read_rates(tmp_path / "rates.yaml")
+
+
+def test_a_file_that_cannot_hold_rates_is_told_before_the_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_accuracies", lambda *_: pytest.fail("it trains"))
+    (tmp_path / "bytes").write_bytes(b"\xff- a")
+    for place, why in ((tmp_path, "is no regular file"), (tmp_path / "bytes", "is damaged: it is no text in UTF-8")):
+        result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", "--rates", str(place)])
+        assert isinstance(result.exception, ValueError)
+        assert f"{place} {why}" in str(result.exception)
 
 
 def test_a_trial_takes_the_chosen_rate_unless_it_names_one(monkeypatch):

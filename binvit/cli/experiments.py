@@ -131,6 +131,7 @@ def plan(
     for file in files:
         values |= plan_.read_values(file)
     jobs = plan_.plan(notebooks or project.folder("notebooks"), size, numbers, values, dict(texts))
+    plan_.check(jobs, files=False)  # also those of notebooks that train nothing
     trials = grid.grid(jobs)
     if out is not None:
         grid.write_plan(out, jobs, trials)
@@ -175,10 +176,11 @@ def tune(
     those tried, the next one by a factor of two is tried as well.
     """
     import binvit
-    from binvit.lab.training.rates import RATES, write_rates
+    from binvit.lab.training.rates import RATES, read_rates, write_rates
     from binvit.lab.trials.tune import tune as search
     from binvit.lab.trials.tune import tuning_table
 
+    read_rates(rates or RATES)  # a file that cannot be added to is told before the trainings, not after
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
     given: dict[str, Any] = {

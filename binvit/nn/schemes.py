@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from binvit.config import Config, Number, Switch, Text, one_of
+from binvit.config import Config, Number, Switch, Text, one_of, show
 from binvit.nn.block_parts import BRANCHES, LAYER_ACTIVATIONS
 from binvit.nn.rules import (
     REDUCTIONS,
@@ -217,4 +217,4 @@ class Scheme(Config):
 def check_name(what: str, value: Any, valid: Iterable[str]) -> None:
     """Raise a ValueError that lists the valid names unless the value is one of them."""
     if not isinstance(value, str) or value not in valid:
-        raise ValueError(f"Unknown {what} {value!r}; valid are {', '.join(valid)}.")
+        raise ValueError(f"Unknown {what} {show(value)}; valid are {', '.join(valid)}.")

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 
+from binvit.config import show
 from binvit.images import normalize, resize_square
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -100,7 +101,7 @@ def train_transform(
             re_mode="pixel",  # noise instead of a constant, as DeiT and the released GSB code erase
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm does not know the augmentation {auto_augment!r} ({error!r}).") from None
+        raise ValueError(f"timm does not know the augmentation {show(auto_augment)} ({show(error)}).") from None
     for step in transform.transforms:
         # RandAugment and AugMix hold a list of operations, AutoAugment a list of lists.
         for op in getattr(step, "ops", None) or chain(*getattr(step, "policy", ())):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from binvit.config import read_json
+from binvit.config import read_json, show
 from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
@@ -195,16 +195,19 @@ def read_planned(path: Path, identity: str | None = None) -> tuple[Trial, bool]:
         raise FileNotFoundError(f"There is no file of trials {path}.")
     found = [entry for entry in _entries(path) if identity in (None, entry.get("id"))]
     if len(found) != 1:
-        which = f"no trial {identity}" if identity else f"{len(found)} trials; name one with --id"
+        which = f"no trial {show(identity)}" if identity else f"{len(found)} trials; name one with --id"
         raise ValueError(f"The file {path} holds {which}.")
     (entry,) = found
     trial = Trial.from_dict(entry.get("trial", entry))
+    keep_model = entry.get("keep_model", True)
+    if not isinstance(keep_model, bool):
+        raise ValueError(f"The trial's keep_model in {path} must be true or false, got {show(keep_model)}.")
     if entry.get("id") not in (None, trial.id):
         raise ValueError(
-            f"The trial {entry['id']} of {path} is {trial.id} now: its images, recipe or scheme have changed since; "
-            "make the plan anew."
+            f"The trial {show(entry['id'])} of {path} is {trial.id} now: its images, recipe or scheme have changed "
+            "since; make the plan anew."
         )
-    return trial, bool(entry.get("keep_model", True))
+    return trial, keep_model
 
 
 def _entries(path: Path) -> list[Mapping[str, Any]]:

@@ -112,7 +112,7 @@ def _check_scheme(name: str) -> None:
     import binvit
 
     if name not in binvit.list_schemes():
-        raise ValueError(f"There is no scheme {name!r}; the schemes are {', '.join(binvit.list_schemes())}.")
+        raise ValueError(f"There is no scheme {show(name)}; the schemes are {', '.join(binvit.list_schemes())}.")
 
 
 def _check_dataset(name: str) -> None:

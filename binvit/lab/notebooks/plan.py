@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from binvit.config import read_yaml
+from binvit.config import read_yaml, show
 from binvit.lab.notebooks.parameters import convert
 from binvit.lab.project import project_dir
 
@@ -84,7 +84,7 @@ def _select(folder: Path, only: Sequence[str]) -> list[Path]:
     numbers = [notebook.name[:2] for notebook in notebooks]
     for number in only:
         if number.zfill(2) not in numbers:
-            raise ValueError(f"There is no notebook {number!r}; there are {', '.join(numbers)}.")
+            raise ValueError(f"There is no notebook {show(number)}; there are {', '.join(numbers)}.")
     wanted = {number.zfill(2) for number in only}
     return [notebook for notebook in notebooks if not wanted or notebook.name[:2] in wanted]
 
@@ -113,7 +113,7 @@ def plan(
         FileNotFoundError: a notebook or parameter file is missing.
     """
     if size not in SIZES:
-        raise ValueError(f"There is no size {size!r}; the sizes are {', '.join(SIZES)}.")
+        raise ValueError(f"There is no size {show(size)}; the sizes are {', '.join(SIZES)}.")
     jobs = []
     for notebook in _select(folder, only):
         types = _declared(notebook)
@@ -123,7 +123,7 @@ def plan(
             if name not in types:
                 hint = " Choose the notebooks that have it with --only." if name not in own else ""
                 valid = ", ".join(types)
-                raise ValueError(f"{notebook.name} has no parameter {name!r}; its parameters are {valid}.{hint}")
+                raise ValueError(f"{notebook.name} has no parameter {show(name)}; its parameters are {valid}.{hint}")
         given = {name: convert(name, value, types[name]) for name, value in given.items()}
         given |= {name: parse(name, text, types[name]) for name, text in (texts or {}).items()}
         jobs.append(Job(notebook, given, size))
@@ -152,7 +152,8 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
                 folder = getattr(checked, "data_dir", "")
                 require_files(images.dataset, project_dir() / folder if folder else None)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{job.notebook.name}: {error}") from None
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{job.notebook.name}: {error}") from None
 
 
 def checked_values(job: Job) -> Any:

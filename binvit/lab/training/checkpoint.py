@@ -5,23 +5,20 @@ with a checksum of itself and all tensors: equal models are equal files, and no 
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 
+from binvit.config import read_json, show
 from binvit.files import atomic_write
 from binvit.images import require_regular
 from binvit.lab.training.model import CheckpointInfo, new_model
-from binvit.lab.training.recipe import Recipe
 from binvit.nn.convert import fill_buffers
-from binvit.nn.schemes import Scheme
 from binvit.packed.files import checksum
 
 _KEY = "binvit checkpoint"
@@ -118,11 +115,12 @@ def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.T
     content = path.read_bytes()  # safetensors' own reader takes too many open files for a missing one
     try:
         tensors = load(content)
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        whole = read_json(content[8 : 8 + int.from_bytes(content[:8], "little")], "Its header")
+        metadata = whole.get("__metadata__") or {}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The file {path} is truncated or no safetensors file ({error}).") from None
     if metadata.get("format") == _KEY:
-        found = metadata.get("version")
+        found = show(metadata.get("version"))
         raise ValueError(f"The checkpoint {path} has format version {found}, this release of binvit reads {_VERSION}.")
     if _KEY not in metadata:
         raise ValueError(f"The file {path} is a safetensors file but no checkpoint of binvit.")
@@ -132,36 +130,12 @@ def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.T
     return _info(path, text), tensors
 
 
-def _check_images(header: dict[str, Any]) -> None:
-    """Raise a ValueError unless a header's numbers and names can be those of images."""
-    classes, mean, std, size, trial = (header[name] for name in ("classes", "mean", "std", "image_size", "trial"))
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ValueError("its classes must be a list of texts")
-    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
-        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-        if not (numbers and len(values) == 3 and all(least < value < math.inf for value in values)):
-            raise ValueError(f"its {name} must be three numbers{' above 0' if name == 'std' else ''}")
-    if type(size) is not int or not 1 <= size <= 2**20:
-        raise ValueError("its image_size must be a whole number from 1 to 1048576")
-    if not isinstance(trial, dict | None):
-        raise ValueError("its trial must be an object or null")
-
-
 def _info(path: Path, text: str) -> CheckpointInfo:
     try:
-        header: dict[str, Any] = json.loads(text)
-        if header["version"] != _VERSION:
-            found = header["version"]
-            raise ValueError(f"it has format version {found}, this release of binvit reads {_VERSION}")
-        _check_images(header)
-        return CheckpointInfo(
-            recipe=Recipe.from_dict(header["recipe"]),
-            scheme=Scheme.from_dict(header["scheme"]),
-            classes=tuple(header["classes"]),
-            mean=tuple(header["mean"]),
-            std=tuple(header["std"]),
-            image_size=int(header["image_size"]),
-            trial=header["trial"],
-        )
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The checkpoint {path} has a damaged header ({type(error).__name__}: {error}).") from None
+        header = read_json(text, "it")
+        version = header.pop("version", None) if isinstance(header, dict) else None
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(f"it has format version {show(version)}, this release of binvit reads {_VERSION}.")
+        return CheckpointInfo.from_dict(header)
+    except ValueError as error:
+        raise ValueError(f"The checkpoint {path} has a damaged header: {error}") from None

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from binvit.config import show
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -28,9 +30,9 @@ def choose_device(name: str | None = None) -> str:
     if name is None:
         return "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
-        raise ValueError(f"A device is cpu, cuda, mps or one GPU such as cuda:1, got {name!r}.")
+        raise ValueError(f"A device is cpu, cuda, mps or one GPU such as cuda:1, got {show(name)}.")
     if name.startswith("cuda") and int(name[5:] or 0) >= gpus:
-        raise ValueError(f"There is no device {name!r}: torch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here.")
+        raise ValueError(f"There is no device {show(name)}: torch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here.")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("There is no device 'mps': torch sees no Apple GPU here.")
     return name

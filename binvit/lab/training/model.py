@@ -1,16 +1,16 @@
 """The model that a recipe describes, and what a checkpoint says of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
+from pydantic import Field
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 import binvit
-from binvit.lab.training.recipe import Recipe
+from binvit.config import Config, Number, Text
+from binvit.lab.training.recipe import Count, Recipe
 from binvit.lab.training.weights import create_pretrained, load_weights
 from binvit.nn.schemes import Scheme
 
@@ -110,27 +110,28 @@ def _multiple(size: int, factor: int) -> int:
     return factor * max(1, round(size / factor))
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says about its model.
+Deviation = Annotated[Number, Field(gt=0)]
 
-    Args:
-        recipe: how the model is shaped and was trained.
-        scheme: how it is binarized.
-        classes: one name per class.
-        mean: three channel means, for images from 0 to 1.
-        std: three channel standard deviations.
-        image_size: pixels of an image's side.
-        trial: the trial as JSON types, None for a model trained elsewhere.
-    """
+
+class CheckpointInfo(Config):
+    """What a checkpoint says about its model."""
+
+    _owner = "Its "
 
     recipe: Recipe
+    """How the model is shaped and was trained."""
     scheme: Scheme
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: int
-    trial: Mapping[str, Any] | None = None
+    """How it is binarized."""
+    classes: tuple[Text, ...]
+    """One name per class."""
+    mean: tuple[Number, Number, Number]
+    """Three channel means, for images from 0 to 1."""
+    std: tuple[Deviation, Deviation, Deviation]
+    """Three channel standard deviations."""
+    image_size: Count
+    """Pixels of an image's side."""
+    trial: dict[str, Any] | None = None
+    """The trial as JSON types, None for a model trained elsewhere."""
 
 
 def new_model(info: CheckpointInfo, pretrained: bool = False) -> VisionTransformer:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from binvit.config import Config, Number, Text, read_yaml, show
 from binvit.files import atomic_write
+from binvit.images import require_regular
 from binvit.lab.training.recipe import Count
 
 RATES = Path(__file__).with_name("rates.yaml")
@@ -64,12 +65,18 @@ def read_rates(path: str | Path = RATES) -> dict[tuple[str, str, str, str], Chos
     Raises:
         ValueError: the file holds something else.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         return {}
-    entries = read_yaml(Path(path).read_text(encoding="utf-8"), f"The file of rates {path}") or []
-    if not isinstance(entries, list):
-        raise ValueError(f"The file of rates {path} must hold a list, got {show(entries)}.")
-    return {rate.key: rate for rate in map(ChosenRate.from_dict, entries)}
+    require_regular(Path(path), "file of rates")
+    try:
+        entries = read_yaml(Path(path).read_text(encoding="utf-8"), "it") or []
+        if not isinstance(entries, list):
+            raise ValueError(f"it must hold a list, got {show(entries)}.")
+        return {rate.key: rate for rate in map(ChosenRate.from_dict, entries)}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The file of rates {path} is damaged: it is no text in UTF-8 ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"The file of rates {path} is damaged: {error}") from None
 
 
 def write_rates(chosen: Iterable[ChosenRate], path: str | Path = RATES) -> Path:

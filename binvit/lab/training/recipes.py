@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from binvit.config import read_yaml
+from binvit.config import read_yaml, show
 from binvit.lab.training.recipe import Recipe, Stage
 
 
@@ -139,9 +139,9 @@ def recipe(name: str, /, **overrides: Any) -> Recipe:
         ValueError: the name or a field is unknown, or a value has a wrong type or is out of range.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"Unknown recipe {name!r}; valid recipes are {', '.join(list_recipes())}.")
+        raise ValueError(f"Unknown recipe {show(name)}; valid recipes are {', '.join(list_recipes())}.")
     if "name" in overrides:
-        raise ValueError(f"A recipe keeps its registered name, got name={overrides['name']!r} for {name!r}.")
+        raise ValueError(f"A recipe keeps its registered name, got name={show(overrides['name'])} for {name!r}.")
     return dataclasses.replace(_REGISTRY[name], **overrides)
 
 
@@ -158,9 +158,9 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"A setting must be NAME=VALUE, such as epochs=20, got {text!r}.")
+            raise ValueError(f"A setting must be NAME=VALUE, such as epochs=20, got {show(text)}.")
         if name not in Recipe.field_names():
-            raise ValueError(f"Unknown recipe field {name!r}; valid fields are {', '.join(Recipe.field_names())}.")
+            raise ValueError(f"Unknown recipe field {show(name)}; valid fields are {', '.join(Recipe.field_names())}.")
         if name in options:
             raise ValueError(f"The recipe's {name} is set twice.")
         options[name] = _parse(name, value)

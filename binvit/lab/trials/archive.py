@@ -291,8 +291,8 @@ def _parsed(path: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is no text in UTF-8 ({error}).") from None
     for number, line in enumerate(text.splitlines(), 1):
         values = read_json(line, f"Line {number} of {path}")
-        key = values.get("id") if isinstance(values, dict) else None
-        if not isinstance(key, str) or not re.fullmatch(r".+-\d+-[0-9a-f]{16}", key):
+        key = values.get("id") if isinstance(values, dict) and isinstance(values.get("trial"), dict) else None
+        if not isinstance(key, str) or not re.fullmatch(r".{1,200}-[0-9]{1,19}-[0-9a-f]{16}", key):
             raise ValueError(f"Line {number} of {path} is no archived trial.")
         found[key] = values
     return found

@@ -44,12 +44,12 @@ class Images:
             given = {name: value for name, value in match.groupdict().items() if value} if match else {}
             if not given or given.keys() & found.keys():
                 raise ValueError(
-                    f"The images {text.strip()!r} are not understood at {part!r}; a data set may be followed by "
-                    "', N per class', ', recipe NAME' and ', N seeds', once each."
+                    f"The images {show(text.strip())} are not understood at {show(part)}; a data set may be followed "
+                    "by ', N per class', ', recipe NAME' and ', N seeds', once each."
                 )
             found |= given
         if found.get("recipe", "smoke") not in list_recipes():
-            raise ValueError(f"Unknown recipe {found['recipe']!r}; valid recipes are {', '.join(list_recipes())}.")
+            raise ValueError(f"Unknown recipe {show(found['recipe'])}; valid recipes are {', '.join(list_recipes())}.")
         split_name(dataset)  # refuses unknown data sets
         samples, seeds = (int(found[name]) if name in found else None for name in ("samples", "seeds"))
         return cls(dataset, samples, found.get("recipe"), seeds)
@@ -88,7 +88,7 @@ def parse_changes(text: str) -> dict[str, Any]:
     for part in parts:
         if len(part) != 2:
             raise ValueError(
-                f"The changes of the recipe {text!r} hold {' '.join(part)!r}, which is no name with a value."
+                f"The changes of the recipe {show(text)} hold {show(' '.join(part))}, which is no name with a value."
             )
     found = {name: _value(name, value) for name, value in parts}
     get_recipe("smoke", **found)  # refuses unknown names and wrong values
