@@ -293,3 +293,27 @@ def test_measured_steps_are_archived_by_cpu_and_threads(tmp_path):
         assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["training"]
     table = read_measurements(tmp_path / "archive", "08_steps")
     assert sorted(zip(table["threads"], table["times"], strict=True)) == [(1, 1.3), (2, 1.2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a,b\n1,2\n", r"lack the column cpu; they have \['a', 'b'\]"),
+        ("", "cannot be read: No columns to parse from file"),
+        ("cpu\n\xff\n", "cannot be read: 'utf-8' codec can't decode .*"),
+        ("cpu,times\na,1\nb,2,3\n", "cannot be read: Error tokenizing data.*"),
+        (f"cpu,times\na,{5000 * '9'}\n", "hold a number in the column times that is not finite"),
+    ],
+)
+def test_damaged_tables_of_a_bench_are_named_in_a_sentence(content, sentence, tmp_path):
+    (tmp_path / "models.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^The measurements .*models\.csv {sentence}\.$"):
+        efficiency.archive_bench(tmp_path, tmp_path / "archive")
+    assert not (tmp_path / "archive").exists()
+
+
+def test_archived_times_without_a_contender_are_refused_before_anything_is_drawn(tmp_path):
+    (tmp_path / "measurements").mkdir()
+    (tmp_path / "measurements" / "08_models.csv").write_text("cpu,times\na,1\n")
+    with pytest.raises(ValueError, match="needs a column 'contender'"):
+        efficiency.redraw(tmp_path, tmp_path)

@@ -278,7 +278,7 @@ def test_a_table_of_data_sets_that_cannot_be_read_is_named_in_one_sentence(tmp_p
 
 
 @pytest.mark.parametrize("column", ["classes", "train", "val", "test"])
-@pytest.mark.parametrize("count", ["-1", "ten", "1e3", "9" * 5000])
+@pytest.mark.parametrize("count", ["-1", "ten", "1e3", "9" * 9, "9" * 5000])
 def test_a_count_of_images_that_is_no_number_is_named(tmp_path, column, count):
     row = {
         "name": "photos",
@@ -290,7 +290,7 @@ def test_a_count_of_images_that_is_no_number_is_named(tmp_path, column, count):
         "command": "",
     }
     pd.DataFrame([row | {column: count}]).to_csv(tmp_path / "data.csv", index=False)
-    with pytest.raises(ValueError, match=rf"counts {column} of 'photos' as .*, which is no number\.$") as error:
+    with pytest.raises(ValueError, match=rf"counts {column} of 'photos' as .*, expected at most 8 digits\.$") as error:
         archive.counted_data("parquet:photos.parquet", archive=tmp_path)
     assert len(str(error.value)) < 1000
 

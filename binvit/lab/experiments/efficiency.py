@@ -16,7 +16,7 @@ from binvit.lab.benchmark.machine import BUSY, cpu_of
 from binvit.lab.benchmark.models import calibrated_model, random_model
 from binvit.lab.benchmark.run import PARTS
 from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, save_figure, scheme_color, styled
-from binvit.lab.trials.measurements import add_measurements, read_measurements
+from binvit.lab.trials.measurements import add_measurements, read_measurements, read_table
 from binvit.packed import pack
 from binvit.packed.audit import Audit, audit
 
@@ -222,6 +222,7 @@ def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: one of them is damaged.
     """
     found = [part for part in PARTS if (Path(folder) / f"{part}.csv").is_file()]
     if not found:
@@ -229,7 +230,7 @@ def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
     for part in found:
         steps = part == "training"  # of all schemes; 08_training has the notebook's one
         name, keys = ("08_steps", ["cpu", "threads"]) if steps else (f"08_{part}", ["cpu"])
-        add_measurements(archive, name, pd.read_csv(Path(folder) / f"{part}.csv"), keys)
+        add_measurements(archive, name, read_table(Path(folder) / f"{part}.csv", keys), keys)
     return found
 
 
@@ -267,7 +268,10 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
 def _archived(archive: str | Path, part: str) -> pd.DataFrame:
     """Return a table of `PARTS` from an archive, contenders under the names that they have now."""
     table = read_measurements(archive, f"08_{part}")
-    return table.assign(contender=table["contender"].replace(RENAMED)) if len(table) else table
+    if table.empty:
+        return table
+    require_columns(table, ["contender", "cpu"])
+    return table.assign(contender=table["contender"].replace(RENAMED))
 
 
 def redraw(archive: str | Path, out: str | Path) -> None:

@@ -198,7 +198,7 @@ def read_data(archive: str | Path) -> list[DataSet]:
     """Return the data sets that an archive names in its data.csv.
 
     Raises:
-        ValueError: the file is no table in UTF-8, has other columns, or counts that are no numbers.
+        ValueError: the file is no table in UTF-8, has other columns, or counts that are no numbers or too large ones.
     """
     path = Path(archive) / "data.csv"
     if not path.is_file():
@@ -212,9 +212,9 @@ def read_data(archive: str | Path) -> list[DataSet]:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}.")
     for row in rows:
         for name in ("classes", "train", "val", "test"):
-            if not re.fullmatch(r"([0-9]{1,12})?", row[name]):
+            if not re.fullmatch(r"([0-9]{1,8})?", row[name]):
                 raise ValueError(
-                    f"{path} counts {name} of {show(row['name'])} as {show(row[name])}, which is no number."
+                    f"{path} counts {name} of {show(row['name'])} as {show(row[name])}, expected at most 8 digits."
                 )
     return [DataSet(**row) for row in rows]
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from binvit.config import show
 from binvit.files import atomic_write
 
 FOLDER = "measurements"
@@ -22,16 +24,33 @@ def read_measurements(archive: str | Path, name: str) -> pd.DataFrame:
         name: the table's file name without ending, such as "03_losses".
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: as `read_table` does.
     """
     path = Path(archive) / FOLDER / f"{name}.csv"
-    if not path.is_file():
-        return pd.DataFrame()
+    return read_table(path) if path.is_file() else pd.DataFrame()
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return a table of measurements.
+
+    Args:
+        path: its file.
+        columns: what it must have.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a column, or holds a number that is not finite.
+    """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).apply(_numbers)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"The measurements {path} cannot be read: {error}.") from None
-    return table.apply(_numbers)
+        raise ValueError(f"The measurements {path} cannot be read: {str(error).strip().rstrip('.')}.") from None
+    for name in columns:
+        if name not in table:
+            raise ValueError(f"The measurements {path} lack the column {name}; they have {show(list(table.columns))}.")
+    for name in table.select_dtypes(float):
+        if np.isinf(table[name]).any():
+            raise ValueError(f"The measurements {path} hold a number in the column {name} that is not finite.")
+    return table
 
 
 def _numbers(column: pd.Series) -> pd.Series:
