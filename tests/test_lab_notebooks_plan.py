@@ -92,6 +92,23 @@ def test_values_are_refused_by_the_second_cell_before_anything_runs(tmp_path, va
         check([Job(job.notebook, values)], files=False)
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("count: int = two", "NameError: name 'two' is not defined"),
+        ("count: int = 2x", "SyntaxError: .*"),
+        ("count: int = 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_slip_in_the_first_cell_is_told_in_a_sentence(tmp_path, line, why):
+    made = notebook_maker.notebook()
+    made["cells"][1]["source"] = line
+    notebook_maker.clean.write(made, tmp_path / "01_count.ipynb")
+    job = Job(tmp_path / "01_count.ipynb")
+    with pytest.raises(ValueError, match=rf"^01_count\.ipynb: The first two cells cannot be run \({why}\)\.$"):
+        check([job])
+
+
 def test_files_that_are_there_and_notebooks_without_checks_pass(tmp_path):
     (tmp_path / "some.parquet").write_bytes(b"")
     jobs = write_checked(tmp_path / "01_a.ipynb", CHECK)

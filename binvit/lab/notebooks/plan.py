@@ -157,7 +157,22 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
 
 
 def checked_values(job: Job) -> Any:
-    """Run the notebook's parameters cell and its call of `check_parameters`, and return what this returns."""
+    """Run the notebook's parameters cell and its call of `check_parameters`, and return what this returns.
+
+    Raises:
+        ValueError: a value is refused, or a cell cannot be run, as after a slip of the pen.
+        FileNotFoundError: a file that a value names is missing.
+    """
+    try:
+        return _checked_values(job)
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever the code of a cell raises
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ValueError(f"The first two cells cannot be run ({why}).") from None
+
+
+def _checked_values(job: Job) -> Any:
     namespace = {"__name__": "__main__"}
     for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
