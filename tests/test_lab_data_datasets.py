@@ -608,3 +608,23 @@ def test_loading_leaves_the_random_generators_alone():
 def generators():
     numpy_state = np.random.get_state()  # noqa: NPY002
     return random.getstate(), numpy_state[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"label_noise": 10**5000},
+        {"label_noise": 10**30},
+        {"label_noise": float("nan")},
+        {"samples_per_class": 10**5000},
+        {"seed": -(10**5000)},
+        {"image_size": 5000 * "9"},
+        {"evaluate_on": 5000 * "x"},
+        {"label_noise": 0.1, "noise": 5000 * "x"},
+        {"label_noise": json.loads(900 * "[" + 900 * "]")},
+    ],
+    ids=["many digits", "large", "nan", "samples", "seed", "text", "split", "noise", "deep"],
+)
+def test_odd_arguments_are_refused_in_one_short_sentence(arguments):
+    with pytest.raises(ValueError, match=r"^[^\n]{10,400}\.$"):
+        load_data("digits", **arguments)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from binvit.config import show
 from binvit.nn.products import binarize
 from binvit.nn.rules import REDUCTIONS, Bwn, Elastic, GsbAttention, GsbValue, check_thresholds
 
@@ -94,7 +95,7 @@ def gsb_value(
 
 def _choice(what: str, value: str, valid: Sequence[object]) -> None:
     if value not in valid:
-        raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, got {value!r}.")
+        raise ValueError(f"{what} must be one of {', '.join(map(str, valid))}, got {show(value)}.")
 
 
 def _binarize_gsb(

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from binvit import bits
+from binvit.config import show
 from binvit.nn.convert import VECTORS
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.linear import BinaryLinear
@@ -143,7 +144,7 @@ def _tuple(values: Iterable[Any], kind: Callable[[Any], Any], name: str) -> tupl
             raise TypeError
         return tuple(map(kind, values))
     except (TypeError, ValueError):
-        raise ValueError(f"The argument {name} of pack() must be a list, got {values!r}.") from None
+        raise ValueError(f"The argument {name} of pack() must be a list, got {show(values)}.") from None
 
 
 def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from binvit import bits
+from binvit.config import show
 from binvit.images import Source, normalize, to_pixels
 from binvit.nn.model import poison
 from binvit.nn.precision import forked, on_cpu
@@ -175,7 +176,7 @@ class PackedViT:
         """
         count = self.blueprint.vit.num_classes
         if not isinstance(top, int | np.integer) or isinstance(top, bool) or top < 1:
-            raise ValueError(f"The number of classes, top, must be a whole number of at least 1, got {top!r}.")
+            raise ValueError(f"The number of classes, top, must be a whole number of at least 1, got {show(top)}.")
         if isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype == np.float32):
             batch = as_tensor(images)
         else:

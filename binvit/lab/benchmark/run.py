@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from binvit import bits
+from binvit.config import show
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
@@ -50,9 +51,9 @@ def run_benchmarks(
     parts = list(dict.fromkeys(parts))
     for part in parts:
         if part not in PARTS:
-            raise ValueError(f"Unknown part {part!r} of the benchmark; valid are {', '.join(PARTS)}.")
+            raise ValueError(f"Unknown part {show(part)} of the benchmark; valid are {', '.join(PARTS)}.")
     if not 0 < seconds < math.inf:  # nor NaN
-        raise ValueError(f"The time per measurement must be a positive number of seconds, got {seconds!r}.")
+        raise ValueError(f"The time per measurement must be a positive number of seconds, got {show(seconds)}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the tables, {out}, is a file.")
     out.mkdir(parents=True, exist_ok=True)

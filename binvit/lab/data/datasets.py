@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from binvit.config import show
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.label_noise import disturbed, noise_weights
 from binvit.lab.data.sources import SOURCES, read_source
@@ -132,7 +133,7 @@ def load_data(
     """
     _check_arguments(samples_per_class, label_noise, seed, image_size)
     if evaluate_on not in ("test", "val"):
-        raise ValueError(f"evaluate_on must be 'test' or 'val', but {evaluate_on!r} was given.")
+        raise ValueError(f"evaluate_on must be 'test' or 'val', but {show(evaluate_on)} was given.")
     source = read_source(name, root, test=evaluate_on == "test")
     if UNDIVIDED in source.splits:
         source = divided(source, seed)
@@ -212,9 +213,9 @@ def _check_arguments(samples_per_class: object, label_noise: object, seed: objec
         if value is None and label != "seed":
             continue
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
-            raise ValueError(f"{label} must be an integer of at least {least}, but {value!r} was given.")
-    if not isinstance(label_noise, Real) or not 0 <= float(label_noise) < 1:
-        raise ValueError(f"label_noise must be a share in [0, 1), but {label_noise!r} was given.")
+            raise ValueError(f"{label} must be an integer of at least {least}, but {show(value)} was given.")
+    if not isinstance(label_noise, Real) or not 0 <= cast(float, label_noise) < 1:
+        raise ValueError(f"label_noise must be a share in [0, 1), but {show(label_noise)} was given.")
 
 
 def _native_size(splits: dict[str, ImageSet], name: str) -> int:
@@ -248,7 +249,8 @@ def balanced(labels: np.ndarray, classes: list[str], count: int, seed: int) -> n
         members = np.flatnonzero(labels == label)
         if len(members) < count:
             raise ValueError(
-                f"samples_per_class is {count}, but class {label} ({name!r}) has only {len(members)} training images."
+                f"samples_per_class is {show(count)}, but class {label} ({show(name)}) has only {len(members)} "
+                "training images."
             )
         chosen.append(generator.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))

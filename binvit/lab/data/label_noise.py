@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from binvit.config import show
 from binvit.images import resize_square
 from binvit.lab.data.images import ImageSet
 
@@ -50,7 +51,7 @@ def noise_weights(noise: str | Sequence[Sequence[float]] | np.ndarray, classes: 
     symmetric = 1.0 - np.eye(classes)
     if isinstance(noise, str):
         if noise not in ("symmetric", "pairs"):
-            raise ValueError(f"Unknown noise {noise!r}; expected symmetric, pairs or a confusion matrix.")
+            raise ValueError(f"Unknown noise {show(noise)}; expected symmetric, pairs or a confusion matrix.")
         weights = symmetric if noise == "symmetric" else np.roll(np.eye(classes), 1, axis=1)
     else:
         try:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from binvit.config import show
 from binvit.lab.data.images import ImageSet
 from binvit.lab.data.transforms import Normalize, Transform
 from binvit.lab.randomness import fixed_randomness
@@ -44,7 +45,7 @@ class Batches:
         workers: int = 0,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but {batch_size!r} was given.")
+            raise ValueError(f"batch_size must be at least 1, but {show(batch_size)} was given.")
         self.dataset = dataset
         self.transform = transform
         self.batch_size = batch_size

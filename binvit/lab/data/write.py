@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+from binvit.config import show
 from binvit.files import atomic_write
 from binvit.images import resize_square
 from binvit.lab.data.datasets import balanced
@@ -43,7 +44,9 @@ def write_parquet(
     import pyarrow.parquet
 
     if name not in OFFICIAL:
-        raise ValueError(f"There is no official data set {name!r} to make a file of; there are {', '.join(OFFICIAL)}.")
+        raise ValueError(
+            f"There is no official data set {show(name)} to make a file of; there are {', '.join(OFFICIAL)}."
+        )
     source = read_source(name, root)
     if per_class is not None:
         train = source.splits["train"]

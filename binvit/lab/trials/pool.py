@@ -22,6 +22,7 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import BrokenProcessPool
 from tqdm.auto import tqdm
 
+from binvit.config import show
 from binvit.files import made_folders, remove_leftovers
 from binvit.lab.training.devices import Team, spread
 from binvit.lab.training.resume import changes, environment
@@ -84,9 +85,9 @@ def run_trials(
     trials = list(trials)
     for trial in trials:
         if not isinstance(trial, Trial):
-            raise ValueError(f"Expected a Trial, got {trial!r}.")
+            raise ValueError(f"Expected a Trial, got {show(trial)}.")
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
-        raise ValueError(f"The number of jobs must be a whole number of at least 1, got {jobs!r}.")
+        raise ValueError(f"The number of jobs must be a whole number of at least 1, got {show(jobs)}.")
     team = Team(device)
     if team.size > 1 and jobs > 1:
         raise ValueError(

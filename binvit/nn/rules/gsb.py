@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from binvit.config import show
 from binvit.nn.rules.base import SMALLEST_SCALE, Plane, Rule, sign
 
 REDUCTIONS = ("batch", "sample", "head", "row")
@@ -177,7 +178,7 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
     """Raise a ValueError unless the thresholds are numbers that increase strictly and lie in (0, 1)."""
     numbers = isinstance(thresholds, Sequence) and not isinstance(thresholds, str)
     if not numbers or any(isinstance(t, bool) or not isinstance(t, int | float) for t in thresholds):
-        raise ValueError(f"thresholds must be a list of numbers, got {thresholds!r}.")
+        raise ValueError(f"thresholds must be a list of numbers, got {show(thresholds)}.")
     pairs = itertools.pairwise(thresholds)
     if any(not 0 < t < 1 for t in thresholds) or any(b <= a for a, b in pairs):
         raise ValueError(f"thresholds must increase strictly and lie between 0 and 1, got {tuple(thresholds)}.")
