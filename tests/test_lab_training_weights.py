@@ -1,7 +1,10 @@
 import dataclasses
 import errno
 import hashlib
+import socket
+import threading
 import time
+import zipfile
 
 import huggingface_hub
 import pytest
@@ -70,7 +73,11 @@ def test_states_that_torch_has_saved(tmp_path, key):
         (lambda state: state.update(extra=torch.zeros(2)), "of the tensor 'extra' the model has none"),
         (lambda state: state.update({"norm.weight": torch.zeros(2)}), r"'norm\.weight' has the shape \(2,\), expected"),
         (lambda state: state.update(pos_embed=torch.zeros(1, 12, 32)), "do not fit the model"),
-        (lambda state: state["norm.bias"].fill_(torch.nan), r"damaged: 'norm\.bias' holds values"),
+        (lambda state: state["norm.bias"].fill_(torch.nan), r"damaged: the tensor 'norm\.bias' holds numbers"),
+        (
+            lambda state: state.update({"norm.bias": torch.full((32,), 1e300, dtype=torch.float64)}),
+            "not finite in float32",
+        ),
         (lambda state: state.update(count=torch.zeros(2, dtype=torch.int64)), "'count' is no tensor of floating"),
         (lambda state: state.clear(), "expected a mapping of names to tensors"),
     ],
@@ -82,6 +89,40 @@ def test_weights_that_do_not_fit_get_one_sentence(tmp_path, change, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         load_weights(vit(), tmp_path / "vit.pth")
     assert "\n" not in str(caught.value)
+
+
+CLAIMS = {
+    "stride 0": lambda: torch.zeros(1).expand(10**6, 10**6),
+    "sparse": lambda: torch.eye(5).to_sparse(),
+    "compressed rows": lambda: torch.eye(5).to_sparse_csr(),
+    "meta": lambda: torch.empty(10**6, 10**6, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "8 bits": lambda: torch.zeros(3).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "head.weight", "patch_embed.proj.weight", "other"])
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of what it has in beta
+def test_tensors_that_are_not_what_they_claim_are_refused_before_anything_is_computed(tmp_path, claim, name):
+    torch.save(vit().state_dict() | {name: CLAIMS[claim]()}, tmp_path / "vit.pth")
+    with pytest.raises(
+        ValueError, match=r"vit\.pth (cannot be read: the tensor .* is no plain one|is damaged: its)"
+    ) as e:
+        load_weights(vit(), tmp_path / "vit.pth")
+    assert "\n" not in str(e.value)
+
+
+def test_a_compressed_archive_of_weights_is_not_unpacked(tmp_path):
+    torch.save(vit().state_dict(), tmp_path / "vit.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "vit.pth") as source,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in source.namelist():
+            bomb.writestr(entry, bytes(len(source.read(entry))) if "/data/" in entry else source.read(entry))
+    with pytest.raises(ValueError, match=r"bomb\.pth holds no weights"):
+        load_weights(vit(), tmp_path / "bomb.pth")
 
 
 def test_a_binarized_model_is_no_start(tmp_path):
@@ -172,6 +213,48 @@ def test_pretrained_weights_are_refused_at_once_without_a_network(tmp_path, monk
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="timm has no pretrained weights for 'vit_base_patch16_plus_240'"):
         create_pretrained("vit_base_patch16_plus_240")
+
+
+@pytest.mark.parametrize("answer", [b"", b"hello\r\n\r\n"], ids=["nothing", "no HTTP"])
+def test_a_network_that_answers_wrongly_is_no_network(answer, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("NO_PROXY", "*")
+        refuses_download(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, monkeypatch)
+
+
+def test_an_address_of_the_hub_that_is_none(tmp_path, monkeypatch):
+    refuses_download("nowhere", tmp_path, monkeypatch)
+
+
+def test_a_download_that_breaks_off_is_told_in_a_sentence(tmp_path, monkeypatch):
+    def breaks(*_, **__):
+        raise pytest.importorskip("httpx").ReadError("Connection reset by peer")  # which is no OSError
+
+    monkeypatch.setattr("binvit.lab.training.weights._require_network", lambda: None)
+    monkeypatch.setattr(timm, "create_model", breaks)
+    refuses_download("http://127.0.0.1:9", tmp_path, monkeypatch)
+
+
+def refuses_download(address, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \([^\n\r]+\); give their file with --weights"):
+        create_pretrained("deit_tiny_patch16_224")
+
+
+def test_damaged_weights_of_the_cache_are_named(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: str(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"The pretrained weights .*model\.safetensors are damaged \(.*\)\.$"):
+        create_pretrained("deit_tiny_patch16_224")
 
 
 def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):

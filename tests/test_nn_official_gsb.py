@@ -169,6 +169,9 @@ def test_keys_that_are_no_names(state, tmp_path):
 def test_numbers_that_are_not_finite(state, tmp_path):
     torch.save({"model": state | {"norm.bias": torch.full_like(state["norm.bias"], torch.nan)}}, tmp_path / "nan.pth")
     refused(tmp_path / "nan.pth", "the tensor 'norm.bias' holds numbers that are not finite")
+    large = torch.full_like(state["norm.bias"], 1e300, dtype=torch.float64)  # finite until it is converted
+    torch.save({"model": state | {"norm.bias": large}}, tmp_path / "large.pth")
+    refused(tmp_path / "large.pth", "the tensor 'norm.bias' holds numbers that are not finite in float32")
 
 
 def test_an_empty_model(tmp_path):
@@ -232,10 +235,13 @@ CLAIMS = {
     "stride 0": lambda state: {"pos_embed": torch.zeros(1).expand(1, 10**6, 10**6)},
     "one storage": lambda state: dict.fromkeys(state, torch.zeros(10**5)),
     "meta": lambda state: {"norm.bias": torch.empty(48, device="meta")},
+    "8 bits": lambda state: {"norm.bias": torch.zeros(48).to(torch.float8_e4m3fn)},
+    "nested": lambda state: {"norm.bias": torch.nested.nested_tensor([torch.zeros(24), torch.zeros(24)])},
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns of what it has in beta
 def test_tensors_that_claim_more_than_the_file_has(state, tmp_path, claim):
     torch.save({"model": state | CLAIMS[claim](state)}, tmp_path / "claim.pth")
     refused(tmp_path / "claim.pth", "is damaged: its tensors claim|is no plain one")

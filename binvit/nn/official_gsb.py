@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -29,6 +31,7 @@ _ATTENTION = {
     "move_v.bias": "value_shift",
     "move_att.bias": "bias.values",
 }
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUFFIXES = {
     "move.bias": "shift",
     "input_clip_val": "input_binarizer.scale",
@@ -112,8 +115,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_saved(path)
     except Exception as error:  # torch raises many types for damaged and foreign files
         if is_of_system(error):
             raise
@@ -127,13 +129,33 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is no official GSB checkpoint: the key 'model' with a dictionary of tensors is missing."
         )
+    require_plain(path, state)
+    return state
+
+
+def read_saved(path: Path) -> Any:
+    """Read what `torch.save` has written, tensors and plain containers alone; damaged files raise almost anything."""
+    _check_archive(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def require_plain(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Check that tensors of a file are what their shapes say, before anything is computed with them.
+
+    Raises:
+        ValueError: if one is sparse, nested, quantized, elsewhere, of another type than 16, 32 and 64 bits or not
+            finite in float32, or if they claim more bytes than the file has.
+    """
     for key, value in state.items():
-        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise ValueError(f"{path} is no official GSB checkpoint: the tensor {key!r} is no plain one.")
+        dense = value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+        if not dense or value.device.type != "cpu" or (value.is_floating_point() and value.dtype not in _FLOATS):
+            raise ValueError(f"{path} cannot be read: the tensor {key!r} is no plain one.")
     size = sum(value.numel() * value.element_size() for value in state.values())
     if size > path.stat().st_size:  # strides of 0, and views of one storage, claim more than is there
         raise ValueError(f"{path} is damaged: its tensors claim {size} bytes, more than the file has.")
-    return state
+    for key, value in state.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{path} is damaged: the tensor {key!r} holds numbers that are not finite in float32.")
 
 
 def _check_archive(path: Path) -> None:
@@ -159,8 +181,6 @@ def _build(state: dict[str, Tensor], depth: int, reduce: str, path: str | Path) 
     for key, value in state.items():
         if value.numel() == 0:
             raise ValueError(f"{path} is no official GSB checkpoint: the tensor {key!r} is empty.")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path} is no usable checkpoint: the tensor {key!r} holds numbers that are not finite.")
     if width % heads:
         raise ValueError(f"{path} is no official GSB checkpoint: {heads} heads do not divide the width {width}.")
     side = math.isqrt(max(patches, 0))

@@ -52,7 +52,7 @@ def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) ->
             TypeError,
             ValueError,
         ) as error:  # whatever the model's constructor raises
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise ValueError(f"timm cannot build {recipe.model!r} for images of {image_size} pixels: {why}.") from None
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"The recipe's model must be a vision transformer, got {recipe.model!r}.")

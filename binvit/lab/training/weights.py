@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from binvit.files import is_of_system, is_shortage
 from binvit.images import require_regular
 from binvit.lab.data.sources import expanded
+from binvit.nn.official_gsb import read_saved, require_plain
 
 _HEADS = ("head", "head_dist")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _REACH_SECONDS = 5
+_CLIENTS = ("httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
 def file_hash(path: str | Path, what: str = "weights") -> str:
@@ -111,7 +115,7 @@ def create_pretrained(name: str, **options: Any) -> torch.nn.Module:
 
     Raises:
         FileNotFoundError: the weights are not on this machine and cannot be downloaded, which is found out at once.
-        ValueError: timm has none for this model.
+        ValueError: timm has none for this model, or those in the cache are damaged.
     """
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
@@ -119,12 +123,15 @@ def create_pretrained(name: str, **options: Any) -> torch.nn.Module:
     repository = config.hf_hub_id or ""
     cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors") if repository else None
     if isinstance(cached, str):
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
+        try:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": cached}, **options)
+        except SafetensorError as error:
+            raise ValueError(f"The pretrained weights {cached} are damaged ({_first_line(error)}).") from None
     try:
         _require_network()
         return timm.create_model(name, pretrained=True, **options)
-    except OSError as error:  # of sockets and of HTTP
-        if is_shortage(error):
+    except Exception as error:
+        if is_shortage(error) or not _is_of_network(error):
             raise
         file = f"model.safetensors of the Hugging Face repository {repository}" if repository else str(config.url)
         raise FileNotFoundError(
@@ -135,13 +142,22 @@ def create_pretrained(name: str, **options: Any) -> torch.nn.Module:
 
 def _require_network() -> None:
     """Raise an OSError if the Hub does not answer; the download itself would try again for most of a minute."""
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
+        request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=_REACH_SECONDS).close()
     except urllib.error.HTTPError:
         return  # it answers
-    except urllib.error.URLError as error:
-        raise OSError(f"no connection: {error.reason}") from None
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ValueError,
+    ) as error:  # the last for an endpoint of no URL
+        raise OSError(f"no connection: {getattr(error, 'reason', error)}") from None
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Say whether a download has failed; the Hub's library has errors of its own, and those of its HTTP client."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +167,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             # Its own reader of files takes too many open files for a missing one.
             state: Any = safetensors.torch.load(path.read_bytes())
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_saved(path)
     except Exception as error:  # zip, pickle and safetensors have errors of their own for damaged files
         if is_of_system(error):
             raise
@@ -163,10 +179,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{path} holds no weights: {name!r} is no tensor of floating-point numbers.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"The weights {path} are damaged: {name!r} holds values that are no finite numbers.")
+    require_plain(path, cast("Mapping[str, torch.Tensor]", state))
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".") or type(error).__name__
+    return str(error).split("\n")[0].strip().rstrip(".") or type(error).__name__
