@@ -41,8 +41,10 @@ def require_regular(path: Path, what: str) -> Path:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is something else.
+        ValueError: it is something else, or the path holds a NUL byte.
     """
+    if "\0" in str(path):
+        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

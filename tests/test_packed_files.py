@@ -441,6 +441,10 @@ def test_arrays_that_torch_cannot_map(model):
     odd = np.zeros(X.shape, np.dtype([("pixel", np.float32), ("other", np.uint8)]))["pixel"]  # strides of 5 bytes
     odd[...] = array
     np.testing.assert_array_equal(packed(odd), packed(array))
+    np.testing.assert_array_equal(packed(array.astype(array.dtype.newbyteorder())), packed(array))
+    for kind in (object, "U3", "M8[s]", np.longdouble):
+        with pytest.raises(ValueError, match=r"^Images must be [^\n]*\.$"):
+            packed(np.zeros(X.shape, kind))
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

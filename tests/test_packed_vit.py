@@ -232,6 +232,7 @@ BAD_IMAGES = {
     "floats": (lambda folder: np.zeros((8, 8, 3)), ValueError, "got float64 of shape"),
     "four axes": (lambda folder: np.zeros((1, 8, 8, 3), np.uint8), ValueError, r"got uint8 of shape \(1, 8, 8, 3\)"),
     "nothing": (lambda folder: np.zeros((0, 8, 3), np.uint8), ValueError, r"got uint8 of shape \(0, 8, 3\)"),
+    "a path with NUL": (lambda folder: "a\0b.png", ValueError, r"must not hold a NUL byte, got 'a\\x00b\.png'"),
     "a number": (lambda folder: 3, ValueError, "got int"),
 }
 

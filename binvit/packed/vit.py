@@ -227,12 +227,16 @@ class PackedViT:
 
 
 def as_tensor(images: Tensor | np.ndarray) -> Tensor:
-    """Return images as a torch tensor; arrays that torch cannot map, such as mirrored or read-only ones, are copied."""
+    """Return images as a torch tensor; arrays that torch cannot map, such as mirrored or swapped ones, are copied."""
     if isinstance(images, Tensor):
         return images
     if not isinstance(images, np.ndarray):
         raise ValueError(f"Images must be a torch tensor or a numpy array, got {type(images).__name__}.")
-    return torch.from_numpy(images if images.flags.carray else np.array(images, order="C"))
+    if images.dtype.kind not in "biufc" or images.dtype in (np.longdouble, np.clongdouble):
+        raise ValueError(f"Images must be an array of numbers that torch knows, got {images.dtype}.")
+    native = images.dtype.newbyteorder("=")
+    plain = images.flags.carray and images.dtype == native
+    return torch.from_numpy(images if plain else np.array(images, native, order="C"))
 
 
 def _in_words(size: int) -> str:
