@@ -73,7 +73,7 @@ def train(
     options = parse_options(settings)
     named = {"model": model, "weights": weights and str(weights), "pretrained": pretrained, "image_size": image_size}
     for name, value in named.items():
-        if value:
+        if value not in (None, False):
             if name in options:
                 raise ValueError(f"The recipe's {name} is given twice, by an option of its own and by --set.")
             options[name] = value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import timm
 from pydantic import Field, field_validator
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from binvit.config import Config, Number, Options, OptionsField, Switch, Text, Whole, show
 from binvit.lab.data.transforms import train_transform
@@ -140,7 +140,10 @@ class Recipe(Config):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
-        if name.lower().removeprefix("lookahead_") not in list_optimizers():
+        plain = name.lower().removeprefix("lookahead_")
+        if plain in list_optimizers() and get_optimizer_info(plain).second_order:
+            raise ValueError(f"The optimizer {show(name)} needs second derivatives, which signs do not have.")
+        if plain not in list_optimizers():
             valid = ", ".join(map(str, list_optimizers()))
             raise ValueError(f"Unknown optimizer {show(name)}; valid are {valid}, also after 'lookahead_'.")
         return name
