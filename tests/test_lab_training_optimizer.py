@@ -25,6 +25,13 @@ def test_only_matrices_of_the_float_model_decay():
     assert len(decays) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["bnbadamw", "fusedadam"])
+def test_optimizers_that_need_another_machine_are_refused_in_a_sentence(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"^The optimizer '{name}' cannot be used on this machine \(.*\)\.$"):
+        new_optimizer(*parts("float", optimizer=name))
+
+
 @pytest.mark.parametrize(("options", "expected"), [({}, 1e-3), ({"lr_batch": 32, "batch_size": 64}, 2e-3)])
 def test_the_rate_may_follow_the_batch(options, expected):
     model, made, latent = parts("gsb", lr=1e-3, **options)

@@ -19,13 +19,19 @@ def new_optimizer(model: VisionTransformer, recipe: Recipe, latent: Container[st
         model: a timm vision transformer, binarized or not.
         recipe: how it is trained.
         latent: names of the float model's tensors; all others are scales and shifts, on which no weight decays.
+
+    Raises:
+        ValueError: the optimizer needs a GPU or a package that this machine has not.
     """
     peak = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer in ("adam", "adamw") else {}
     added = [name for name, _ in model.named_parameters() if name not in latent]
     undecayed = [*model.no_weight_decay(), *added]
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
-    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
+    try:
+        return create_optimizer_v2(groups, opt=recipe.optimizer, lr=peak, **fused)
+    except (AssertionError, ImportError) as error:  # timm asserts that there are a GPU and the package of a few
+        raise ValueError(f"The optimizer {recipe.optimizer!r} cannot be used on this machine ({error}).") from None
 
 
 def new_schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> Scheduler:
