@@ -280,6 +280,10 @@ def drawn_with() -> str:
         (Claim("A.", "undecided", "3 of 14 fail: x (5 seeds)", plain="no"), "3 of 14 fail; before correction; 5 seeds"),
         (Claim("A.", "no", "1 of 4 fails: x (1 seed)", plain="no"), "1 of 4 fails; 1 seed"),
         (
+            Claim("A.", "undecided", "b below 3 times chance: 28.7 % of test images; a - b: +9.0 points (10 seeds)"),
+            "b below 3 times chance: 28.7 %; 10 seeds",
+        ),
+        (
             Claim("Those that were run.", "undecided", "2 of 3 are undecided: x (2 seeds)", plain="undecided"),
             "2 of 3 undecided; not all schemes run; 2 seeds",
         ),

@@ -107,12 +107,12 @@ def check_pair(
     df = shared(df, a, b, on, pair)
     if df.empty:
         return Claim(sentence, "undecided", f"no pair of {a!r} and {b!r} was run")
+    claim = check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
     for name in (a, b) if "chance" in df else ():
         mean, chance = df.loc[df[on] == name, ["test_accuracy", "chance"]].mean()
         if mean < LEAST * chance:
-            text = f"{name} does not train: {100 * mean:.1f} % of test images, {100 * chance:.1f} % by chance"
-            return Claim(sentence, "undecided", text)
-    claim = check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
+            text = f"{100 * mean:.1f} % of test images, {100 * chance:.1f} % by chance; {claim.evidence}"
+            return Claim(sentence, "undecided", f"{name} below {LEAST} times chance: {text}")
     lost = "".join(_lost(df[df[on] == name], name) for name in (a, b))
     return dataclasses.replace(claim, evidence=claim.evidence + lost)
 

@@ -89,6 +89,8 @@ def cell(claim: Claim | None) -> str:
         part = re.match(r"\d+ of \d+ (fails?|is undecided|are undecided)", claim.evidence)
         counted = re.search(r"\d+ seeds?", claim.evidence)
         told = [part[0].replace("is ", "").replace("are ", "")] if part else []
+        weak = re.match(r"[^:;]+ below \d times chance: [\d.]+ %", claim.evidence)
+        told += [weak[0]] if weak else []
         told += ["before correction"] if claim.plain not in (None, claim.verdict) else []
         told += ["not all schemes run"] if re.search(r"that w(as|ere) run", claim.sentence) else []
         return f"**{claim.verdict}**: " + "; ".join([*told, *([counted[0]] if counted else [])])
