@@ -174,9 +174,9 @@ for threads in (1, 2):
     sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift, levels)
     vectors = np.stack([shift] * 8)
     ends, dvectors = [np.empty_like(x) for _ in range(3)], np.empty_like(vectors)
-    ends_of = x, g, vectors, 35, np.float32(1e-5), 2
-    end_forward(*ends_of, ends[0])
-    end_backward(x, g, x, vectors, 35, np.float32(1e-5), 2, *ends[1:], dvectors)
+    ends_of = vectors, True, True, 35, np.float32(1e-5), 2
+    end_forward(x, g, *ends_of, ends[0])
+    end_backward(x, g, x, *ends_of, *ends[1:], dvectors)
     results.append((dx, dshift, levels, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors))
     panels, y, sizes = bit_products.prepare_levels(signs), np.empty((633, 633), np.float32), np.empty(633, np.float32)
     scales = np.tile(shift, 10)[:633]

@@ -64,7 +64,7 @@ def test_planes_are_small_integers_and_their_sum_is_the_value(table, shape):
             continue
         parameters = [torch.full(rule.parameter_shape(channels=shape[0]), 0.5, dtype=x.dtype) for _ in rule.parameters]
         planes = rule.planes(x, *parameters)
-        for levels, scale, _ in planes:
+        for levels, scale, *_ in planes:
             assert levels.shape == x.shape, name
             assert torch.equal(levels, levels.round()), name
             assert levels.min() >= rule.lowest, name
@@ -157,3 +157,18 @@ def test_means_are_constants_for_the_gradient(name):
     assert dx[1, 2] > 0
     dx[1, 2] = 0
     assert (dx == 0).all()
+
+
+def test_what_planes_keep_gives_the_same_gradients():
+    w, g = torch.tensor(upstream((4, 7), 5)), torch.tensor(upstream((4, 7), 6))
+    keepers = set()
+    for name, make in WEIGHT_RULES.items():
+        rule = make(scheme("gsb"))
+        parameters = [torch.full(rule.parameter_shape(channels=4), 0.5, dtype=w.dtype) for _ in rule.parameters]
+        (plane,) = rule.planes(w, *parameters)
+        if plane.kept:
+            keepers.add(name)
+            ways = rule.backward(w, g, *parameters), rule.backward_from(plane.kept, g, *parameters)
+            for direct, kept in zip(*ways, strict=True):
+                assert (direct is None and kept is None) or torch.equal(direct, kept), name
+    assert "standardized" in keepers

@@ -99,7 +99,7 @@ class BinaryLinear(nn.Module):
     @property
     def shifts(self) -> list[Tensor | None]:
         """The learned shift of each part's inputs, (in_features,)."""
-        return [self.shift] * self.parts if self.shift is None or self.parts == 1 else list(self.shift)
+        return [self.shift] * self.parts if self.shift is None or self.parts == 1 else list(self.shift.unbind())
 
     def constrained(self) -> Tensor:
         """Return the latent weights (out_features, in_features) that are binarized; in training mode they stay so."""
@@ -120,8 +120,11 @@ class BinaryLinear(nn.Module):
 
     def products(self, x: Tensor) -> Tensor:
         """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
-        weights = self.constrained().chunk(self.parts)
-        biases: Sequence[Tensor | None] = [None] * self.parts if self.bias is None else self.bias.chunk(self.parts)
+        weights: Sequence[Tensor] = [self.constrained()]
+        biases: Sequence[Tensor | None] = [self.bias] * self.parts
+        if self.parts > 1:  # one part needs no views, whose gradients would be copied
+            weights = weights[0].chunk(self.parts)
+            biases = biases if self.bias is None else self.bias.chunk(self.parts)
         parts = [
             Part(b_x.rule, b_w.rule, b_x.values(x, shift), b_w.values(w), w, shift, bias)
             for b_x, b_w, w, shift, bias in zip(

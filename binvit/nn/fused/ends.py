@@ -106,11 +106,12 @@ def _own_input_backward(d, dx, n, k):
 
 
 @elementwise.parallel_kernel(reorder=True)
-def end_forward(y, x, vectors, size, eps, activation, out):
+def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out):
     """Map products (M, N) and own inputs (M, K), K = 0 for none, to (M, N).
 
-    vectors (8, R N) in the order of the module, each R times side by side: for R rows at once. size: numbers that are
-    normalized together, 0 for no norm. activation: a value of `ACTIVATIONS`.
+    vectors (8, R N) in the order of the module, each R times side by side: for R rows at once. factored, scaled:
+    whether there is a factor in front, a scale at the end. size: numbers that are normalized together, 0 for no norm.
+    activation: a value of `ACTIVATIONS`.
     """
     rows, n = y.shape
     k, tall = x.shape[1], vectors.shape[1] // n
@@ -122,8 +123,11 @@ def end_forward(y, x, vectors, size, eps, activation, out):
         for r in range(block * BLOCK, last, tall):
             stop = min(last, r + tall)
             given, row = y[r:stop].reshape((stop - r) * n), out[r:stop].reshape((stop - r) * n)
-            for j in range(row.size):
-                row[j] = given[j] * factor[j]
+            if factored:
+                for j in range(row.size):
+                    row[j] = given[j] * factor[j]
+            else:
+                row[:] = given
             if size:
                 _normalize(row, size, eps, deviations)
                 for j in range(row.size):
@@ -139,12 +143,13 @@ def end_forward(y, x, vectors, size, eps, activation, out):
                     v = row[j] + shift[j]
                     low = slope[j] * v
                     row[j] = (v if v > ZERO else low) + shift_out[j]
-            for j in range(row.size):
-                row[j] = row[j] * alpha[j] + beta[j]
+            if scaled:
+                for j in range(row.size):
+                    row[j] = row[j] * alpha[j] + beta[j]
 
 
 @elementwise.parallel_kernel(reorder=True)
-def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
+def end_backward(y, x, g, vectors, factored, scaled, size, eps, activation, dy, dx, dvectors):
     """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N).
 
     Every loop touches few arrays: the compiler makes vector code where it can check that they are apart.
@@ -166,16 +171,23 @@ def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
             count = (stop - r) * n
             given, up, out = y[r:stop].reshape(count), g[r:stop].reshape(count), dy[r:stop].reshape(count)
             hat, moved, d = hats[:count], inputs[:count], work[:count]
-            for j in range(count):
-                hat[j] = given[j] * factor[j]
+            if factored:
+                for j in range(count):
+                    hat[j] = given[j] * factor[j]
+            else:
+                hat[:] = given
             if size:
                 _normalize(hat, size, eps, deviations)
-            for j in range(count):
-                moved[j] = hat[j] * weight[j] + bias[j]
-            _add_own_input(moved, x[r:stop].reshape((stop - r) * k), n, k)
-            for j in range(count):
-                of_beta[j] += up[j]
-                d[j] = up[j] * alpha[j]
+            if scaled or activation:  # what follows asks for the numbers before it
+                for j in range(count):
+                    moved[j] = hat[j] * weight[j] + bias[j]
+                _add_own_input(moved, x[r:stop].reshape((stop - r) * k), n, k)
+            if scaled:
+                for j in range(count):
+                    of_beta[j] += up[j]
+                    d[j] = up[j] * alpha[j]
+            else:
+                d[:] = up
             if activation == 2:
                 for j in range(count):
                     moved[j] += shift[j]
@@ -183,10 +195,11 @@ def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
                     of_shift_out[j] += d[j]
                     v = moved[j]
                     of_slope[j] += d[j] * (v if v <= ZERO else ZERO)
-                for j in range(count):
-                    v = moved[j]
-                    low = slope[j] * v
-                    of_alpha[j] += up[j] * ((v if v > ZERO else low) + shift_out[j])
+                if scaled:
+                    for j in range(count):
+                        v = moved[j]
+                        low = slope[j] * v
+                        of_alpha[j] += up[j] * ((v if v > ZERO else low) + shift_out[j])
                 for j in range(count):
                     v, high = moved[j], d[j]
                     low = high * slope[j]
@@ -197,9 +210,12 @@ def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
                 for j in range(count):
                     v, above = moved[j], d[j]
                     d[j] = above if abs(v) < ONE else ZERO
-                    v = ONE if v > ONE else v
-                    of_alpha[j] += up[j] * (-ONE if v < -ONE else v)
-            else:
+                if scaled:
+                    for j in range(count):
+                        v = moved[j]
+                        v = ONE if v > ONE else v
+                        of_alpha[j] += up[j] * (-ONE if v < -ONE else v)
+            elif scaled:
                 for j in range(count):
                     of_alpha[j] += up[j] * moved[j]
             _own_input_backward(d, dx[r:stop].reshape((stop - r) * k), n, k)
@@ -210,9 +226,12 @@ def end_backward(y, x, g, vectors, size, eps, activation, dy, dx, dvectors):
                 for j in range(count):
                     d[j] *= weight[j]
                 _normalize_backward(d, hat, size, deviations)
-            for j in range(count):
-                of_factor[j] += d[j] * given[j]
-                out[j] = d[j] * factor[j]
+            if factored:
+                for j in range(count):
+                    of_factor[j] += d[j] * given[j]
+                    out[j] = d[j] * factor[j]
+            else:
+                out[:] = d
         for i in range(8):
             for start in range(0, wide, n):
                 part, summed = total[i, start : start + n], sums[block, i]
@@ -242,8 +261,9 @@ class _LayerEnd(torch.autograd.Function):
     def forward(ctx: Any, end: End, y: Tensor, x: Tensor | None, *vectors: Tensor | None) -> Tensor:
         rows, width = elementwise.rows_of(y), y.shape[-1]
         out = y.new_empty(y.shape)
-        ctx.how = width // end.parts if end.parts else 0, np.float32(end.eps), ACTIVATIONS[end.activation]
         ctx.table, ctx.given = _table(vectors, width), [value is not None for value in vectors]
+        norm = width // end.parts if end.parts else 0, np.float32(end.eps)
+        ctx.how = ctx.given[FACTOR], ctx.given[ALPHA], *norm, ACTIVATIONS[end.activation]
         end_forward(rows, _own_rows(x, len(rows)), ctx.table, *ctx.how, out.view(rows.shape).numpy())
         ctx.save_for_backward(y, x)
         return out

@@ -6,6 +6,7 @@ It gives what `binvit.nn.products.binary_product` gives, up to float rounding, f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,17 +45,18 @@ class _Weights(NamedTuple):
     levels: Tensor
     gain: float  # scales of the weights: one number, or (N, 1)
     gains: Tensor | None
+    kept: tuple[Tensor, ...] = ()  # by the rule, for its gradient
 
 
 def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     if rule == _BWN:
         levels = w.new_empty(w.shape)
         return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
-    ((levels, scale, _),) = rule.planes(w.detach(), *parameters)
+    ((levels, scale, _, kept),) = rule.planes(w.detach(), *parameters)
     levels = levels.contiguous()
     if scale is not None and scale.numel() == 1:
-        return _Weights(levels, scale.item(), None)
-    return _Weights(levels, 1.0, scale)
+        return _Weights(levels, scale.item(), None, kept)
+    return _Weights(levels, 1.0, scale, kept)
 
 
 class _BinaryLinear(torch.autograd.Function):
@@ -63,7 +65,7 @@ class _BinaryLinear(torch.autograd.Function):
         rows, k = elementwise.rows_of(x), x.shape[-1]
         parts = _split(layout, tensors)
         y = x.new_empty(len(rows), sum(len(part.w) for part in parts))
-        kept: list[Tensor | None] = []
+        weights_of: list[_Weights] = []
         ctx.forms, start = [], 0
         for part in parts:
             n = len(part.w)
@@ -85,9 +87,10 @@ class _BinaryLinear(torch.autograd.Function):
                 y.numpy(),
             )
             ctx.forms.append((form, weights.gain, means))
-            kept += [weights.levels, weights.gains]
+            weights_of.append(weights)
             start += n
-        ctx.layout = layout
+        ctx.layout, ctx.counts = layout, [len(weights.kept) for weights in weights_of]
+        kept = [tensor for weights in weights_of for tensor in (weights.levels, weights.gains, *weights.kept)]
         ctx.save_for_backward(x, *tensors, *kept)
         return y.view(*x.shape[:-1], -1)
 
@@ -95,10 +98,8 @@ class _BinaryLinear(torch.autograd.Function):
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        count = 2 * len(ctx.layout)
-        x, *tensors = saved[: len(saved) - count]
-        kept = saved[len(saved) - count :]
+        x, *tensors = ctx.saved_tensors
+        kept = iter(tensors[sum(count for _, _, count in ctx.layout) :])
         rows, k = elementwise.rows_of(x), x.shape[-1]
         g = g.reshape(len(rows), -1)
         dx: Any = None
@@ -106,7 +107,7 @@ class _BinaryLinear(torch.autograd.Function):
         start = 0
         for i, part in enumerate(_split(ctx.layout, tensors)):
             form, gain, means = ctx.forms[i]
-            levels_w, gains = kept[2 * i : 2 * i + 2]
+            levels_w, gains, *of_rule = itertools.islice(kept, 2 + ctx.counts[i])
             up, start = g[:, start : start + len(part.w)], start + len(part.w)
             d = up @ (levels_w if gains is None else levels_w * gains)
             dshift, binary = np.empty(k, np.float32), x.new_empty(rows.shape)
@@ -125,7 +126,10 @@ class _BinaryLinear(torch.autograd.Function):
                 binary.numpy(),
             )
             dw = (up.mT @ binary).mul_(form.scale)
-            dw, *dpw = part.rule_w.backward(part.w, dw, *part.parameters_w)
+            if of_rule:
+                dw, *dpw = part.rule_w.backward_from(of_rule, dw, *part.parameters_w)
+            else:
+                dw, *dpw = part.rule_w.backward(part.w, dw, *part.parameters_w)
             numbers = [p.item() for p in part.parameters_x]
             dpx = part.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
             gradients += [dw, None if part.shift is None else torch.from_numpy(dshift)]

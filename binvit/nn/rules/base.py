@@ -19,11 +19,13 @@ class Plane(NamedTuple):
         levels: integer values stored as floats, of the shape of the input.
         scale: a tensor that broadcasts against `levels`, or None for 1.
         offset: whole numbers that broadcast against `levels`, or None for 0.
+        kept: what the rule's `backward_from` starts from, so that a training step computes it once; often nothing.
     """
 
     levels: Tensor
     scale: Tensor | None
     offset: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
 
     @property
     def integers(self) -> Tensor:
@@ -123,6 +125,10 @@ class Rule:
 
     def backward(self, x: Tensor, g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients to x and to each parameter for the gradient g of the binarized tensor."""
+        raise NotImplementedError
+
+    def backward_from(self, kept: Sequence[Tensor], g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return what `backward` returns, of what a plane of x has kept; for rules whose planes keep something."""
         raise NotImplementedError
 
     def form(self, *numbers: float) -> Form | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,19 +40,26 @@ class Sign(Rule):
     def scale_per_token(self) -> bool:
         return self.scale == "row"
 
-    def _scale(self, x: Tensor) -> Tensor | None:
+    def _scale(self, x: Tensor, c: Tensor) -> Tensor | None:
         if self.scale == "none":
             return None
-        x = centred(x) if self.center and self.factor == "exact" else x
-        return x.abs().mean(-1 if self.scale == "row" else (-2, -1), keepdim=True)
+        return (c if self.factor == "exact" else x).abs().mean(-1 if self.scale == "row" else (-2, -1), keepdim=True)
 
     def planes(self, x: Tensor) -> list[Plane]:
-        return [Plane(sign(centred(x) if self.center else x), self._scale(x))]
+        c = centred(x) if self.center else x
+        scale = self._scale(x, c)
+        kept = (c,) if scale is None or self.factor == "bare" else (c, scale)
+        return [Plane(sign(c), scale, kept=kept)]
 
     def backward(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        c, n = centred(x) if self.center else x, x.shape[-1]
+        c = centred(x) if self.center else x
+        scale = None if self.factor == "bare" else self._scale(x, c)
+        return self.backward_from((c,) if scale is None else (c, scale), g)
+
+    def backward_from(self, kept: Sequence[Tensor], g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (c, *scales), n = kept, g.shape[-1]
+        scale = scales[0] if scales else None
         slope = window(c, self.window)
-        scale = None if self.factor == "bare" else self._scale(x)
         if self.factor == "xnor" and scale is not None:
             return (g * (scale * slope + 1 / n) * (1 - 1 / n),)
         dx = g * slope if scale is None else g * slope * scale
@@ -137,10 +145,14 @@ class LearnedRow(Rule):
         return (x.abs().mean(-1, keepdim=True),)
 
     def planes(self, x: Tensor, scale: Tensor) -> list[Plane]:
-        return [Plane(sign(centred(x) if self.center else x), scale)]
+        c = centred(x) if self.center else x
+        return [Plane(sign(c), scale, kept=(c,))]
 
     def backward(self, x: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        c = centred(x) if self.center else x
+        return self.backward_from((centred(x) if self.center else x,), g, scale)
+
+    def backward_from(self, kept: Sequence[Tensor], g: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (c,), (scale,) = kept, parameters
         dc = g * scale * window(c, "open")
         return centred(dc) if self.center else dc, reduce_to(g * sign(c), scale.shape)
 
@@ -187,16 +199,21 @@ class Ede(Rule):
     def planes(self, x: Tensor, sharpness: Tensor) -> list[Plane]:
         if not self.standardize:
             return [Plane(sign(x), None)]
-        standard, _ = self._standard(x)
-        return [Plane(sign(standard), self._scale(standard))]
+        standard, std = self._standard(x)
+        scale = self._scale(standard)
+        return [Plane(sign(standard), scale, kept=(standard, std, scale))]
 
-    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Tensor, None]:
+    def backward(self, x: Tensor, g: Tensor, sharpness: Tensor) -> tuple[Any, ...]:
         if not self.standardize:
             return g * self.slope(x, sharpness), None
         standard, std = self._standard(x)
-        d = g * self._scale(standard) * self.slope(standard, sharpness)
+        return self.backward_from((standard, std, self._scale(standard)), g, sharpness)
+
+    def backward_from(self, kept: Sequence[Tensor], g: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
+        (standard, std, scale), (sharpness,) = kept, parameters
+        d = g * scale * self.slope(standard, sharpness)
         # Through (W - mean)/std with the unbiased std: remove the mean and the part along the standardized row.
-        along = (d * standard).sum(-1, keepdim=True) / (x.shape[-1] - 1)
+        along = (d * standard).sum(-1, keepdim=True) / (g.shape[-1] - 1)
         return (d - d.mean(-1, keepdim=True) - standard * along) / std, None
 
     def form(self, *numbers: float) -> Form | None:
