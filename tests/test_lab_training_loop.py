@@ -114,6 +114,12 @@ def test_real_divergence_is_noticed():
         train_trial(tiny(lr=1e30, clip_grad=0.0, schedule="constant"))
 
 
+@pytest.mark.parametrize("size", [{"width": 2**20}, {"width": 2**10, "mlp_ratio": 1000, "depth": 64}])
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(size):
+    with pytest.raises(ValueError, match=r"A model of \d+ parameters takes at least .* GiB to train .* this machine"):
+        train_trial(tiny(**size))
+
+
 def test_damaged_state_starts_over(tmp_path):
     state = tmp_path / "run.state"
     state.write_bytes(b"damaged")

@@ -68,6 +68,7 @@ def test_values_take_their_declared_type():
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"lr": 10**400}, "lr must be a number, got a whole number of about 400 digits"),
         ({"epochs": 10**30}, "epochs must be at most 1048576, got 10{30}"),
+        ({"depth": 10**6}, "depth must be at most 1024, got 1000000"),
         ({"distilled": 1}, "distilled must be true or false, got 1"),
         ({"erasing": 1.5}, "erasing must be at most 1, got 1.5"),
         ({"distillation": "warm"}, "distillation must be one of 'none', 'soft' or 'hard', got 'warm'"),

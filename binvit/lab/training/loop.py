@@ -21,7 +21,7 @@ from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
 from binvit.lab.training.evaluation import Network, classify, on_bits
-from binvit.lab.training.model import CheckpointInfo, build_model, new_model
+from binvit.lab.training.model import CheckpointInfo, build_model, check_memory, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.resume import Position, read_state, write_state
@@ -89,8 +89,12 @@ class Training:
         self.train_images = Batches(data.train, whole, recipe.eval_batch_size, workers=recipe.workers)
         self.test_images = Batches(data.evaluated, whole, recipe.eval_batch_size, workers=recipe.workers)
         self.stages = list(zip([*(stage.epochs for stage in recipe.stages), recipe.epochs], schemes, strict=True))
+        with torch.device("meta"):  # shapes without numbers
+            shapes = build_model(recipe, len(data.classes), data.image_size)
+        if torch.device(self.device).type == "cpu":
+            check_memory(sum(parameter.numel() for parameter in shapes.parameters()))
         # Names of the float model's tensors; what binarize() adds to them are scales and shifts.
-        self.latent = set(build_model(recipe, len(data.classes), data.image_size).state_dict())
+        self.latent = set(shapes.state_dict())
         self.position = Position()
         self.classifier: Network | None = None  # of the trained model, made once for all images
 

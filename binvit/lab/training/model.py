@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import psutil
 import timm
 import torch
 from pydantic import Field
@@ -37,6 +38,23 @@ def build_model(recipe: Recipe, num_classes: int, image_size: int, pretrained: b
     if pretrained and recipe.weights:
         load_weights(model, recipe.weights, recipe.weights_hash)
     return model
+
+
+def check_memory(parameters: int) -> None:
+    """Refuse a model that this machine's memory cannot train: the system would end the process without a word.
+
+    Args:
+        parameters: how many numbers the model learns.
+
+    Raises:
+        ValueError: weights, gradients and the optimizer's two moments, 16 bytes each, are more than the memory.
+    """
+    needed, memory = 16 * parameters, psutil.virtual_memory().total
+    if needed > memory:
+        raise ValueError(
+            f"A model of {parameters} parameters takes at least {needed / 2**30:.1f} GiB to train (weights, gradients "
+            f"and the optimizer's moments), more than the {memory / 2**30:.1f} GiB of this machine."
+        )
 
 
 def _new(recipe: Recipe, num_classes: int, image_size: int, pretrained: bool) -> VisionTransformer:

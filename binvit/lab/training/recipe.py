@@ -12,6 +12,7 @@ from binvit.config import Config, Number, Options, OptionsField, Switch, Text, W
 from binvit.lab.data.transforms import train_transform
 
 Count = Annotated[Whole, Field(ge=1, le=2**20)]
+Blocks = Annotated[Whole, Field(ge=1, le=2**10)]  # every block takes time and memory, however narrow it is
 Share = Annotated[Number, Field(ge=0, le=1)]
 Amount = Annotated[Number, Field(ge=0, le=1e38)]  # what float32 holds
 
@@ -40,7 +41,7 @@ class Recipe(Config):
     """SHA-256 of that file, which a trial finds out by itself: the content is what counts, not where it lies."""
     width: Count = 64
     """Channels of a token."""
-    depth: Count = 4
+    depth: Blocks = 4
     """Transformer blocks."""
     heads: Count = 4
     """Attention heads."""
