@@ -128,6 +128,8 @@ def test_steps_of_schemes_are_compared_at_each_size():
     ]
     assert table["times"].iloc[0] == 1
     assert (table[["first_ms", "ms"]] > 0).all().all()
+    many = benchmark_steps(["smoke"], ["xnor"], threads=1, batch=2, seconds=0.2).set_index("scheme").loc["xnor"]
+    assert 0 < many["low"] <= many["high"]
     with pytest.raises(ValueError, match="Unknown size 'huge'; valid are smoke, cpu, DeiT-S"):
         benchmark_steps(["huge"])
 
@@ -243,6 +245,9 @@ def test_bench_writes_tables_and_refuses_bad_input(tmp_path, monkeypatch):
     [
         (["--part", "speed"], "Unknown part 'speed' of the benchmark; valid are kernels, models, growth"),
         (["--training", "--part", "kernels"], "leave --part out"),
+        (["--training", "--size", "huge"], "Unknown size 'huge'; valid are smoke, cpu, DeiT-S"),
+        (["--training", "--scheme", "GSB"], "Unknown scheme 'GSB'; valid are float, "),
+        (["--size", "cpu"], "--size and --scheme choose training steps; add --training."),
         (["--batch", "0"], "0"),
     ],
 )
@@ -286,13 +291,14 @@ def test_a_ratio_has_an_interval_over_rounds():
     assert np.isnan(timing.ratio_interval(noisy[:3], times["ours"][:1])).all()  # one round has no interval
 
 
-def test_measured_steps_are_archived_by_cpu_and_threads(tmp_path):
-    steps = pd.DataFrame({"size": ["cpu"], "scheme": ["gsb"], "times": [1.1], "cpu": "a"})
-    for threads, times in ((1, 1.1), (2, 1.2), (1, 1.3)):
-        steps.assign(threads=threads, times=times).to_csv(tmp_path / "training.csv", index=False)
+def test_measured_steps_are_archived_by_cpu_size_and_threads(tmp_path):
+    steps = pd.DataFrame({"scheme": ["gsb"], "cpu": "a"})
+    for size, threads, times in (("cpu", 1, 1.1), ("cpu", 2, 1.2), ("smoke", 1, 1.4), ("cpu", 1, 1.3)):
+        steps.assign(size=size, threads=threads, times=times).to_csv(tmp_path / "training.csv", index=False)
         assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["training"]
     table = read_measurements(tmp_path / "archive", "08_steps")
-    assert sorted(zip(table["threads"], table["times"], strict=True)) == [(1, 1.3), (2, 1.2)]
+    found = sorted(zip(table["size"], table["threads"], table["times"], strict=True))
+    assert found == [("cpu", 1, 1.3), ("cpu", 2, 1.2), ("smoke", 1, 1.4)]
 
 
 @pytest.mark.parametrize(

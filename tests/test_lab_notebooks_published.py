@@ -135,6 +135,15 @@ def test_what_an_archive_lacks_is_named(archive):
     assert plan.not_run(runs, found) == f"All {len(runs)} trials are there."
 
 
+def test_names_with_commas_stay_apart():
+    runs = [
+        plan.Run(condition, "digits", Trial("digits", "gsb", seed=seed))
+        for seed, condition in enumerate(["float", "map, GSB", "map, 1-bit", "map, 1-bit"])
+    ]
+    found = pd.DataFrame({"data": "digits", "condition": ["float", "map, 1-bit"]})
+    assert plan.not_run(runs, found) == 'Not run on digits: "map, GSB"; 1 of 2 trials of "map, 1-bit".'
+
+
 def test_archived_trials_are_shown_where_their_images_are_absent(tmp_path):
     photos = parquet_file(tmp_path / "photos.parquet")
     values = {"dataset": "parquet:photos.parquet, recipe cpu", "data_dir": str(tmp_path), "updates": 4}

@@ -270,14 +270,23 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
 @cli.command()
 @click.option("--part", "parts", multiple=True, metavar="[kernels|models|growth|memory]",
               help="What to measure; may be repeated.  [default: kernels, models, memory]")  # fmt: skip
-@click.option("--training", is_flag=True, help="Measure a training step instead.")
+@click.option("--training", is_flag=True, help="Measure training steps instead.")
+@click.option("--size", "sizes", multiple=True, metavar="[smoke|cpu|DeiT-S]", help="Of training steps; repeatable.")
+@click.option("--scheme", "schemes", multiple=True, help="Whose steps to measure; repeatable.  [default: all]")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
               help="Images per run; may be repeated.  [default: 1, 8, 32; of a training step 8]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
 @click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
 @click.option("--out", type=PATH, default="bench", show_default=True, help="Folder of tables and figures.")
 def bench(
-    parts: tuple[str, ...], training: bool, batches: tuple[int, ...], threads: int | None, seconds: float, out: Path
+    parts: tuple[str, ...],
+    training: bool,
+    sizes: tuple[str, ...],
+    schemes: tuple[str, ...],
+    batches: tuple[int, ...],
+    threads: int | None,
+    seconds: float,
+    out: Path,
 ) -> None:
     """Measure bits against their float peers, side by side in this process.
 
@@ -287,5 +296,7 @@ def bench(
 
     if training and parts:
         raise ValueError("--training is a measurement of its own; leave --part out.")
-    run_benchmarks(("training",) if training else parts or ("kernels", "models", "memory"), out,
-                   batches=batches, threads=threads, seconds=seconds, say=click.echo)  # fmt: skip
+    if (sizes or schemes) and not training:
+        raise ValueError("--size and --scheme choose training steps; add --training.")
+    run_benchmarks(("training",) if training else parts or ("kernels", "models", "memory"), out, batches=batches,
+                   threads=threads, seconds=seconds, sizes=sizes, schemes=schemes, say=click.echo)  # fmt: skip

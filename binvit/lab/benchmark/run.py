@@ -18,8 +18,10 @@ from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
 from binvit.lab.benchmark.memory import benchmark_memory
 from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
-from binvit.lab.benchmark.steps import benchmark_steps
+from binvit.lab.benchmark.steps import SIZES, benchmark_steps
 from binvit.lab.figures.style import save_figure
+from binvit.nn import list_schemes
+from binvit.nn.schemes import check_name
 
 PARTS = ("kernels", "models", "growth", "memory", "training")
 
@@ -30,6 +32,8 @@ def run_benchmarks(
     batches: Sequence[int] = (),
     threads: int | None = None,
     seconds: float = 2.0,
+    sizes: Sequence[str] = (),
+    schemes: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, pd.DataFrame]:
     """Run parts of the benchmark, print their tables, and write them as CSV, with the kind of CPU and others' load.
@@ -40,18 +44,23 @@ def run_benchmarks(
         batches: images per run; by default 1, 8 and 32, and those of each size for a training step.
         threads: threads of every contender.
         seconds: time per measurement, roughly.
+        sizes: of training steps; by default all of `binvit.lab.benchmark.steps.SIZES`.
+        schemes: whose training steps are measured; by default all of the catalogue.
         say: takes every line of text.
 
     Returns:
         The tables by part.
 
     Raises:
-        ValueError: if a part is unknown, `seconds` is no positive time, or `out` is a file.
+        ValueError: if a part, a size or a scheme is unknown, `seconds` is no positive time, or `out` is a file.
     """
     parts = list(dict.fromkeys(parts))
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"Unknown part {show(part)} of the benchmark; valid are {', '.join(PARTS)}.")
+    for kind, names, valid in (("size", sizes, SIZES), ("scheme", schemes, ("float", *list_schemes()))):
+        for name in names:
+            check_name(kind, name, valid)
     if not 0 < seconds < math.inf:  # nor NaN
         raise ValueError(f"The time per measurement must be a positive number of seconds, got {show(seconds)}.")
     if out.exists() and not out.is_dir():
@@ -66,7 +75,9 @@ def run_benchmarks(
         "models": lambda: benchmark_models(batches or (1, 8, 32), say=say, **options),
         "growth": lambda: benchmark_growth(**options),
         "memory": lambda: pd.concat([benchmark_memory(batch) for batch in batches or (1, 8)], ignore_index=True),
-        "training": lambda: pd.concat([benchmark_steps(batch=b, threads=threads) for b in batches or (None,)]),
+        "training": lambda: pd.concat(
+            [benchmark_steps(sizes or SIZES, schemes or None, batch=b, **options) for b in batches or (None,)]
+        ),
     }
     tables = {}
     for part in parts:

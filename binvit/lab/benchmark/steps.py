@@ -12,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from binvit.lab.benchmark.timing import interleave, use_threads
+from binvit.lab.benchmark.timing import interleave, ratio_interval, use_threads
 from binvit.lab.training.model import build_model
 from binvit.lab.training.recipes import recipe
 from binvit.nn import binarize, list_schemes
@@ -28,6 +28,7 @@ def benchmark_steps(
     threads: int | None = None,
     rounds: int = 5,
     batch: int | None = None,
+    seconds: float = 0.0,
 ) -> pd.DataFrame:
     """Measure the training step (forward, backward, AdamW) of binarized models, each beside the float model's.
 
@@ -35,12 +36,14 @@ def benchmark_steps(
         sizes: keys of `SIZES`.
         schemes: names of the catalogue; None takes all of them.
         threads: threads of every contender.
-        rounds: rounds of a scheme, in each of which the float model runs, too.
+        rounds: fewest rounds of a scheme, in each of which the float model runs, too.
         batch: images per step; None takes those of the size.
+        seconds: time per contender, roughly, for more rounds than these.
 
     Returns:
         One row per size and scheme, "float" among them: size, scheme, batch, threads, first_ms (of the first step,
-        which sets scales and may compile), ms (median), times (over the float step beside it).
+        which sets scales and may compile), ms (median), times (over the float step beside it), low and high (its 95 %
+        interval over the rounds, NaN where they are too few).
 
     Raises:
         ValueError: if a size or a scheme is unknown.
@@ -56,12 +59,19 @@ def benchmark_steps(
         if isinstance(model, VisionTransformerDistilled):
             model.set_distilled_training(True)
         images, labels = torch.randn(count, 3, pixels, pixels), torch.arange(count) % 100
-        rows += _measured(size, names, model, images, labels, threads, rounds)
+        rows += _measured(size, names, model, images, labels, threads, rounds, seconds)
     return pd.DataFrame(rows)
 
 
 def _measured(
-    size: str, names: Iterable[str], model: nn.Module, images: Tensor, labels: Tensor, threads: int | None, rounds: int
+    size: str,
+    names: Iterable[str],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threads: int | None,
+    rounds: int,
+    seconds: float,
 ) -> list[dict]:
     """Measure one scheme after the other beside the float step, so that memory holds two models and not all."""
     rows, of_float = [], []
@@ -72,10 +82,11 @@ def _measured(
             start = time.perf_counter()
             step()
             first = time.perf_counter() - start
-            times = interleave({"float": reference, scheme: step}, least=rounds, most=rounds)
+            times = interleave({"float": reference, scheme: step}, seconds, least=rounds)
             median, beside = np.median(times[scheme]), np.median(times["float"])
             of_float.append(beside)
-            numbers = {"first_ms": 1e3 * first, "ms": 1e3 * median, "times": median / beside}
+            low, high = ratio_interval(times[scheme], times["float"])
+            numbers = {"first_ms": 1e3 * first, "ms": 1e3 * median, "times": median / beside, "low": low, "high": high}
             rows.append({"size": size, "scheme": scheme, "batch": len(images), "threads": used} | numbers)
     rows[0]["ms"] = 1e3 * np.median(of_float)  # the float model, which ran beside every other
     return rows

@@ -260,10 +260,15 @@ def not_run(runs: Sequence[Run], table: pd.DataFrame, images: str = "") -> str:
         wanted = {condition: n for (title, condition), n in asked.items() if title == data}
         got = {condition: int(counts.get((data, condition), 0)) for condition in wanted}
         parts = [] if any(got.values()) else [ALL]
-        parts += [", ".join(name for name in wanted if not got[name])] if any(got.values()) else []
+        parts += [_listed(name for name in wanted if not got[name])] if any(got.values()) else []
         for have, n in dict.fromkeys((got[name], wanted[name]) for name in wanted if 0 < got[name] < wanted[name]):
-            names = ", ".join(name for name in wanted if (got[name], wanted[name]) == (have, n))
+            names = _listed(name for name in wanted if (got[name], wanted[name]) == (have, n))
             parts.append(f"{n - have} of {n} trials of {names}")
         lines[data] = "; ".join(filter(None, parts))
     lacking = [f"Not run on {data}: {text}." for data, text in lines.items() if text]
     return "\n".join(lacking) or f"All {len(runs)} trials are there."
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names side by side, those in quotes that hold a comma themselves."""
+    return ", ".join(f'"{name}"' if "," in name else name for name in names)
