@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import planes
+from binvit.nn.fused.float_products import product, product_over_rows
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Plane, Rule
 
@@ -135,9 +136,11 @@ class _BinaryProduct(torch.autograd.Function):
         dx: Tensor | None = None
         dpx: list[Tensor | None] = [None] * len(px)
         if need_x:
-            dx, *dpx = planes.backward(rule_x, x, g @ planes.binarized(rule_w, w, *pw), *px)
+            wb = planes.binarized(rule_w, w, *pw)
+            up = product(g.flatten(0, -2), wb).view(x.shape) if w.dim() == 2 else g @ wb
+            dx, *dpx = planes.backward(rule_x, x, up, *px)
         xb = planes.binarized(rule_x, x, *px)
-        gw = g.flatten(0, -2).mT @ xb.flatten(0, -2) if w.dim() == 2 else g.mT @ xb
+        gw = product_over_rows(g.flatten(0, -2), xb.flatten(0, -2)) if w.dim() == 2 else g.mT @ xb
         dw, *dpw = planes.backward(rule_w, w, gw, *pw)
         dshift = None if dx is None or ctx.shift_shape is None else dx.sum_to_size(ctx.shift_shape)
         dbias = g.flatten(0, -2).sum(0) if ctx.has_bias else None

@@ -21,6 +21,7 @@ from torch import nn
 import binvit
 from binvit.files import atomic_write
 from binvit.lab.training.devices import Team
+from binvit.nn.fused.float_products import library
 
 
 def versions() -> dict[str, str]:
@@ -51,8 +52,8 @@ def cpu_vectors() -> str:
 
 
 def environment(team: Team) -> dict[str, str]:
-    """Return what may change a result's last digits: versions, device, kind of CPU, its vectors and threads."""
-    cpu = {"cpu": cpu_kind(), "vectors": cpu_vectors()}
+    """Return what may change a result's last digits: versions, device, CPU, its vectors, what multiplies, threads."""
+    cpu = {"cpu": cpu_kind(), "vectors": cpu_vectors(), "products": library()}
     return versions() | {"device": team.description} | cpu | {"threads": str(torch.get_num_threads())}
 
 

@@ -16,6 +16,7 @@ from binvit.lab.training.resume import changes
 from binvit.lab.trials.pool import TrialsFailed, cores, run_trials
 from binvit.lab.trials.store import TrialResult, read_result
 from binvit.lab.trials.trial import Trial
+from binvit.nn.fused.float_products import multiply_by
 
 MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
 FILL = 2.5  # minutes up to which more than one trial of a notebook are trained again
@@ -82,8 +83,9 @@ def retrain(
 ) -> pd.DataFrame:
     """Train archived trials again and compare their accuracies.
 
-    They must be equal where kind of CPU, versions and threads are; elsewhere they may differ by as much as two seeds of
-    the same condition (99 % interval of Student's t distribution, and at least one point).
+    What multiplied floats then does so again, where it is there. They must be equal where kind of CPU, versions and
+    threads are; elsewhere they may differ by as much as two seeds of the same condition (99 % interval of Student's t
+    distribution, and at least one point).
 
     Args:
         chosen: the trials.
@@ -96,10 +98,11 @@ def retrain(
         seed, no spread known", or one that starts with "no: ".
     """
     failures: dict[Trial, str] = {}
-    for threads in sorted({item.result.threads for item in chosen}):
-        trials = [item.trial for item in chosen if item.result.threads == threads]
+    for threads, products in sorted({(item.result.threads, item.result.products) for item in chosen}):
+        trials = [i.trial for i in chosen if (i.result.threads, i.result.products) == (threads, products)]
         try:
-            run_trials(trials, results_dir, max(1, cores() // threads), progress=progress)
+            with multiply_by(products):
+                run_trials(trials, results_dir, max(1, cores() // threads), progress=progress)
         except TrialsFailed as error:
             failures |= dict(error.failures)
     known = list(known)

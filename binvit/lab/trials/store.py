@@ -163,6 +163,9 @@ class TrialResult(Config):
     """The identity of the trial on its data when it was trained; a rate chosen later may change the trial's own."""
     vectors: Text = ""
     """Vector extensions of the CPU, of which its kind says little on a virtual machine; "" in older results."""
+    products: Text = "torch"
+    """What multiplied floats in the steps: "oneDNN", or "torch" as in older results; see
+    `binvit.nn.fused.float_products`."""
     model: Annotated[SkipValidation[torch.nn.Module | None], Field(exclude=True)] = field(
         default=None, compare=False, repr=False
     )
@@ -176,7 +179,8 @@ class TrialResult(Config):
     def environment(self) -> dict[str, str]:
         """What may have changed its last digits, as far as it is known; see `training.resume.environment`."""
         told = {"vectors": self.vectors} if self.vectors else {}
-        return self.versions | {"device": self.device, "cpu": self.cpu, "threads": str(self.threads)} | told
+        told |= {"products": self.products, "threads": str(self.threads)}
+        return self.versions | {"device": self.device, "cpu": self.cpu} | told
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""

@@ -23,6 +23,7 @@ from binvit.lab.training.resume import cpu_kind, cpu_vectors
 from binvit.lab.training.weights import file_hash, find_weights
 from binvit.lab.trials.store import TrialResult, finished_result, load_model, model_path, write_result
 from binvit.lab.trials.trial import Trial, teacher_trial
+from binvit.nn.fused.float_products import library
 
 Report = Callable[[int, int, dict[str, Any]], None]
 
@@ -224,6 +225,7 @@ def _measure(trial: Trial, training: Training, fingerprint: str) -> TrialResult:
         fingerprint=fingerprint,
         cpu=cpu_kind(),
         vectors=cpu_vectors(),
+        products=library(),
         id=trial.identity(fingerprint),
         model=training.model.eval(),
         info=training.describe(),

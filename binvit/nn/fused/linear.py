@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import bit_products, elementwise
+from binvit.nn.fused.float_products import product, product_over_rows
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Rule
 
@@ -109,7 +110,7 @@ class _BinaryLinear(torch.autograd.Function):
             form, gain, means = ctx.forms[i]
             levels_w, gains, *of_rule = itertools.islice(kept, 2 + ctx.counts[i])
             up, start = g[:, start : start + len(part.w)], start + len(part.w)
-            d = up @ (levels_w if gains is None else levels_w * gains)
+            d = product(up, levels_w if gains is None else levels_w * gains)
             dshift, binary = np.empty(k, np.float32), x.new_empty(rows.shape)
             dx = d if dx is None else dx
             sums = elementwise.binary_backward(
@@ -125,7 +126,7 @@ class _BinaryLinear(torch.autograd.Function):
                 dshift,
                 binary.numpy(),
             )
-            dw = (up.mT @ binary).mul_(form.scale)
+            dw = product_over_rows(up, binary).mul_(form.scale)
             if of_rule:
                 dw, *dpw = part.rule_w.backward_from(of_rule, dw, *part.parameters_w)
             else:
