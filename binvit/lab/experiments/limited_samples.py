@@ -37,7 +37,7 @@ def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", fu
 
     Returns:
         The claims; undecided where a scheme was not run. The change from few to many holds the trainings of the gap
-        once more and is exploratory.
+        once more and is exploratory, and so is the gap where both have the bias of the map.
     """
     few, many = table["samples_per_class"].min(), table["samples_per_class"].max()
     part = table[table["samples_per_class"] == few]
@@ -50,6 +50,11 @@ def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", fu
             f"From {few} to {many} images per class, {full} gains more than {binary}: few images favour {binary}."
         )
         regular.append(check_pair(sentence, gained, full, binary, on="condition", value="change"))
+    if (table["condition"] == f"{binary} + bias").any():
+        sentence = (
+            f"With the bias of the map in both and {few} images per class, {binary}'s gap is smaller than {full}'s."
+        )
+        regular.append(check_pair(sentence, part, f"{full} + bias", f"{binary} + bias", on="condition", value="gap"))
     return regular + confirm(SUPERPOSITION_HELPS, check_pair(more, part, binary, single, on="condition"))
 
 
