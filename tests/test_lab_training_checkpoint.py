@@ -48,7 +48,7 @@ def test_every_scheme_is_rebuilt_whole(name, tmp_path):
     assert {t.device.type for t in [*again.parameters(), *again.buffers()]} == {"cpu"}
 
 
-@pytest.mark.parametrize("claim", [{"depth": 10**6}, {"width": 999_998}, {"mlp_ratio": 500.0}, {"image_size": 400_000}])
+@pytest.mark.parametrize("claim", [{"depth": 1000}, {"width": 999_998}, {"mlp_ratio": 500.0}, {"image_size": 400_000}])
 def test_claims_of_a_header_are_checked_before_anything_is_built(claim, tmp_path):
     model, size = new_model(info()), claim.get("image_size", 8)
     options = TINY | {name: value for name, value in claim.items() if name != "image_size"}
