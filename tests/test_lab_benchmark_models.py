@@ -291,14 +291,15 @@ def test_a_ratio_has_an_interval_over_rounds():
     assert np.isnan(timing.ratio_interval(noisy[:3], times["ours"][:1])).all()  # one round has no interval
 
 
-def test_measured_steps_are_archived_by_cpu_size_and_threads(tmp_path):
-    steps = pd.DataFrame({"scheme": ["gsb"], "cpu": "a"})
-    for size, threads, times in (("cpu", 1, 1.1), ("cpu", 2, 1.2), ("smoke", 1, 1.4), ("cpu", 1, 1.3)):
-        steps.assign(size=size, threads=threads, times=times).to_csv(tmp_path / "training.csv", index=False)
+def test_measured_steps_are_archived_by_cpu_size_threads_and_scheme(tmp_path):
+    runs = [("gsb", "cpu", 1, 1.1), ("gsb", "cpu", 2, 1.2), ("gsb", "smoke", 1, 1.4), ("bit", "cpu", 1, 1.0)]
+    for scheme, size, threads, times in [*runs, ("gsb", "cpu", 1, 1.3)]:
+        steps = {"scheme": scheme, "cpu": "a", "size": size, "threads": threads, "times": times}
+        pd.DataFrame([steps]).to_csv(tmp_path / "training.csv", index=False)
         assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["training"]
     table = read_measurements(tmp_path / "archive", "08_steps")
-    found = sorted(zip(table["size"], table["threads"], table["times"], strict=True))
-    assert found == [("cpu", 1, 1.3), ("cpu", 2, 1.2), ("smoke", 1, 1.4)]
+    found = sorted(table[["scheme", "size", "threads", "times"]].itertuples(index=False, name=None))
+    assert found == [("bit", "cpu", 1, 1.0), ("gsb", "cpu", 1, 1.3), ("gsb", "cpu", 2, 1.2), ("gsb", "smoke", 1, 1.4)]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,28 @@ def test_who_turns_onednn_off_is_heard():
 
 
 @needs_onednn
+@pytest.mark.parametrize("scheme", ["gsb", "bit", "bhvit-qd"])
+def test_large_products_of_a_step_and_no_others_go_to_onednn(scheme, monkeypatch):
+    """Two for each of a block's four layers: the gradients of its inputs and of its weights."""
+    calls = []
+    for name in ("_product", "_product_over_rows"):
+        whole = getattr(float_products, name)
+        monkeypatch.setattr(float_products, name, lambda *x, f=whole, n=name: (calls.append(n), f(*x))[1])
+    model = binvit.binarize(lab.build_model(lab.recipe("smoke", depth=1), 10, 8), scheme).train()
+    images = torch.randn(4, 3, 8, 8)
+    model(images)  # sets the scales
+    counts = []
+    for least, name in ((0, "oneDNN"), (0, "torch"), (float_products._LARGE, "oneDNN")):
+        monkeypatch.setattr(float_products, "_LARGE", least)
+        with multiply_by(name):
+            model(images).sum().backward()
+        counts.append((calls.count("_product"), calls.count("_product_over_rows")))
+        calls.clear()
+    assert min(counts[0]) >= 4
+    assert counts[1:] == [(0, 0), (0, 0)]
+
+
+@needs_onednn
 @pytest.mark.parametrize("scheme", ["gsb", "bivit-head", "xnor"])
 def test_a_training_step_is_the_same_up_to_rounding(scheme, monkeypatch):
     monkeypatch.setattr(float_products, "_LARGE", 0)

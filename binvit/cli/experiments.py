@@ -271,10 +271,10 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
 @click.option("--part", "parts", multiple=True, metavar="[kernels|models|growth|memory]",
               help="What to measure; may be repeated.  [default: kernels, models, memory]")  # fmt: skip
 @click.option("--training", is_flag=True, help="Measure training steps instead.")
-@click.option("--size", "sizes", multiple=True, metavar="[smoke|cpu|DeiT-S]", help="Of training steps; repeatable.")
-@click.option("--scheme", "schemes", multiple=True, help="Whose steps to measure; repeatable.  [default: all]")
+@click.option("--size", "sizes", multiple=True, metavar="[smoke|cpu|DeiT-S]", help="Of training steps.  [default: all]")
+@click.option("--scheme", "schemes", multiple=True, help="Whose steps; both may be repeated.  [default: all]")
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True,
-              help="Images per run; may be repeated.  [default: 1, 8, 32; of a training step 8]")  # fmt: skip
+              help="Images per run; may be repeated.  [default: 1, 8, 32; of training steps the size's]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
 @click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
 @click.option("--out", type=PATH, default="bench", show_default=True, help="Folder of tables and figures.")

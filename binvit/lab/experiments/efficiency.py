@@ -211,7 +211,7 @@ def _unless_busy(claim: Claim, others: float) -> Claim:
 def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
     """Add the tables of `binvit bench` to an archive; those of the same kind of CPU that were there make room.
 
-    Training steps of schemes are called 08_steps; of another size or number of threads they stay beside one another.
+    Training steps are called 08_steps; those of other schemes, sizes or numbers of threads stay beside them.
 
     Args:
         folder: what `binvit bench --out` has written.
@@ -229,7 +229,7 @@ def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
         raise FileNotFoundError(f"There are no tables of binvit bench in {folder}.")
     for part in found:
         steps = part == "training"  # of all schemes; 08_training has the notebook's one
-        name, keys = ("08_steps", ["cpu", "size", "threads"]) if steps else (f"08_{part}", ["cpu"])
+        name, keys = ("08_steps", ["cpu", "size", "threads", "scheme"]) if steps else (f"08_{part}", ["cpu"])
         add_measurements(archive, name, read_table(Path(folder) / f"{part}.csv", keys), keys)
     return found
 
