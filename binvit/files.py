@@ -39,10 +39,13 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
         The path written.
 
     Raises:
-        ValueError: if the path leads to something that is no plain file, such as a folder or a device.
+        ValueError: if the path leads to something that is no plain file, such as a folder or a device, or holds a NUL
+            byte.
         OSError: if it cannot be written; the error names the path.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
     target = Path(os.path.realpath(path))
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")

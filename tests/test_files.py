@@ -64,6 +64,8 @@ def test_what_is_no_plain_file_is_refused_and_stays(tmp_path):
     for name in ("/dev/null", *before):
         with pytest.raises(ValueError, match=f"Expected a plain file to write to, but {name} is a folder, a device"):
             atomic_write(name, "content")
+    with pytest.raises(ValueError, match="must not hold a NUL byte, got 'a"):
+        atomic_write("a\0b", "content")
     assert sorted(tmp_path.iterdir()) == before
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -252,6 +252,11 @@ def test_predict_writes_tables_and_json_and_skips_what_is_no_image_with_a_word(c
     assert single[0]["probability"] == pytest.approx(records[7]["classes"][0]["probability"], abs=1e-5)
 
 
+def test_predict_writes_one_form(capsys, model, tmp_path):
+    for forms in (("--csv", "--json"), ("--json", "--csv")):
+        assert refused(capsys, "predict", model, tmp_path, *forms) == "Give --csv or --json, not both."
+
+
 def test_predict_refuses_a_folder_of_damaged_images_and_a_pipe(capsys, model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     code, out, err = run(capsys, "predict", model, tmp_path)
@@ -381,8 +386,19 @@ def test_reproduce_checks_parameters_of_all_notebooks_before_it_runs_one(capsys,
     assert "02_odd.ipynb has no parameter 'count'; its parameters are other." in sentence
     assert "--only" in sentence
     assert not out.exists()
-    out.write_text("a file")
-    assert "is a file" in refused(capsys, "reproduce", "--notebooks", folder, "--out", out)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [option.split() for option in ("train", "tune", "reproduce", "figures", "bench", "archive results")],
+    ids=" ".join,
+)
+def test_a_file_is_no_folder_to_write_into(capsys, tmp_path, command):
+    file = tmp_path / "file"
+    file.write_text("content")
+    for out in (file, "/dev/null"):
+        assert refused(capsys, *command, "--out", out).endswith(f"{out} is no folder.")
+    assert file.read_text() == "content"
 
 
 def test_line_breaks_in_names_stay_within_their_row_and_codes_reach_no_terminal(capsys, model, tmp_path):

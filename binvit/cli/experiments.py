@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from binvit.cli.group import PATH, RECIPES, cli, in_words, printable
+from binvit.cli.group import FOLDER, PATH, RECIPES, cli, in_words, printable
 
 
 @cli.command()
@@ -18,7 +18,7 @@ from binvit.cli.group import PATH, RECIPES, cli, in_words, printable
               help="Published results from the archive, or what is trained anew.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
-@click.option("--out", type=PATH, default="report", show_default=True, help="Folder of the report.")
+@click.option("--out", type=FOLDER, default="report", show_default=True, help="Folder of the report.")
 @click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
@@ -152,8 +152,8 @@ def plan(
               help="Trainings per rate; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
-@click.option("--root", type=PATH, help="Folder of the data set's files.")
-@click.option("--out", type=PATH, default="results", show_default=True,
+@click.option("--root", type=FOLDER, help="Folder of the data set's files.")
+@click.option("--out", type=FOLDER, default="results", show_default=True,
               help="Folder of the results.")  # fmt: skip
 @click.option("--rates", type=PATH, help="File of the rates.  [default: the package's own]")
 def tune(
@@ -198,7 +198,7 @@ def tune(
 
 @cli.command()
 @click.argument("results_dir", type=PATH)
-@click.option("--out", type=PATH, help="Folder of the archive.  [default: paper_figures]")
+@click.option("--out", type=FOLDER, help="Folder of the archive.  [default: paper_figures]")
 @click.option("--bench", "measured", type=PATH, help="Also add the tables that binvit bench has written to a folder.")
 def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
     """Add the finished trials of a results folder to the archive, and what notebooks measure on its models.
@@ -231,7 +231,7 @@ def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
 
 @cli.command()
 @click.option("--archive", type=PATH, help="Folder of the archive.  [default: paper_figures]")
-@click.option("--out", type=PATH, help="Folder of figures and tables.  [default: the archive's]")
+@click.option("--out", type=FOLDER, help="Folder of figures and tables.  [default: the archive's]")
 @click.option("--readme", type=PATH, help="File whose table of results is written.  [default: README.md of the clone]")
 def figures(archive: Path | None, out: Path | None, readme: Path | None) -> None:
     """Draw all published figures and tables anew from the archive; nothing is trained."""
@@ -251,7 +251,7 @@ def figures(archive: Path | None, out: Path | None, readme: Path | None) -> None
 @click.option("--size", type=click.IntRange(1, 2**14), help="Side in pixels.  [default: images stay as they are]")
 @click.option("--per-class", type=click.IntRange(1), help="Training images of every class.  [default: all]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which images are drawn.")
-@click.option("--root", type=PATH, default="data", show_default=True,
+@click.option("--root", type=FOLDER, default="data", show_default=True,
               help="Folder of the official files, which are downloaded to it if they are absent.")  # fmt: skip
 def data(name: str, out: Path, size: int | None, per_class: int | None, seed: int, root: Path) -> None:
     """Make a Parquet file of an official data set, as archived trials name it.
@@ -277,7 +277,7 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
               help="Images per run; may be repeated.  [default: 1, 8, 32; of training steps the size's]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of every contender.  [default: torch's number]")
 @click.option("--seconds", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Time per measurement.")
-@click.option("--out", type=PATH, default="bench", show_default=True, help="Folder of tables and figures.")
+@click.option("--out", type=FOLDER, default="bench", show_default=True, help="Folder of tables and figures.")
 def bench(
     parts: tuple[str, ...],
     training: bool,

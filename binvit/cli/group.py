@@ -18,6 +18,16 @@ class _Path(click.Path):
         return super().convert(os.path.expandvars(os.path.expanduser(value)), param, ctx)
 
 
+class _Folder(_Path):
+    """A folder, which need not exist yet; a file or a device of that name is refused before anything is computed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if path.exists() and not path.is_dir():
+            self.fail(f"{printable(str(path))} is no folder.", param, ctx)
+        return path
+
+
 def printable(text: str) -> str:
     """Escape line breaks, codes that a terminal obeys, and bytes that are no text; names of files may hold them."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -32,6 +42,7 @@ def in_words(error: Exception) -> str:
 
 
 PATH = _Path(path_type=Path)
+FOLDER = _Folder(path_type=Path)
 RECIPES = "[smoke|digits|cpu|flowers|cifar|pretrained|paper]"  # as registered: an import would cost seconds
 
 

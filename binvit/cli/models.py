@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from binvit.cli.group import PATH, RECIPES, cli, printable
+from binvit.cli.group import FOLDER, PATH, RECIPES, cli, printable
 
 if TYPE_CHECKING:
     from binvit.lab.trials.trial import Trial
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--samples-per-class", type=int, help="Training images per class.  [default: all]")
 @click.option("--label-noise", type=float, default=0.0, show_default=True, help="Share of wrong training labels.")
-@click.option("--root", type=PATH, help="Folder of the data set's files.")
+@click.option("--root", type=FOLDER, help="Folder of the data set's files.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--trial", "file", type=PATH, help="File of a plan, a result or a trial, in place of all options above.")
 @click.option("--id", "identities", multiple=True, help="Which trial of the plan; may be repeated.")
-@click.option("--out", type=PATH, default="results", show_default=True, help="Folder of the result.")
+@click.option("--out", type=FOLDER, default="results", show_default=True, help="Folder of the result.")
 def train(
     dataset: str,
     scheme: str,
@@ -142,9 +142,9 @@ def models() -> None:
 @click.argument("model", type=PATH)
 @click.argument("images", type=PATH, metavar="IMAGE_OR_FOLDER")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Classes to print per image.")
-@click.option("--csv", "form", flag_value="csv", help="Print image, rank, class and probability as CSV.")
-@click.option("--json", "form", flag_value="json", help="Print a list of images with their classes as JSON.")
-def predict(model: Path, images: Path, top: int, form: str | None) -> None:
+@click.option("--csv", "table", is_flag=True, help="Print image, rank, class and probability as CSV.")
+@click.option("--json", "objects", is_flag=True, help="Print a list of images with their classes as JSON.")
+def predict(model: Path, images: Path, top: int, table: bool, objects: bool) -> None:
     """Print class names and probabilities for an image file or for all images of a folder.
 
     MODEL is a file that binvit train or binvit pack has written, or a name that binvit models prints. What is no image
@@ -154,6 +154,9 @@ def predict(model: Path, images: Path, top: int, form: str | None) -> None:
 
     from binvit.lab.predict import image_files, open_model, predict_files, written
 
+    if table and objects:
+        raise ValueError("Give --csv or --json, not both.")
+    form = "csv" if table else "json" if objects else None
     skip = (lambda sentence: tqdm.write(printable(sentence), file=sys.stderr)) if images.is_dir() else None
     files = image_files(images, skip)
     predictions = predict_files(open_model(model), files, top, skip)

@@ -193,7 +193,8 @@ def scheme_linear(
 class BinaryPatchConv(BinaryLinear):
     """Patch embedding with binarized or 8-bit weights: the strided convolution as one product over unfolded patches.
 
-    In evaluation mode every image is multiplied by itself, so that float rounding cannot depend on the batch.
+    In evaluation mode every image is multiplied by itself, so that float rounding cannot depend on the batch; not
+    where `torch.export` writes down one graph for batches of any size.
 
     Args:
         conv: convolution whose stride equals its kernel.
@@ -216,7 +217,7 @@ class BinaryPatchConv(BinaryLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to features (B, width, H / p, W / p)."""
         grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
-        if self.training:
+        if self.training or torch.compiler.is_exporting():
             y = super().forward(self.patches(x))
         else:
             y = torch.cat([super(BinaryPatchConv, self).forward(self.patches(image)) for image in x.split(1)])
