@@ -1,5 +1,6 @@
 import math
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import two_processes
 
 from binvit.lab import Trial
 from binvit.lab.training import devices
-from binvit.lab.training.devices import Team, choose_device, spread
+from binvit.lab.training.devices import Team, choose_device, keep_freed_memory, spread
 from binvit.lab.trials.store import read_results
 from binvit.lab.trials.train_trial import train_trial
 
@@ -111,3 +112,30 @@ def test_several_processes_without_accelerate_get_one_sentence(monkeypatch):
 def test_what_is_no_device_gets_one_sentence(name):
     with pytest.raises(ValueError, match="A device is cpu, cuda, mps or one GPU such as cuda:1"):
         choose_device(name)
+
+
+STEPS = """
+import resource, sys, numpy as np
+from binvit.lab.training.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(30):
+    blocks = [np.ones(1 << 20) for _ in range(16)]  # 8 MiB each, all given back before the next step
+    blocks.clear()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="options of glibc's malloc")
+def test_freed_memory_is_used_again_by_the_next_step():
+    given, kept = (
+        int(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, check=True, text=True).stdout)
+        for how in ("given back", "kept")
+    )
+    assert kept < given / 2
+
+
+def test_without_such_a_malloc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(devices.ctypes, "CDLL", None)  # would fail if it were called
+    keep_freed_memory()

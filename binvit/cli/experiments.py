@@ -176,10 +176,12 @@ def tune(
     those tried, the next one by a factor of two is tried as well.
     """
     import binvit
+    from binvit.lab.training.devices import keep_freed_memory
     from binvit.lab.training.rates import RATES, read_rates, write_rates
     from binvit.lab.trials.tune import tune as search
     from binvit.lab.trials.tune import tuning_table
 
+    keep_freed_memory()
     read_rates(rates or RATES)  # a file that cannot be added to is told before the trainings, not after
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
@@ -293,10 +295,13 @@ def bench(
     Prints tables with medians and ratios, and writes them as CSV, with a roofline of the kernels.
     """
     from binvit.lab.benchmark.run import run_benchmarks
+    from binvit.lab.training.devices import keep_freed_memory
 
     if training and parts:
         raise ValueError("--training is a measurement of its own; leave --part out.")
     if (sizes or schemes) and not training:
         raise ValueError("--size and --scheme choose training steps; add --training.")
+    if training:
+        keep_freed_memory()  # as in a training
     run_benchmarks(("training",) if training else parts or ("kernels", "models", "memory"), out, batches=batches,
                    threads=threads, seconds=seconds, sizes=sizes, schemes=schemes, say=click.echo)  # fmt: skip

@@ -92,10 +92,11 @@ def train(
 
 
 def _train(trials: list[Trial], keep_models: bool, device: str | None, out: Path) -> None:
-    from binvit.lab.training.devices import Team
+    from binvit.lab.training.devices import Team, keep_freed_memory
     from binvit.lab.trials.pool import run_trials
     from binvit.lab.trials.store import model_path
 
+    keep_freed_memory()
     table = run_trials(trials, out, keep_models=keep_models, progress=sys.stderr.isatty(), device=device)
     if not Team(device).leads:
         return

