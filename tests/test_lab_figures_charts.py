@@ -204,3 +204,19 @@ def test_figures_go_into_given_axes(trials):
 def test_tables_that_cannot_be_drawn_are_refused(trials, draw, message):
     with pytest.raises(ValueError, match=message):
         draw(trials)
+
+
+@pytest.mark.parametrize("kinds", range(1, 6))
+def test_dot_panels_stand_in_two_columns_that_end_about_alike(trials, kinds):
+    some = trials[trials["samples_per_class"] == 5]
+    table = pd.concat([some.assign(data=f"images {i}") for i in range(kinds)])
+    summary = statistics.summarize(table, ["data", "scheme"])
+    fig = panels.dot_panels(summary, table, "scheme", reference="float")
+    fig.canvas.draw()
+    boxes = [ax.get_position() for ax in fig.axes]
+    columns = {round(box.x0, 2) for box in boxes}
+    assert (len(boxes), len(columns)) == (kinds, min(2, kinds))
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    titles = [ax.get_title(loc="left") for ax in fig.axes]
+    assert titles == ([f"images {i}" for i in range(kinds)] if kinds > 1 else [""])
+    assert fig.get_figheight() < 0.23 * (3 + 4) * (kinds + 1) / 2 + 0.01

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -253,9 +254,10 @@ def half_width(row: pd.Series) -> float:
 
 
 def mark(ax: Axes, x: float, name: str) -> None:
-    """Draw a dotted line at a number of the horizontal axis and write what it is."""
+    """Draw a dotted line at a number of the horizontal axis and write what it is along it."""
     ax.axvline(x, color=GREY, lw=0.8, ls=":", zorder=1)
-    ax.annotate(name, (x, 1), (2, 1), ("data", "axes fraction"), "offset points", fontsize=6.5, color=GREY, va="bottom")
+    style: dict[str, Any] = {"fontsize": 6.5, "color": GREY, "rotation": 90, "va": "top"}
+    ax.annotate(name, (x, 1), (2, -2), ("data", "axes fraction"), "offset points", **style)
 
 
 @styled

@@ -16,6 +16,8 @@ from binvit.lab.figures.charts import dots
 from binvit.lab.figures.style import GREY, caption, interval_caption, save_figure, styled
 from binvit.lab.project import folder
 
+_MARGIN = 4  # rows that a panel's title and the label of its axis take
+
 
 def nothing() -> Figure:
     """Return a figure that says that nothing was run."""
@@ -100,6 +102,8 @@ def dot_panels(
 ) -> Figure:
     """Draw means as dots with intervals and single seeds as faint ones, a panel for each kind of images.
 
+    Panels stand in two columns: each in the one that is shorter so far, as high as its rows need.
+
     Args:
         summary: means of `statistics.summarize` by data, group and label.
         trials: the single trials, with the same columns and `value`.
@@ -114,15 +118,23 @@ def dot_panels(
     Returns:
         The figure.
     """
-    sizes = (part[label].size + (part[group].nunique() if group else 0) for _, part in summary.groupby("data"))
-    rows = max(sizes, default=0)
-
-    def draw(part: pd.DataFrame, ax: Axes) -> None:
-        own = trials[trials["data"] == part["data"].iloc[0]]
+    parts = list(summary.groupby("data", sort=False))
+    if not parts:
+        return nothing()
+    columns: list[list[int]] = [[] for _ in parts[:2]]  # rows of each panel
+    places = []
+    for _, part in parts:
+        shortest = min(range(len(columns)), key=lambda column: sum(columns[column]))
+        places.append((shortest, len(columns[shortest])))
+        columns[shortest].append(part[label].size + (part[group].nunique() if group else 0) + _MARGIN)
+    fig = plt.figure(figsize=(6.0 * len(columns), 0.23 * max(map(sum, columns))))
+    grid = fig.add_gridspec(1, len(columns))
+    cells = [grid[i].subgridspec(len(rows), 1, height_ratios=rows) for i, rows in enumerate(columns)]
+    for (data, part), (column, place) in zip(parts, places, strict=True):
+        own, ax = trials[trials["data"] == data], fig.add_subplot(cells[column][place])
         line = reference if reference == "0" or reference in set(part[label]) else None
         dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, scheme=scheme, ax=ax)
-
-    fig = panels(summary, draw, 6.0, 0.75 + 0.23 * rows)
-    if len(summary):
-        caption(fig, interval_caption(summary["n"]))  # of all panels: each one has written its own in the same place
+        if len(parts) > 1:
+            ax.set_title(data)
+    caption(fig, interval_caption(summary["n"]))  # of all panels: each one has written its own in the same place
     return fig
