@@ -50,6 +50,8 @@ def test_claims_can_come_out_any_way(gsb, verdict):
     found = width.claims(table(gsb))
     assert [claim.verdict for claim in found] == [verdict] * 2
     assert {claim.kind for claim in found} == {"exploratory"}
+    assert all("gsb - float: " in claim.evidence and " points" in claim.evidence for claim in found)
+    assert all(claim.evidence.endswith("; 1 of 1 widths overlap") for claim in found)
 
 
 def told(claims):
@@ -120,6 +122,17 @@ def test_figure_has_a_panel_for_each_cost():
     figure = width.draw(table(0.65))
     assert [ax.get_xlabel() for ax in figure.axes] == ["kB of the file", "ms for one image, one thread"]
     assert all(ax.get_xscale() == "log" for ax in figure.axes)
+
+
+def test_seeds_far_below_the_lowest_mean_are_marked_at_the_edge():
+    own = table(0.65)
+    own.loc[own.index[own["scheme"] == "gsb"][0], "test_accuracy"] = 0.1
+    axes = width.draw(own).axes[0]
+    (low,) = (line for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata()))
+    assert low.get_ydata()[0] == pytest.approx(
+        100 * (own.groupby(["scheme", "bytes"])["test_accuracy"].mean().min() - 0.03)
+    )
+    assert axes.get_ylim()[0] > 10
 
 
 def test_models_that_were_not_measured_have_no_panel_but_are_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ from safetensors.torch import save as serialize
 
 import binvit
 from binvit.lab.analysis.claims import Claim, check_difference
-from binvit.lab.analysis.statistics import estimate, readable, summarize
+from binvit.lab.analysis.statistics import Difference, estimate, readable, summarize
 from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
 from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import axis_name, caption, colors_of, label_ends, styled
+from binvit.lab.figures.style import axis_name, caption, colors_of, styled
 from binvit.lab.training.model import build_model
 from binvit.lab.trials.archive import find, is_present
 from binvit.lab.trials.measurements import add_measurements, read_measurements
@@ -35,6 +36,7 @@ QUARTILES = {"low": "ms_low", "high": "ms_high"}  # columns of a measurement -> 
 UNMEASURED = "costs not measured"
 TABLE = "09_sizes"
 _KEYS = ("data", "scheme", "width")
+_BELOW = 0.03  # how far below the lowest mean a seed is drawn at its place
 _MEASURED = (*_KEYS, *COSTS, "low", "high", "others", "cpu")
 
 
@@ -262,7 +264,12 @@ def _compare(sentence: str, table: pd.DataFrame, scheme: str, cost: str) -> Clai
     differences = gains(table, scheme, cost)
     if differences.empty:
         return Claim(sentence, "undecided", "no sizes overlap")
-    return check_difference(sentence, estimate(differences))
+    found = estimate(differences)
+    paired = Difference(found.mean, found.low, found.high, found.n, a=scheme, b="float", value="test_accuracy")
+    claim = check_difference(sentence, paired)
+    costs = table.loc[table["scheme"] == scheme].groupby("width")[cost].first()
+    inside = costs.between(*table.loc[table["scheme"] == "float", cost].agg(["min", "max"]))
+    return dataclasses.replace(claim, evidence=f"{claim.evidence}; {inside.sum()} of {len(costs)} widths overlap")
 
 
 def _readings(table: pd.DataFrame, cost: str) -> list[pd.DataFrame]:
@@ -285,13 +292,15 @@ def draw(table: pd.DataFrame) -> Figure:
 
     def panel(part: pd.DataFrame, cost: str, ax: Axes) -> None:
         means = part.groupby(["scheme", "width", cost], sort=False)["test_accuracy"].mean().reset_index()
-        ends = {}
+        floor = means["test_accuracy"].min() - _BELOW
         for scheme, line in means.groupby("scheme", sort=False):
-            line = line.sort_values(cost)
             own = part[part["scheme"] == scheme]
-            ax.plot(own[cost], 100 * own["test_accuracy"], "o", color=colors[scheme], alpha=0.4, ms=2.6, mew=0)
-            ax.plot(line[cost], 100 * line["test_accuracy"], "o", color=colors[scheme], mec="white", mew=0.8, ms=6)
-            ends[scheme] = (line[cost].iloc[-1], 100 * line["test_accuracy"].iloc[-1])
+            style: dict[str, Any] = {"color": colors[scheme], "alpha": 0.4, "ms": 2.6, "mew": 0}
+            ax.plot(own[cost], 100 * own["test_accuracy"].where(own["test_accuracy"] >= floor), "o", **style)
+            low = own.loc[own["test_accuracy"] < floor, cost]
+            ax.plot(low, [100 * floor] * len(low), "v", **style | {"ms": 4})
+            dots: dict[str, Any] = {"color": colors[scheme], "mec": "white", "mew": 0.8, "ms": 6}
+            ax.plot(line[cost], 100 * line["test_accuracy"], "o", **dots, label=str(scheme))
         front = means.sort_values([cost, "test_accuracy"], ascending=[True, False])
         front = front[front["test_accuracy"] > front["test_accuracy"].cummax().shift(fill_value=-1.0)]
         ax.step(front[cost], 100 * front["test_accuracy"], where="post", color="0.6", lw=0.9, zorder=1)
@@ -300,10 +309,11 @@ def draw(table: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000 if cost == 'bytes' else x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_ylabel(axis_name("test_accuracy"))
-        label_ends(ax, ends, colors, {name: str(name) for name in ends})
+        if cost == COSTS[0]:
+            ax.legend(loc="lower right")
 
     fig = subplot_grid(table.dropna(subset=list(COSTS)), COSTS, panel, None)
-    told = ["large: mean over the seeds, small: single seeds; line: what no model of the same cost beats"]
+    told = ["large: mean over the seeds, small: single seeds (triangles lie lower); line: the front"]
     if "cpu" in table:
         measured = table[table["ms"].notna()].groupby("data", sort=False)["cpu"].first()
         told += [f"milliseconds of {data}: {cpu}" for data, cpu in measured.items()]
