@@ -302,6 +302,16 @@ def test_measured_steps_are_archived_by_cpu_size_threads_and_scheme(tmp_path):
     assert found == [("bit", "cpu", 1, 1.0), ("gsb", "cpu", 1, 1.3), ("gsb", "cpu", 2, 1.2), ("gsb", "smoke", 1, 1.4)]
 
 
+def test_measured_models_make_room_for_the_same_batches_only(tmp_path):
+    for batches, times in (([1, 8], 2.0), ([1], 3.0)):
+        rows = [{"cpu": "a", "width": 384, "threads": 2, "batch": batch, "contender": c, "times": times}
+                for batch in batches for c in ("ours", "theirs")]  # fmt: skip
+        pd.DataFrame(rows).to_csv(tmp_path / "models.csv", index=False)
+        assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["models"]
+    table = read_measurements(tmp_path / "archive", "08_models")
+    assert table.groupby("batch")["times"].agg(list).to_dict() == {1: [3.0, 3.0], 8: [2.0, 2.0]}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -313,8 +323,8 @@ def test_measured_steps_are_archived_by_cpu_size_threads_and_scheme(tmp_path):
     ],
 )
 def test_damaged_tables_of_a_bench_are_named_in_a_sentence(content, sentence, tmp_path):
-    (tmp_path / "models.csv").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"^The measurements .*models\.csv {sentence}\.$"):
+    (tmp_path / "memory.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^The measurements .*memory\.csv {sentence}\.$"):
         efficiency.archive_bench(tmp_path, tmp_path / "archive")
     assert not (tmp_path / "archive").exists()
 

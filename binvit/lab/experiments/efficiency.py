@@ -27,6 +27,10 @@ The one-group scheme with learned scales and shifts was called bit until that na
 BiT; a CPU with AMX was measured before.
 """
 REFERENCES = {1: ":", 2: "--"}  # powers of growth -> line style
+_TOGETHER = {
+    "models": ("width", "threads", "batch"),
+    "training": ("size", "threads", "scheme"),
+}  # what one run measures
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 
 
@@ -42,7 +46,7 @@ def draw(models: pd.DataFrame, title: str | None = None) -> Figure:
         The figure.
     """
     require_columns(models, ["batch", "contender", "per_image", "low", "high"])
-    batches = list(models["batch"].unique())
+    batches = sorted(models["batch"].unique())
     rows = models["contender"].nunique()
     fig, axes = plt.subplots(1, len(batches), figsize=(3.9 * len(batches), 0.9 + 0.23 * rows), squeeze=False)
     for ax, batch in zip(axes[0], batches, strict=True):
@@ -209,9 +213,10 @@ def _unless_busy(claim: Claim, others: float) -> Claim:
 
 
 def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
-    """Add the tables of `binvit bench` to an archive; those of the same kind of CPU that were there make room.
+    """Add the tables of `binvit bench` to an archive; what was measured there on the same kind of CPU makes room.
 
-    Training steps are called 08_steps; those of other schemes, sizes or numbers of threads stay beside them.
+    Models in batches of another size, and steps of other schemes, sizes or numbers of threads stay. Training steps are
+    called 08_steps.
 
     Args:
         folder: what `binvit bench --out` has written.
@@ -228,8 +233,8 @@ def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
     if not found:
         raise FileNotFoundError(f"There are no tables of binvit bench in {folder}.")
     for part in found:
-        steps = part == "training"  # of all schemes; 08_training has the notebook's one
-        name, keys = ("08_steps", ["cpu", "size", "threads", "scheme"]) if steps else (f"08_{part}", ["cpu"])
+        name = "08_steps" if part == "training" else f"08_{part}"  # 08_training has the notebook's one scheme
+        keys = ["cpu", *_TOGETHER.get(part, ())]
         add_measurements(archive, name, read_table(Path(folder) / f"{part}.csv", keys), keys)
     return found
 
@@ -252,7 +257,9 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
     }
     rows = [
         (f"ms per image, batch {batch}", contender, cpu, f"{1000 * part['per_image'].median():.1f}")
-        for (batch, contender, cpu), part in both["models"].groupby(["batch", "contender", "cpu"], sort=False)
+        for (batch, contender, cpu), part in both["models"]
+        .sort_values("batch", kind="stable")
+        .groupby(["batch", "contender", "cpu"], sort=False)
     ]
     rows += [
         ("times a 1-bit product", contender, cpu, f"{part['times'].min():.1f} to {part['times'].max():.1f}")
