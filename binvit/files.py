@@ -27,6 +27,17 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in numbers
 
 
+def plain_path(path: str | Path) -> Path:
+    """Return a path that a system can take.
+
+    Raises:
+        ValueError: it holds a NUL byte.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
+    return Path(path)
+
+
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
     """Write a file so that a reader, and whoever comes after a power cut, sees either the old content or the new one.
 
@@ -43,9 +54,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
             byte.
         OSError: if it cannot be written; the error names the path.
     """
-    path = Path(path)
-    if "\0" in str(path):
-        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
+    path = plain_path(path)
     target = Path(os.path.realpath(path))
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
+from binvit.files import plain_path
+
 Source = Image.Image | str | Path | bytes | np.ndarray
 """One image: decoded, a file, the bytes of a file, or pixels."""
 _LARGEST = 2**26  # pixels of an image that is resized as a whole
@@ -43,10 +45,8 @@ def require_regular(path: Path, what: str) -> Path:
         FileNotFoundError: there is no such file.
         ValueError: it is something else, or the path holds a NUL byte.
     """
-    if "\0" in str(path):
-        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(plain_path(path)).st_mode
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -296,7 +297,7 @@ def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> n
         A C-contiguous array of that shape.
     """
     dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = (math.prod(shape) if isinstance(shape, tuple) else shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
+    start = -buffer.__array_interface__["data"][0] % ALIGNMENT  # faster than asking ctypes
     return buffer[start : start + size].view(dtype).reshape(shape)

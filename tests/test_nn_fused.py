@@ -174,10 +174,10 @@ for threads in (1, 2):
     sums = elementwise.binary_backward(x, shift, dx, one, *form, one, means, False, dx, dshift, levels)
     vectors = np.stack([shift] * 8)
     ends, dvectors = [np.empty_like(x) for _ in range(3)], np.empty_like(vectors)
-    ends_of = vectors, True, True, 35, np.float32(1e-5), 2
-    end_forward(x, g, *ends_of, ends[0])
-    end_backward(x, g, x, *ends_of, *ends[1:], dvectors)
-    results.append((dx, dshift, levels, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors))
+    moments = np.empty((2, 2 * 633), np.float32)
+    end_forward(x, g, vectors, True, True, 35, np.float32(1e-5), 2, ends[0], moments)
+    end_backward(x, g, x, vectors, True, True, 35, 2, moments, *ends[1:], dvectors)
+    results.append((dx, dshift, levels, *sums, elementwise.centred_signs(x, signs), signs, *ends, dvectors, moments))
     panels, y, sizes = bit_products.prepare_levels(signs), np.empty((633, 633), np.float32), np.empty(633, np.float32)
     scales = np.tile(shift, 10)[:633]
     zeros = np.zeros(633, np.int32)

@@ -12,7 +12,7 @@ import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from binvit.config import show
-from binvit.files import is_shortage, made_folders, remove_leftovers, temporary_folder
+from binvit.files import is_shortage, made_folders, plain_path, remove_leftovers, temporary_folder
 from binvit.images import require_regular
 from binvit.lab.data.folders import read_folder
 from binvit.lab.data.images import ImageSet
@@ -193,9 +193,7 @@ def expanded(path: str | Path) -> Path:
     Raises:
         ValueError: it holds a NUL byte, which no system takes.
     """
-    if "\0" in str(path):
-        raise ValueError(f"A path must not hold a NUL byte, got {str(path)!r}.")
-    return Path(os.path.expandvars(os.path.expanduser(path)))
+    return Path(os.path.expandvars(os.path.expanduser(plain_path(path))))
 
 
 def locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:

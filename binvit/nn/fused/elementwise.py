@@ -190,7 +190,7 @@ def binary_backward(
 
 def rows_of(x: Tensor) -> np.ndarray:
     """View a tensor as (rows, last dimension), contiguous, outside autograd."""
-    return x.detach().contiguous().view(-1, x.shape[-1]).numpy()
+    return np.ascontiguousarray(x.detach().numpy()).reshape(-1, x.shape[-1])
 
 
 def vector(values: Tensor | None, size: int, default: float = 0.0) -> np.ndarray:

@@ -1,10 +1,12 @@
 """The fused form of what follows a 1-bit product: factor, norm, own input, activation and scale in one pass each way.
 
-Nothing is saved but the inputs; the backward pass computes the rest again, row by row in the first-level cache.
+Nothing is saved but the inputs and the norms' moments; the backward pass computes the rest again, row by row in the
+first-level cache.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class End(NamedTuple):
 
 
 @kernel(reorder=True)
-def _normalize(hat, size, eps, deviations):
+def _normalize(hat, size, eps, means, inverses):
     # Every `size` neighbours by themselves, in place.
     for p in range(hat.size // size):
         part = hat[p * size : (p + 1) * size]
@@ -46,15 +48,23 @@ def _normalize(hat, size, eps, deviations):
         for j in range(size):
             square += (part[j] - mean) * (part[j] - mean)
         inverse = ONE / np.sqrt(square / np.float32(size) + eps)
-        deviations[p] = inverse
+        means[p], inverses[p] = mean, inverse
         for j in range(size):
             part[j] = (part[j] - mean) * inverse
 
 
 @kernel(reorder=True)
-def _normalize_backward(d, hat, size, deviations):
+def _normalize_again(hat, size, means, inverses):
+    for p in range(hat.size // size):
+        part, mean, inverse = hat[p * size : (p + 1) * size], means[p], inverses[p]
+        for j in range(size):
+            part[j] = (part[j] - mean) * inverse
+
+
+@kernel(reorder=True)
+def _normalize_backward(d, hat, size, inverses):
     for p in range(d.size // size):
-        part, h, inverse = d[p * size : (p + 1) * size], hat[p * size : (p + 1) * size], deviations[p]
+        part, h, inverse = d[p * size : (p + 1) * size], hat[p * size : (p + 1) * size], inverses[p]
         mean, along = ZERO, ZERO
         for j in range(size):
             mean += part[j]
@@ -94,9 +104,22 @@ def _own_input_backward(d, dx, n, k):
     if k > n:
         group = k // n
         share = ONE / np.float32(group)
-        for j in range(d.size):
-            for i in range(group):
-                dx[j * group + i] = d[j] * share
+        if group == 4:
+            for j in range(d.size):
+                v = d[j] * share
+                dx[4 * j] = v
+                dx[4 * j + 1] = v
+                dx[4 * j + 2] = v
+                dx[4 * j + 3] = v
+        elif group == 2:
+            for j in range(d.size):
+                v = d[j] * share
+                dx[2 * j] = v
+                dx[2 * j + 1] = v
+        else:
+            for j in range(d.size):
+                for i in range(group):
+                    dx[j * group + i] = d[j] * share
     elif k:
         dx[:] = ZERO
         for start in range(0, d.size, k):
@@ -106,17 +129,18 @@ def _own_input_backward(d, dx, n, k):
 
 
 @elementwise.parallel_kernel(reorder=True)
-def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out):
+def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out, moments):
     """Map products (M, N) and own inputs (M, K), K = 0 for none, to (M, N).
 
     vectors (8, R N) in the order of the module, each R times side by side: for R rows at once. factored, scaled:
     whether there is a factor in front, a scale at the end. size: numbers that are normalized together, 0 for no norm.
-    activation: a value of `ACTIVATIONS`.
+    activation: a value of `ACTIVATIONS`. moments (2, M N / size) takes the means and inverse deviations of the norm.
     """
     rows, n = y.shape
     k, tall = x.shape[1], vectors.shape[1] // n
+    parts = n // size if size else 0
     for block in prange((rows + BLOCK - 1) // BLOCK):
-        last, deviations = min(rows, (block + 1) * BLOCK), np.empty(vectors.shape[1], np.float32)
+        last = min(rows, (block + 1) * BLOCK)
         factor, weight, bias = vectors[FACTOR], vectors[WEIGHT], vectors[BIAS]
         shift, slope, shift_out = vectors[SHIFT_IN], vectors[SLOPE], vectors[SHIFT_OUT]
         alpha, beta = vectors[ALPHA], vectors[BETA]
@@ -129,7 +153,7 @@ def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out):
             else:
                 row[:] = given
             if size:
-                _normalize(row, size, eps, deviations)
+                _normalize(row, size, eps, moments[0, r * parts : stop * parts], moments[1, r * parts : stop * parts])
                 for j in range(row.size):
                     row[j] = row[j] * weight[j] + bias[j]
             _add_own_input(row, x[r:stop].reshape((stop - r) * k), n, k)
@@ -149,17 +173,17 @@ def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out):
 
 
 @elementwise.parallel_kernel(reorder=True)
-def end_backward(y, x, g, vectors, factored, scaled, size, eps, activation, dy, dx, dvectors):
+def end_backward(y, x, g, vectors, factored, scaled, size, activation, moments, dy, dx, dvectors):
     """Write the gradients of `end_forward` for g (M, N): dy (M, N), which may be g, dx (M, K), and dvectors (8, N).
 
     Every loop touches few arrays: the compiler makes vector code where it can check that they are apart.
     """
     rows, n = y.shape
     k, wide = x.shape[1], vectors.shape[1]
-    tall, blocks = wide // n, (rows + BLOCK - 1) // BLOCK
+    tall, blocks, parts = wide // n, (rows + BLOCK - 1) // BLOCK, n // size if size else 0
     sums = np.zeros((blocks, 8, n), np.float32)
     for block in prange(blocks):
-        last, deviations, total = min(rows, (block + 1) * BLOCK), np.empty(wide, np.float32), np.zeros_like(vectors)
+        last, total = min(rows, (block + 1) * BLOCK), np.zeros_like(vectors)
         hats, inputs, work = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
         factor, weight, bias = vectors[FACTOR], vectors[WEIGHT], vectors[BIAS]
         shift, slope, shift_out, alpha = vectors[SHIFT_IN], vectors[SLOPE], vectors[SHIFT_OUT], vectors[ALPHA]
@@ -171,13 +195,14 @@ def end_backward(y, x, g, vectors, factored, scaled, size, eps, activation, dy, 
             count = (stop - r) * n
             given, up, out = y[r:stop].reshape(count), g[r:stop].reshape(count), dy[r:stop].reshape(count)
             hat, moved, d = hats[:count], inputs[:count], work[:count]
+            means, inverses = moments[0, r * parts : stop * parts], moments[1, r * parts : stop * parts]
             if factored:
                 for j in range(count):
                     hat[j] = given[j] * factor[j]
             else:
                 hat[:] = given
             if size:
-                _normalize(hat, size, eps, deviations)
+                _normalize_again(hat, size, means, inverses)
             if scaled or activation:  # what follows asks for the numbers before it
                 for j in range(count):
                     moved[j] = hat[j] * weight[j] + bias[j]
@@ -225,7 +250,7 @@ def end_backward(y, x, g, vectors, factored, scaled, size, eps, activation, dy, 
                     of_bias[j] += d[j]
                 for j in range(count):
                     d[j] *= weight[j]
-                _normalize_backward(d, hat, size, deviations)
+                _normalize_backward(d, hat, size, inverses)
             if factored:
                 for j in range(count):
                     of_factor[j] += d[j] * given[j]
@@ -246,10 +271,18 @@ def end_backward(y, x, g, vectors, factored, scaled, size, eps, activation, dy, 
 
 def _table(vectors: Sequence[Tensor | None], width: int) -> np.ndarray:
     """Return the vectors (8, R N), each as many times as fill a tile of a power of two of rows."""
-    table = np.empty((len(_DEFAULTS), 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
-    for rows, value, default in zip(table, vectors, _DEFAULTS, strict=True):
-        rows[:] = default if value is None else value.detach().numpy()
+    table = _defaults(width).copy()
+    for rows, value in zip(table, vectors, strict=True):
+        if value is not None:
+            rows[:] = value.detach().numpy()
     return table.reshape(len(table), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _defaults(width: int) -> np.ndarray:
+    table = np.empty((len(_DEFAULTS), 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
+    table[:] = np.array(_DEFAULTS, np.float32)[:, None, None]
+    return table
 
 
 def _own_rows(x: Tensor | None, rows: int) -> np.ndarray:
@@ -262,9 +295,12 @@ class _LayerEnd(torch.autograd.Function):
         rows, width = elementwise.rows_of(y), y.shape[-1]
         out = y.new_empty(y.shape)
         ctx.table, ctx.given = _table(vectors, width), [value is not None for value in vectors]
-        norm = width // end.parts if end.parts else 0, np.float32(end.eps)
-        ctx.how = ctx.given[FACTOR], ctx.given[ALPHA], *norm, ACTIVATIONS[end.activation]
-        end_forward(rows, _own_rows(x, len(rows)), ctx.table, *ctx.how, out.view(rows.shape).numpy())
+        size, activation = width // end.parts if end.parts else 0, ACTIVATIONS[end.activation]
+        ctx.moments = np.empty((2, len(rows) * end.parts), np.float32)
+        ctx.how = ctx.given[FACTOR], ctx.given[ALPHA], size
+        arrays = out.view(rows.shape).numpy(), ctx.moments
+        end_forward(rows, _own_rows(x, len(rows)), ctx.table, *ctx.how, np.float32(end.eps), activation, *arrays)
+        ctx.how += activation, ctx.moments
         ctx.save_for_backward(y, x)
         return out
 

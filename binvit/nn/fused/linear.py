@@ -81,7 +81,7 @@ class _BinaryLinear(torch.autograd.Function):
                 *elementwise.numbers(form)[3:],
                 panels.panels,
                 np.zeros(n, np.int32) if form.threshold is None else panels.sums(k),
-                elementwise.vector(None if weights.gains is None else weights.gains * gain, n, gain),
+                elementwise.vector(_times(weights.gains, gain), n, gain),
                 elementwise.vector(part.bias, n),
                 start,
                 means,
@@ -126,7 +126,7 @@ class _BinaryLinear(torch.autograd.Function):
                 dshift,
                 binary.numpy(),
             )
-            dw = product_over_rows(up, binary).mul_(form.scale)
+            dw = _times(product_over_rows(up, binary), form.scale)
             if of_rule:
                 dw, *dpw = part.rule_w.backward_from(of_rule, dw, *part.parameters_w)
             else:
@@ -138,6 +138,11 @@ class _BinaryLinear(torch.autograd.Function):
             gradients += [None if d is None else x.new_tensor(float(d)) for d in dpx]
             gradients += dpw
         return None, dx.view(x.shape), *gradients
+
+
+def _times(x: Any, factor: float) -> Any:
+    """Return a tensor times a factor, None for None; a product with 1 is spared."""
+    return x if x is None or factor == 1 else x * factor
 
 
 def _split(layout: list[tuple[Rule, Rule, int]], tensors: Sequence[Any]) -> list[Part]:
