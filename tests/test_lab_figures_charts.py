@@ -119,6 +119,21 @@ def test_lines_name_themselves_and_their_seeds(trials):
     assert fig.axes[0].get_xscale() == "log"
 
 
+def test_names_at_the_ends_of_lines_keep_their_distance_in_several_panels(trials):
+    alike = pd.concat([trials.assign(data=data) for data in ("digits", "photographs")])  # three ends close together
+
+    def draw(part, value, ax):
+        charts.lines(statistics.summarize(part, ["scheme", "samples_per_class"], value), "samples_per_class", ax=ax)
+        ax.set_ylim(0, 500)
+
+    fig = panels.subplot_grid(alike, ["test_accuracy"], draw, None)
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        places = [text.xyann[1] + ax.transData.transform(text.xy)[1] * 72 / fig.dpi for text in ax.texts]
+        assert len(places) == 3
+        assert np.diff(sorted(places)) == pytest.approx(11, abs=0.2)
+
+
 def test_intervals_at_a_single_number_are_bars(trials):
     summary = statistics.summarize(trials, by=["scheme", "samples_per_class"])
     summary = summary[summary["samples_per_class"] == summary["samples_per_class"].min()]

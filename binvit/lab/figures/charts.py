@@ -168,6 +168,7 @@ def dots(
     sort: bool = True,
     scheme: str | None = None,
     title: str | None = None,
+    floor: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw means as dots, from five seeds on with 95 % intervals, one row each, the numbers written at the right.
@@ -185,6 +186,7 @@ def dots(
         sort: put the largest mean on top (within its group); otherwise keep the order.
         scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
         title: what the figure says.
+        floor: seeds and means below it are drawn as triangles at it, so that they do not squeeze all others.
         ax: where to draw; by default a new figure, as high as its rows need.
 
     Returns:
@@ -205,6 +207,7 @@ def dots(
         rows += [(str(row[label]), row) for _, row in part.iterrows()]
     fig, ax = figure_with(ax, 6.0, 0.75 + 0.23 * len(rows))
     scheme = label if scheme is None and set(summary[label]) <= set(SCHEME_COLORS) else scheme
+    edge = -math.inf if floor is None else floor
     if reference is not None:
         at = 0.0 if reference == "0" else factor * summary.loc[summary[label] == reference, "mean"].iloc[0]
         ax.axvline(at, color=GREY, lw=0.8, ls=(0, (4, 3)), zorder=1)
@@ -214,18 +217,14 @@ def dots(
         color = scheme_color(row[scheme] if scheme else "elastic")
         if trials is not None:
             mask = (trials[label] == row[label]) & ((trials[group] == row[group]) if group else True)
-            ax.plot(
-                factor * trials.loc[mask, value],
-                [y + 0.3] * int(mask.sum()),
-                "o",
-                color=color,
-                alpha=0.45,
-                ms=2.6,
-                mew=0,
-            )
-        if row["n"] >= FEWEST:
-            ax.plot([factor * row["low"], factor * row["high"]], [y, y], color=color, lw=1.5)
-        ax.plot(factor * row["mean"], y, "o", color=color, ms=6.5, mec="white", mew=0.9)
+            seeds = trials.loc[mask, value]
+            for shown, marker, size in ((seeds[seeds >= edge], "o", 2.6), (seeds[seeds < edge], "<", 4)):
+                places = factor * shown.clip(lower=edge), [y + 0.3] * len(shown)
+                ax.plot(*places, marker, color=color, alpha=0.45, ms=size, mew=0)
+        if row["n"] >= FEWEST and row["high"] > edge:
+            ax.plot([factor * max(row["low"], edge), factor * row["high"]], [y, y], color=color, lw=1.5)
+        marker = "<" if row["mean"] < edge else "o"
+        ax.plot(factor * max(row["mean"], edge), y, marker, color=color, ms=6.5, mec="white", mew=0.9)
         half = factor * half_width(row) if row["n"] >= FEWEST else math.nan
         spec = ".1f" if percent else ".3g"
         sign = "+" if reference == "0" else ""
@@ -251,6 +250,13 @@ def dots(
 def half_width(row: pd.Series) -> float:
     """Return half the width of an interval that may be cut off at one end, where a share can go no further."""
     return max(row["high"] - row["mean"], row["mean"] - row["low"])
+
+
+def cross_out(ax: Axes, x: float, y: float, color: str) -> None:
+    """Draw a mean as a hollow dot with a cross: that of a model that does not train."""
+    style: dict[str, Any] = {"color": "white", "mec": color, "zorder": 3}
+    ax.plot(x, y, "o", mew=1.3, ms=6, **style)
+    ax.plot(x, y, "x", ms=4, **style)
 
 
 def mark(ax: Axes, x: float, name: str) -> None:

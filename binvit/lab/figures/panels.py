@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from binvit.files import atomic_write
 from binvit.lab.figures.charts import dots
-from binvit.lab.figures.style import GREY, caption, interval_caption, save_figure, styled
+from binvit.lab.figures.style import GREY, caption, interval_caption, place_ends, save_figure, styled
 from binvit.lab.project import folder
 
 _MARGIN = 4  # rows that a panel's title and the label of its axis take
@@ -43,6 +43,7 @@ def subplot_grid(
     caption(fig, interval_caption(table.groupby(["data", "scheme"])["seed"].nunique()))
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
+    place_ends(fig)
     return fig
 
 
@@ -99,6 +100,7 @@ def dot_panels(
     sort: bool = True,
     scheme: str | None = None,
     xlabel: str = "test accuracy (%)",
+    floor: float | None = None,
 ) -> Figure:
     """Draw means as dots with intervals and single seeds as faint ones, a panel for each kind of images.
 
@@ -114,6 +116,7 @@ def dot_panels(
         sort: put the largest mean on top, within its group.
         scheme: a column that names the scheme whose colour a row has; by default the label, if it names schemes.
         xlabel: what the mean is.
+        floor: where the axis is cut: seeds and means below it are drawn as triangles at it.
 
     Returns:
         The figure.
@@ -130,11 +133,14 @@ def dot_panels(
     fig = plt.figure(figsize=(6.0 * len(columns), 0.23 * max(map(sum, columns))))
     grid = fig.add_gridspec(1, len(columns))
     cells = [grid[i].subgridspec(len(rows), 1, height_ratios=rows) for i, rows in enumerate(columns)]
+    shared: dict[str, Any] = {"value": value, "sort": sort, "scheme": scheme, "floor": floor}
     for (data, part), (column, place) in zip(parts, places, strict=True):
         own, ax = trials[trials["data"] == data], fig.add_subplot(cells[column][place])
         line = reference if reference == "0" or reference in set(part[label]) else None
-        dots(part, label, group, xlabel, reference=line, trials=own, value=value, sort=sort, scheme=scheme, ax=ax)
+        dots(part, label, group, xlabel, reference=line, trials=own, ax=ax, **shared)
         if len(parts) > 1:
             ax.set_title(data)
-    caption(fig, interval_caption(summary["n"]))  # of all panels: each one has written its own in the same place
+    cut = floor is not None and bool((trials[value] < floor).any())
+    text = interval_caption(summary["n"]) + ("; triangles lie further left" if cut else "")
+    caption(fig, text)  # of all panels: each one has written its own in the same place
     return fig

@@ -13,12 +13,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from binvit.files import atomic_write
 
 STYLE = Path(__file__).with_name("binvit.mplstyle")
 INK, GREY = "#222222", "#7a7a7a"
 BIASED = " + bias"  # ends the name of a scheme with a learned bias of the attention map
+_END = "end of a line"  # marks the names that `label_ends` writes
+_APART = 11  # points between two names
 FEWEST = 5  # seeds from which figures draw an interval; fewer are drawn as points with their mean
 
 # Chosen so that any two differ clearly, also with protanopia and deuteranopia (a test measures it).
@@ -230,34 +233,48 @@ def label_ends(
 ) -> None:
     """Write each line's name beside its end, moved up or down where names would overlap.
 
+    Whoever changes the figure's layout afterwards calls `place_ends` again.
+
     Args:
         ax: where the lines are drawn, with final limits.
         ends: name -> last point of its line, in data coordinates.
         colors: name -> colour.
         texts: name -> what to write.
     """
-    if not ends:
-        return
-    fig = cast(Figure, ax.figure)
-    # Constrained layout makes room for the labels by narrowing the axes: heights, which the labels need, stay the same.
-    fig.draw_without_rendering()
-    points = 72 / fig.dpi
-    names = list(ends)
-    heights = [ax.transData.transform(ends[name])[1] * points for name in names]
-    bottom, top = (y * points for y in ax.bbox.intervaly)
-    placed = spread_apart(heights, 10, bottom + 4, top - 2)
-    moved = bool(np.any(np.abs(placed - heights) > 2))
-    for name, height, place in zip(names, heights, placed, strict=True):
-        line = {"arrowstyle": "-", "color": colors[name], "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+    for name, end in ends.items():
         ax.annotate(
             texts[name],
-            xy=ends[name],
-            xytext=(14 if moved else 8, place - height),
+            xy=end,
+            xytext=(8, 0),
             textcoords="offset points",
             color=readable(colors[name]),
             fontsize=8,
             fontweight="bold",
             va="center",
             annotation_clip=False,
-            arrowprops=line if moved else None,
+            arrowprops={"arrowstyle": "-", "color": colors[name], "lw": 0.6, "shrinkA": 1, "shrinkB": 4}
+            | {"relpos": (0, 0.5)},  # from the left end of the name, so that no line runs through another one
+            gid=_END,
         )
+    if ends:
+        place_ends(cast(Figure, ax.figure))
+
+
+def place_ends(fig: Figure) -> None:
+    """Move the names that `label_ends` wrote to where the figure's layout, which later panels change, has room.
+
+    Args:
+        fig: a figure with all its panels, titles and captions.
+    """
+    fig.draw_without_rendering()
+    points = 72 / fig.dpi
+    for ax in fig.axes:
+        names = [text for text in ax.texts if isinstance(text, Annotation) and text.get_gid() == _END]
+        heights = [ax.transData.transform(name.xy)[1] * points for name in names]
+        bottom, top = (y * points for y in ax.bbox.intervaly)
+        placed = spread_apart(heights, _APART, bottom + 4, top - 2)
+        moved = bool(np.any(np.abs(placed - heights) > 2))
+        for name, height, place in zip(names, heights, placed, strict=True):
+            name.xyann = (16 if moved else 8, place - height)
+            if name.arrow_patch is not None:
+                name.arrow_patch.set_visible(moved)
