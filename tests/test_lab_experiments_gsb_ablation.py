@@ -1,5 +1,10 @@
 """The parts of GSB that are changed, the differences they make and the claims about them."""
 
+import os
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from experiment_tables import table_of
@@ -76,6 +81,20 @@ def test_changes_are_differences_to_gsb_of_the_same_seed():
     assert len(found) == 3 * (len(NAMES) - len(SAME))
     others = found[found["level"] != "masked"]
     assert others["difference"].abs().max() < 1e-12
+
+
+def test_the_figure_is_cut_where_little_lies_and_counts_what_does_not_train():
+    table = accuracies({"gradient: masked": 0.81, "scales: as released": 0.4}).assign(chance=0.1)
+    table.loc[(table["condition"] == "scheme: elastic, without bias") & (table["seed"] == 1), "test_accuracy"] = 0.1
+    figure = gsb_ablation.draw(gsb_ablation.changes(table.assign(scheme="gsb")))
+    (ax,) = figure.axes
+    assert ax.get_xlim()[0] == pytest.approx(-15, abs=1)
+    left = [line.get_xdata() for line in ax.lines if line.get_marker() == "<" and len(line.get_xdata())]
+    assert [list(places) for places in left] == [[-15] * 3, [-15], [-15], [-15]]  # seeds and mean of each
+    assert [text.get_text() for text in ax.texts if "train" in text.get_text()] == ["-23.5, 1 of 3 do not train"]
+    assert "triangles lie further left" in figure.get_supxlabel()
+    assert "triangles" not in gsb_ablation.draw(gsb_ablation.changes(accuracies().assign(scheme="gsb"))).get_supxlabel()
+    plt.close("all")
 
 
 def test_claims_can_hold_and_fail():

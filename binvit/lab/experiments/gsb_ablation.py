@@ -18,6 +18,7 @@ from binvit.lab.analysis.tensor_losses import sample_images
 from binvit.lab.analysis.verdicts import BEST, DISTILLATION_HELPS, GRADIENT_HELPS, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments.design.plan import BOTH_BIASES, Condition, Run, notebook_runs
+from binvit.lab.experiments.methods import with_notes
 from binvit.lab.figures.panels import dot_panels
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import mlp_weights_stage
@@ -28,6 +29,7 @@ from binvit.lab.trials.tune import equal_terms
 GSB = "GSB with its bias"
 BATCHES_TABLE = "05_batches"  # of the archive
 _REDUCTION = "reduction: "  # begins the names of the conditions whose models are measured
+_FLOOR = -0.15  # of the figure: few levels lose more, and most change three points or less
 _MEASURED = ["largest_change", "flipped", "images"]
 ROUNDING = 1e-5  # of logits: what float sums in another order may change
 
@@ -151,13 +153,19 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(differences: pd.DataFrame) -> Figure:
-    """Draw what every change of GSB gains or costs, a row per level below its factor.
+    """Draw what every change of GSB gains or costs, a row per level below its factor, and what does not train.
 
     Args:
         differences: the result of `changes`.
     """
     summary = summarize(differences, ["data", "factor", "level", "scheme"], "difference")
-    layout: dict[str, Any] = {"sort": False, "scheme": "scheme", "xlabel": "change of test accuracy (points)"}
+    summary = with_notes(summary, differences, ["data", "factor", "level"])
+    layout: dict[str, Any] = {
+        "floor": _FLOOR,
+        "sort": False,
+        "scheme": "scheme",
+        "xlabel": "change of test accuracy (points)",
+    }
     return dot_panels(summary, differences, "level", "factor", reference="0", value="difference", **layout)
 
 

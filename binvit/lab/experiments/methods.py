@@ -155,6 +155,21 @@ def with_references(shown: pd.DataFrame, pixels: pd.DataFrame, guessing: Mapping
     return pd.concat([shown.astype(object), added]).fillna("").sort_values("data", kind="stable", ignore_index=True)
 
 
+def with_notes(summary: pd.DataFrame, trials: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Add the column note of `charts.dots`, which counts the trainings below three times chance where there are any.
+
+    Args:
+        summary: one row per condition, with the columns of `keys` and n.
+        trials: single trials with the columns of `keys`, test_accuracy and, where it is known, chance.
+        keys: columns that tell conditions apart.
+    """
+    lost = trials["test_accuracy"] < LEAST * trials.get("chance", pd.Series(0.0, trials.index))
+    counts = lost.groupby([trials[key] for key in keys]).sum()
+    known = [int(counts.get(key, 0)) for key in zip(*(summary[key] for key in keys), strict=True)]
+    notes = [f", {count} of {n} do not train" if count else "" for count, n in zip(known, summary["n"], strict=True)]
+    return summary.assign(note=notes)
+
+
 def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
     """Draw the test accuracy of every scheme within its family, with chance as a line and the float model as another.
 
@@ -166,11 +181,8 @@ def draw(table: pd.DataFrame, guessing: Mapping[str, float]) -> Figure:
     """
     table = table.sort_values("trains", ascending=False, kind="stable")  # what does not train stands last
     summary = summarize(table, ["data", "family", "condition", "scheme"])
-    lost = table.assign(lost=table["test_accuracy"] < LEAST * table["data"].map(guessing).astype(float))
-    counts = lost[lost["trains"]].groupby(["data", "condition"])["lost"].sum()
-    known = [int(counts.get(key, 0)) for key in zip(summary["data"], summary["condition"], strict=True)]
-    notes = [f", {count} of {n} do not train" if count else "" for count, n in zip(known, summary["n"], strict=True)]
-    summary = summary.assign(note=notes)
+    known = table.assign(chance=table["data"].map(guessing).astype(float))
+    summary = with_notes(summary, known[known["trains"]], ["data", "condition"])
     figure = dot_panels(summary, table, "condition", "family", reference="float", scheme="scheme")
     for ax, data in zip(figure.axes, summary["data"].unique(), strict=False):  # one says that nothing was run
         mark(ax, 100 * guessing[data], "chance")
