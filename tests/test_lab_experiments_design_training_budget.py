@@ -315,6 +315,28 @@ def test_what_does_not_train_is_crossed_out():
     plt.close("all")
 
 
+def test_few_images_cross_out_what_is_near_chance():
+    table = sample_table({"float": 0.2, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
+    figure = limited_samples.draw(table.assign(chance=0.1))
+    crosses = [[line.get_xdata() for line in ax.lines if line.get_marker() == "x"] for ax in figure.axes]
+    assert crosses == [[[5]], [[5]]]
+    assert "×: mean test accuracy below 3 times chance" in figure.get_supxlabel()
+    assert "×" not in limited_samples.draw(table).get_supxlabel()  # chance is not known
+    plt.close("all")
+
+
+def test_few_seeds_of_class_conditional_noise_are_drawn():
+    table = noise_table({"float": (0.5, 0.6), "gsb": (0.7, 0.2)})
+    figure = label_noise.draw(table)
+    for ax, value in zip(figure.axes, ("test_accuracy", "memorized"), strict=True):
+        small = [line for line in ax.lines if line.get_marker() == "D" and line.get_markersize() < 3]
+        conditional = table[table["labels"] == "class-conditional"]
+        assert [list(line.get_ydata()) for line in small] == [
+            list(100 * conditional.loc[conditional["scheme"] == name, value]) for name in ("float", "gsb")
+        ]
+    plt.close("all")
+
+
 def test_figures_have_a_row_for_each_kind_of_images():
     table = sample_table({"float": 0.4, "gsb": 0.5}, {"float": 0.6, "gsb": 0.7})
     both = pd.concat([table, table.assign(data="cifar100")])
@@ -323,7 +345,7 @@ def test_figures_have_a_row_for_each_kind_of_images():
     noisy = noise_table({"float": (0.5, 0.6), "gsb": (0.7, 0.2)})
     figure = label_noise.draw(noisy)
     assert "class-conditional" in figure._supxlabel.get_text()
-    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D" and line.get_markersize() > 3]
     assert [line.get_xdata() for line in diamonds] == [[0.4], [0.4]]  # at their true share
     assert len(figure.axes) == 2
     matrix = pixel_confusion(load_data("digits").train, 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from binvit.lab.analysis.claims import LEAST, UNTRAINED, Claim, check_pair
 from binvit.lab.analysis.statistics import change, summarize
@@ -19,9 +20,9 @@ from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.parse import parse_changes, parse_images
 from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
-from binvit.lab.figures.charts import BLUES, lines
+from binvit.lab.figures.charts import BLUES, cross_out, lines
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
+from binvit.lab.figures.style import FEWEST, caption, colors_of, place_ends, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.archive import confusion
 
@@ -119,14 +120,14 @@ def conditions(
     """Make the trials of accuracy against the share of wrong training labels.
 
     Args:
-        images: a text that `settings.parse_images` understands.
+        images: a text that `parse.parse_images` understands.
         schemes: names of `binvit.list_schemes`.
         label_noises: shares of labels that become any other class.
         confused_noises: shares of labels that become a class that looks alike, as `pixel_confusion` says; 0 is the
             same as no noise and left out.
         seeds: of every combination.
         recipe: of images that name none.
-        changes: of the recipe; a text that `settings.parse_changes` understands.
+        changes: of the recipe; a text that `parse.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         samples_per_class: training images of each class, of images that name no number; 0 takes all.
         data_dir: folder of data sets that are files.
@@ -203,12 +204,17 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
             shown: dict[str, Any] = {"trials": part[~alike], "value": value, "colors": colors, "ax": ax}
             lines(summary, "label_noise", ylabel=panels[value], **shown)
             for row in summary[summary["training"] == UNTRAINED].to_dict("records"):
-                style: dict[str, Any] = {"color": "white", "mec": colors[row["scheme"]], "zorder": 3}
-                ax.plot(row["label_noise"], 100 * row["mean"], "o", mew=1.3, ms=6, **style)
-                ax.plot(row["label_noise"], 100 * row["mean"], "x", ms=4, **style)
+                cross_out(ax, row["label_noise"], 100 * row["mean"], colors[row["scheme"]])
         for row in summarize(part[alike], keys, value).to_dict("records"):
             color, x = colors[row["scheme"]], row["label_noise"]
-            if row["n"] >= FEWEST:
+            if row["n"] < FEWEST:
+                own = part[alike & (part["scheme"] == row["scheme"]) & (part["label_noise"] == x)]
+                left = offset_copy(ax.transData, cast(Figure, ax.figure), x=-13, units="points")
+                style: dict[str, Any] = {"color": "none", "mec": color, "mew": 0.8, "ms": 2.6, "transform": left}
+                ax.plot([x] * len(own), 100 * own[value], "D", **style)
+                ax.update_datalim([(x, 100 * seed) for seed in own[value]])  # shifted points do not count by themselves
+                ax.autoscale_view()
+            else:
                 ax.plot([x, x], [100 * row["low"], 100 * row["high"]], color=color, lw=0.9)
             ax.plot(x, 100 * row["mean"], "D", color="none", mec=color, mew=1.3, ms=5, zorder=3)
             if row["training"] == UNTRAINED:
@@ -216,9 +222,11 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
 
     fig = subplot_grid(table, list(panels), panel, title)
     if (table["labels"] == "class-conditional").any():
-        caption(fig, fig.get_supxlabel() + "; line: symmetric noise, ◇: class-conditional noise")
+        told = "\nline: symmetric noise, ◇: class-conditional noise, its seeds to the left where they are few"
+        caption(fig, fig.get_supxlabel() + told)
     if (table["training"] == UNTRAINED).any():
         caption(fig, fig.get_supxlabel() + f"\n×: {UNTRAINED}, its mean is below {LEAST} times chance")
+    place_ends(fig)
     return fig
 
 

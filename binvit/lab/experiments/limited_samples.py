@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from binvit.lab.analysis.claims import Claim, check_pair, confirm
+from binvit.lab.analysis.claims import LEAST, Claim, check_pair, confirm
 from binvit.lab.analysis.statistics import change, summarize
 from binvit.lab.analysis.verdicts import FEW_SAMPLES, SUPERPOSITION_HELPS
 from binvit.lab.data.datasets import ImageData, load_data
@@ -20,9 +20,9 @@ from binvit.lab.experiments.design.baselines import measurements_of
 from binvit.lab.experiments.design.parse import Images, parse_changes, parse_images
 from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loader, require_known, with_bias
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
-from binvit.lab.figures.charts import lines
+from binvit.lab.figures.charts import cross_out, lines
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import colors_of, styled
+from binvit.lab.figures.style import caption, colors_of, place_ends, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 
@@ -80,7 +80,7 @@ def conditions(
         samples_per_class: training images per class; counts that a data set does not have are left out for it.
         seeds: of every combination.
         recipe: of images that name none.
-        changes: of the recipe; a text that `settings.parse_changes` understands.
+        changes: of the recipe; a text that `parse.parse_changes` understands.
         updates: optimizer steps of every trial, as in `equal_updates`.
         data_dir: folder of data sets that are files.
         load: what loads the images to count.
@@ -125,7 +125,7 @@ def runs(p: Any, load: Callable[..., ImageData] | None = None) -> list[Run]:
 
 
 def parse_sampled_images(text: str) -> list[Images]:
-    """Read several kinds of images of which different numbers are drawn, as `settings.parse_images` does.
+    """Read several kinds of images of which different numbers are drawn, as `parse.parse_images` does.
 
     Raises:
         ValueError: a part is not understood, or two kinds differ in nothing but their number of images per class.
@@ -152,6 +152,8 @@ take_measurements = measurements_of(runs)
 def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     """Draw test accuracy and the gap to training accuracy against the number of images, a row per kind of images.
 
+    Means below three times chance are crossed out, where chance is known.
+
     Args:
         table: the result of `training_budget.run` with the trials of `conditions`.
         title: what the figure says.
@@ -160,10 +162,19 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         The figure.
     """
     panels = {"test_accuracy": "test accuracy (%)", "gap": "training − test accuracy (points)"}
-    shared: dict[str, Any] = {"by": "condition", "log_x": True, "colors": colors_of(table["condition"])}
+    colors = colors_of(table["condition"])
+    shared: dict[str, Any] = {"by": "condition", "log_x": True, "colors": colors}
+    mean = table.groupby(["data", "condition", "samples_per_class"])["test_accuracy"].transform("mean")
+    table = table.assign(untrained=mean < LEAST * table.get("chance", pd.Series(0.0, table.index)))
 
     def panel(part: pd.DataFrame, value: str, ax: Axes) -> None:
-        summary = summarize(part, ["condition", "samples_per_class"], value)
+        summary = summarize(part, ["condition", "samples_per_class", "untrained"], value)
         lines(summary, "samples_per_class", ylabel=panels[value], trials=part, value=value, ax=ax, **shared)
+        for row in summary[summary["untrained"]].to_dict("records"):
+            cross_out(ax, row["samples_per_class"], 100 * row["mean"], colors[row["condition"]])
 
-    return subplot_grid(table, list(panels), panel, title)
+    fig = subplot_grid(table, list(panels), panel, title)
+    if table["untrained"].any():
+        caption(fig, fig.get_supxlabel() + f"\n×: mean test accuracy below {LEAST} times chance")
+        place_ends(fig)
+    return fig
