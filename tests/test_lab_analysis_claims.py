@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from binvit.lab.analysis import claims
-from binvit.lab.analysis.statistics import Difference, Estimate, estimate
+from binvit.lab.analysis.statistics import Difference, Estimate, change, estimate
 
 
 def difference(low: float, high: float, n: int = 3) -> Difference:
@@ -180,6 +180,48 @@ def test_all_of_pays_for_choosing_the_worst_part():
     assert claims.all_of("All help.", [barely, claim(0.1)]).verdict == "undecided"
     assert claims.all_of("All help.", [claim(-0.1), claim(0.1)]).verdict == "no"
     assert claims.all_of("All help.", [claim(0.1), claim(0.2)]).verdict == "yes"
+
+
+def test_all_of_tells_parts_that_fail_before_the_correction():
+    barely = claim(-0.01 * float(stats.t.isf(0.02, 4)))
+    alone = claims.check_difference("alone", estimate([0.5]))
+    found = claims.all_of("All help.", [barely, alone, claim(0.1)])
+    assert found.verdict == "undecided"
+    assert found.evidence.startswith("1 of 3 fails before correction, 1 undecided: ")
+
+
+def test_all_of_takes_parts_without_a_sample_as_they_are():
+    exact = claims.check_value("It is so.", True)
+    (found,) = claims.correct(claims.confirm("the abstract", claims.all_of("All.", [claim(0.1), exact])))
+    assert found.verdict == "yes"
+    assert claims.all_of("All.", [claim(0.1), claims.check_value("It is so.", False)]).verdict == "no"
+    lacking = claims.not_run("It is so.")
+    assert not claims.all_of("All.", [claim(0.1), lacking]).is_not_run
+    assert claims.all_of("All.", [lacking, lacking]).is_not_run
+    (found,) = claims.correct(claims.confirm("the abstract", claims.all_of("All.", [claim(0.1), lacking])))
+    assert found.verdict == "undecided"
+
+
+def test_intervals_of_shares_end_at_all_images():
+    df = pd.DataFrame({"scheme": "a", "seed": range(3), "test_accuracy": [0.97, 0.989, 0.999], "gap": [0.97, 0.989, 1]})
+    found = claims.check_mean("a is good.", df, "a", 0.5)
+    assert "95 % interval 94." in found.evidence
+    assert "to 100.0" in found.evidence
+    shown = claims.table(claims.correct(claims.confirm("the abstract", found)), evidence=True)
+    assert (shown[["high", "corrected_high"]] == 1).all(axis=None)
+    assert "to 102." in claims.check_mean("a is good.", df, "a", 0.5, value="gap").evidence  # no share
+
+
+def test_a_change_from_a_setting_where_nothing_is_learned_is_not_compared():
+    rows = [
+        {"scheme": s, "seed": seed, "samples": n, "test_accuracy": a + 0.01 * seed, "chance": 0.1}
+        for s, n, a in [("float", 2, 0.25), ("float", 20, 0.9), ("gsb", 2, 0.4), ("gsb", 20, 0.9)]
+        for seed in range(4)
+    ]
+    changed = change(pd.DataFrame(rows), "samples", 2, 20)
+    found = claims.check_pair("float gains more.", changed, "float", "gsb", value="change")
+    assert found.verdict == "undecided"
+    assert found.evidence.startswith("float below 3 times chance: 26.5 % of test images")
 
 
 def test_the_table_tells_what_correction_changed():

@@ -218,20 +218,28 @@ def test_every_sentence_of_the_papers_has_a_row_and_every_row_one_claim(drawn):
 
 
 def test_cells_tell_verdict_difference_interval_and_seeds():
-    from binvit.lab.analysis.claims import all_of, check_difference
+    from binvit.lab.analysis.claims import all_of, check_difference, not_run
     from binvit.lab.analysis.statistics import Difference
 
     claim = check_difference("a beats b", Difference(0.05, 0.04, 0.06, 5, "a", "b", "test_accuracy"))
     assert first_page.cell(claim) == "**yes**: +5.0 (+4.0 to +6.0); 5 seeds"
     worse = check_difference("a beats c", Difference(-0.05, -0.06, -0.04, 5, "a", "c", "test_accuracy"))
     assert first_page.cell(all_of("a beats all", [claim, worse])) == "**no**: 1 of 2 fails; 5 seeds"
-    assert first_page.cell(Claim("a beats d", "undecided", "no trial of 'd' was run")) == "not run"
+    assert first_page.cell(not_run("a beats d", "no trial of 'd' was run")) == "not run"
     assert first_page.cell(None) == "not run"
     lone = check_difference("a beats e", Difference(0.05, float("nan"), float("nan"), 1, "a", "e", "test_accuracy"))
     assert first_page.cell(lone) == "**undecided**: +5.0; 1 seed"
     assert first_page.cell(all_of("a beats all", [lone])) == "**undecided**: 1 of 1 undecided; 1 seed"
-    absent = Claim("a beats d", "undecided", "no trial of 'd' was run")
+    absent = not_run("a beats d", "no trial of 'd' was run")
     assert first_page.cell(all_of("a beats all", [absent])) == "not run"
+    assert first_page.cell(all_of("a beats all", [absent, claim])) == "**undecided**: 1 of 2 undecided"
+    barely = check_difference("a beats f", Difference(-0.05, -0.099, -0.001, 5, "a", "f", "test_accuracy"))
+    told = "**undecided**: 1 of 3 fails before correction, 1 undecided; 5 seeds"
+    assert first_page.cell(all_of("a beats all", [barely, claim, lone])) == told
+    few = dataclasses.replace(claim, sentence="From 5 to 100 images per class, a gains more than b.", plain="yes")
+    assert first_page.cell(few) == "**yes**: +5.0 (+4.0 to +6.0); 5 to 100 of a class; 5 seeds"
+    changed = dataclasses.replace(claim, verdict="undecided", plain="yes")
+    assert first_page.cell(changed) == "**undecided**: +5.0 (+4.0 to +6.0); 5 seeds; yes before correction"
     (corrected, _) = correct(
         [dataclasses.replace(claim, kind="confirmatory"), dataclasses.replace(worse, kind="confirmatory")]
     )
@@ -286,7 +294,10 @@ def drawn_with() -> str:
 @pytest.mark.parametrize(
     ("claim", "told"),
     [
-        (Claim("A.", "undecided", "3 of 14 fail: x (5 seeds)", plain="no"), "3 of 14 fail; before correction; 5 seeds"),
+        (
+            Claim("A.", "undecided", "3 of 14 fail: x (5 seeds)", plain="no"),
+            "3 of 14 fail; no before correction; 5 seeds",
+        ),
         (Claim("A.", "no", "1 of 4 fails: x (1 seed)", plain="no"), "1 of 4 fails; 1 seed"),
         (
             Claim("A.", "undecided", "b below 3 times chance: 28.7 % of test images; a - b: +9.0 points (10 seeds)"),

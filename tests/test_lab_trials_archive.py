@@ -11,14 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from archive_maker import result
+from hypothesis import given
+from hypothesis import strategies as st
 from image_files import parquet_file
 
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials import archive, measurements
-from binvit.lab.trials.archive import add, data_name, find, read_data
+from binvit.lab.trials.archive import add, counted_data, data_name, find, known_fingerprint, read_data
 from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, run_trials
-from binvit.lab.trials.store import model_path, read_result
+from binvit.lab.trials.store import in_columns, in_records, model_path, read_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 from binvit.nn.schemes import Scheme
 
@@ -39,11 +41,13 @@ def test_a_result_comes_back_unrounded_with_a_rounded_history(tmp_path):
     assert dataclasses.replace(found, history=made.history, scheme=made.scheme) == made
     assert [epoch["train_loss"] for epoch in found.history] == [0.3333] * 3
     assert [epoch["test_accuracy"] for epoch in found.history] == [None, 0.1235, 0.1235]
-    assert {epoch["lr"] for epoch in found.history} == {1.235e-5}
+    assert [epoch["epoch"] for epoch in found.history] == [1, 2, 3]
+    assert {epoch["stage"] for epoch in found.history} == {0}
     assert found.scheme == made.scheme
     (line,) = (tmp_path / "trials" / "digits.jsonl").read_text().splitlines()
     values = json.loads(line)
-    assert values["history"]["epoch"] == [1, 2, 3]
+    columns = {"epochs": 3, "stage": 0, "train_loss": 0.3333, "train_accuracy": 0.6667}
+    assert values["history"] == columns | {"test_accuracy": [None, 0.1235, 0.1235]}  # the rate follows from the recipe
     assert values["id"] == trial.id
     assert values["recipe"] == made.recipe.to_dict()  # in full
 
@@ -59,6 +63,31 @@ def test_archived_trials_of_a_real_training_are_read_and_not_trained(tmp_path):
     kept = run_trials(trials[:1], tmp_path / "kept", keep_models=True, progress=False, archive=tmp_path)
     assert model_path(trials[0], tmp_path / "kept").is_file()  # no archive has models
     assert kept["test_accuracy"][0] == table["test_accuracy"][0]
+
+
+number = st.one_of(st.integers(0, 3), st.floats(0, 1, allow_nan=False))
+
+
+@given(st.lists(st.tuples(number, st.none() | number, st.integers(0, 1), st.integers(1, 50)), min_size=1, max_size=30))
+def test_a_history_comes_back_from_its_columns(rows):
+    names = ("train_loss", "test_accuracy", "stage", "epoch")
+    history = [dict(zip(names, row, strict=True)) for row in rows]
+    columns = {name: [record[name] for record in history] for name in names}
+    short = json.loads(json.dumps(in_columns(columns | {"lr": [0.1] * len(rows)})))
+    assert in_records(short) == history
+    assert in_columns(short) == short  # written again, a line stays
+    assert in_records(columns) == history  # as older archives have it
+
+
+@pytest.mark.parametrize("history", [{"epochs": 10**9}, {"epochs": "3"}, {"a": [1], "b": [1, 2]}, {}, {"epochs": 0}])
+def test_histories_of_no_length_are_refused(history):
+    with pytest.raises(ValueError, match=r"epochs|columns of one length"):
+        in_records(history)
+
+
+def test_the_published_archive_is_small():
+    sizes = [path.stat().st_size for path in (ARCHIVE / "trials").glob("*.jsonl")]
+    assert sum(sizes) < 15e6
 
 
 def test_archived_results_of_another_environment_are_told_beside_what_is_trained_now(tmp_path):
@@ -207,6 +236,29 @@ def test_archived_trials_are_read_where_their_data_are_absent_and_new_ones_say_w
     new = dataclasses.replace(trial, seed=1)
     with pytest.raises((TrialsFailed, FileNotFoundError), match=r"photos.parquet .* does not exist; if the archive"):
         run_trials([new], tmp_path / "results", progress=False, archive=tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["folder:nowhere/digits", "parquet:nowhere/digits.parquet", "folder:far/photos"])
+def test_absent_data_do_not_read_the_results_of_another_kind_of_that_name(dataset, tmp_path):
+    parquet_file(tmp_path / "photos.parquet")
+    for known in (digits(), Trial("parquet:photos.parquet", root=str(tmp_path))):
+        add([result(known)], tmp_path)
+    absent = dataclasses.replace(digits(), dataset=dataset)
+    assert known_fingerprint(absent, tmp_path) is None
+    assert find(absent, tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        counted_data(dataset, archive=tmp_path)
+
+
+def test_a_line_that_a_changed_default_has_outdated_is_replaced(tmp_path):
+    trial = digits()
+    made = result(trial)
+    add([dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, min_lr=1e-7))], tmp_path)
+    assert find(trial, tmp_path) is None
+    assert add([made], tmp_path) == 1
+    assert find(trial, tmp_path).recipe == made.recipe
+    assert add([dataclasses.replace(made, test_accuracy=0.5)], tmp_path) == 0  # one that says what its trial is stays
+    assert find(trial, tmp_path).test_accuracy == made.test_accuracy
 
 
 def test_other_data_under_an_archived_name_are_another_trial(tmp_path):

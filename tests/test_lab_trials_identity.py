@@ -134,7 +134,7 @@ def test_another_teacher_makes_another_trial(monkeypatch):
     assert len({trial.id, *(other.id for other in others)}) == 4
     assert trial.identity("sha256:0") != trial.identity("sha256:1")
     # A rate that was chosen anew for float models: nothing that the student itself is trained with has changed.
-    monkeypatch.setattr("binvit.lab.trials.trial.tuned_rate", lambda data, recipe, scheme, bias: 0.0123)
+    monkeypatch.setattr("binvit.lab.trials.trial.tuned_rate", lambda *_: 0.0123)
     assert teacher_trial(trial).get_recipe().lr == 0.0123
     assert trial.get_recipe().lr == alone.get_recipe().lr == 1e-3
     assert trial.id != before[0]

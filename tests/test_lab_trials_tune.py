@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from binvit.__main__ import cli
 from binvit.lab.data import datasets
+from binvit.lab.data.sources import data_name
 from binvit.lab.training import rates
 from binvit.lab.training.rates import ChosenRate, read_rates, tuned_rate, write_rates
 from binvit.lab.trials import tune as module
@@ -25,7 +26,7 @@ def test_rates_survive_the_file_and_replace_their_kind(tmp_path):
     write_rates([chosen(rate=8e-3)], path)
     found = read_rates(path)
     assert [key[2] for key in found] == ["float", "gsb"]
-    assert found["digits", "smoke", "gsb", "none"] == chosen(rate=8e-3)
+    assert found["digits", "smoke", "gsb", "none", 0] == chosen(rate=8e-3)
     assert read_rates(tmp_path / "none.yaml") == {}
 
 
@@ -60,10 +61,27 @@ def test_a_trial_takes_the_chosen_rate_unless_it_names_one(monkeypatch):
     assert plain.id != Trial("digits", "gsb", scheme_options={"attention_bias": "none"}, seed=1).id
 
 
-def test_the_place_of_the_data_is_no_part_of_their_name():
-    assert rates.data_name("parquet:some/where/flowers102_64px.parquet") == "flowers102_64px"
-    assert rates.data_name("digits") == "digits"
+def test_a_width_has_a_rate_of_its_own_where_it_was_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_accuracies", lambda trials, *_: [trial.get_recipe().width / 1e3 for trial in trials])
+    own = Trial("digits", "gsb").get_recipe().width
+    options = {"grid": (1e-3, 2e-3, 4e-3), "progress": False}
+    found = [tune(["float"], recipe_options={"width": width}, **options)[0] for width in (24, own)]
+    assert [rate.width for rate in found] == [24, None]
+    path = write_rates([*found, dataclasses.replace(found[0], rate=8e-3)], tmp_path / "rates.yaml")
+    assert {key[4]: rate.rate for key, rate in read_rates(path).items()} == {0: found[1].rate, 24: 8e-3}
+    monkeypatch.setattr(rates, "_shipped", lambda: read_rates(path))
+    widths = {width: Trial("digits", "float", recipe_options={"width": width}).get_recipe().lr for width in (24, 36)}
+    assert widths == {24: 8e-3, 36: found[1].rate}
+    assert Trial("digits", "float", recipe_options={"width": 24, "lr": 0.5}).get_recipe().lr == 0.5
+
+
+def test_the_place_of_the_data_is_no_part_of_their_name_and_another_kind_of_data_has_another():
+    assert data_name("parquet:some/where/flowers102_64px.parquet") == "flowers102_64px"
+    assert data_name("digits") == "digits"
+    assert data_name("cifar100:/data/torch") == "cifar100"
     assert tuned_rate("folder:nobody/asked", "smoke", "gsb", "none") is None
+    assert tuned_rate("digits", "digits", "gsb", "none") is not None
+    assert tuned_rate("folder:mine/digits", "digits", "gsb", "none") is None
 
 
 def test_tuning_never_loads_test_images_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -103,12 +121,13 @@ def test_the_command_takes_rates_and_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_accuracies", accuracies)
     file, rates_ = tmp_path / "rates.yaml", ("1e-4", "2e-4", "4e-4")
     options = [part for rate in rates_ for part in ("--rate", rate)] + ["--seed", "3", "--rates", str(file)]
-    options += ["--recipe", "pretrained", "--samples-per-class", "5"]
+    options += ["--recipe", "pretrained", "--samples-per-class", "5", "--set", "width=42", "--set", "heads=3"]
     result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", *options])
     assert result.exit_code == 0, result.output
     assert asked == [("pretrained", 5, "val", float(rate), 3) for rate in rates_]
     (found,) = read_rates(file).values()
     assert (found.recipe, found.scheme, found.rate, found.samples_per_class) == ("pretrained", "gsb", 2e-4, 5)
+    assert found.width == 42
     write_rates([dataclasses.replace(found, samples_per_class=None)], file)
     assert "samples_per_class" not in file.read_text()
 

@@ -150,6 +150,8 @@ def plan(
               help="A rate to try first; may be repeated.")  # fmt: skip
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=[0, 1], show_default=True,
               help="Trainings per rate; may be repeated.")  # fmt: skip
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+              help="A field of the recipe; a width makes the rate one of that width. May be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--root", type=FOLDER, help="Folder of the data set's files.")
@@ -164,6 +166,7 @@ def tune(
     biases: tuple[Literal["none", "full", "relative"], ...],
     grid: tuple[float, ...],
     seeds: tuple[int, ...],
+    settings: tuple[str, ...],
     jobs: int,
     device: str | None,
     root: Path | None,
@@ -172,12 +175,13 @@ def tune(
 ) -> None:
     """Choose the learning rate of each scheme on validation images; recipes take it from then on.
 
-    Every scheme gets the same rates and seeds, and test images are not loaded. Where the best rate lies at an end of
+    Every scheme gets the same rates and seeds, and nothing looks at test images. Where the best rate lies at an end of
     those tried, the next one by a factor of two is tried as well.
     """
     import binvit
     from binvit.lab.training.devices import keep_freed_memory
     from binvit.lab.training.rates import RATES, read_rates, write_rates
+    from binvit.lab.training.recipes import parse_options
     from binvit.lab.trials.tune import tune as search
     from binvit.lab.trials.tune import tuning_table
 
@@ -189,6 +193,7 @@ def tune(
         "samples_per_class": samples_per_class,
         "grid": grid,
         "seeds": seeds,
+        "recipe_options": parse_options(settings),
         "root": root,
         "results_dir": out,
         "jobs": jobs,

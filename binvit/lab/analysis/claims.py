@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from binvit.lab.analysis.statistics import Difference, Estimate, estimate, paired_difference, shared, summarize
-from binvit.lab.analysis.verdicts import Claim, Verdict, confirm, correct, verdict_of
+from binvit.lab.analysis.statistics import SHARES, Difference, Estimate, estimate, paired_difference, shared, summarize
+from binvit.lab.analysis.verdicts import Claim, Verdict, all_of, confirm, correct, not_run
 
 __all__ = [
     "LEAST",
@@ -24,6 +24,7 @@ __all__ = [
     "confirm",
     "correct",
     "for_each_data",
+    "not_run",
     "show",
     "table",
     "verdicts",
@@ -103,10 +104,10 @@ def check_pair(
     _require_finite("margin", margin)
     absent = [name for name in (a, b) if name not in set(df[on])]
     if absent:
-        return Claim(sentence, "undecided", f"no trial of {absent[0]!r} was run")
+        return not_run(sentence, f"no trial of {absent[0]!r} was run")
     df = shared(df, a, b, on, pair)
     if df.empty:
-        return Claim(sentence, "undecided", f"no pair of {a!r} and {b!r} was run")
+        return not_run(sentence, f"no pair of {a!r} and {b!r} was run")
     claim = check_difference(sentence, paired_difference(df, a, b, on, pair, value), margin, percent)
     for name in (a, b) if "chance" in df else ():
         mean, chance = df.loc[df[on] == name, ["test_accuracy", "chance"]].mean()
@@ -152,9 +153,13 @@ def check_mean(
     _require_finite("margin", margin)
     chosen = df[df[on] == a]
     if chosen.empty:
-        return Claim(sentence, "undecided", f"no trial of {a!r} was run")
-    summarize(chosen, on, value)  # refuses seeds that occur twice; its intervals of shares are cut off at 0 and 1
-    return check_difference(sentence, estimate(chosen[value]), margin, percent)
+        return not_run(sentence, f"no trial of {a!r} was run")
+    summarize(chosen, on, value)  # refuses seeds that occur twice
+    mean = estimate(chosen[value])
+    claim = dataclasses.replace(check_difference(sentence, mean, margin, percent), is_share=value in SHARES)
+    low, high = _shown(claim, (mean.low, mean.high))
+    shown = dataclasses.replace(mean, low=low, high=high)
+    return dataclasses.replace(claim, evidence=_interval_evidence(shown, margin, percent))
 
 
 def check_value(
@@ -182,7 +187,7 @@ def check_value(
     """
     bounds = {k: v for k, v in {"at least": at_least, "at most": at_most}.items() if v is not None}
     if value is None:
-        return Claim(sentence, "undecided", "not run")
+        return not_run(sentence)
     if isinstance(value, (bool, np.bool_)):
         if bounds:
             raise ValueError(f"The claim {sentence!r} is checked by a condition, which takes no bound.")
@@ -217,10 +222,10 @@ def table(claims: Sequence[Claim], evidence: bool = False) -> pd.DataFrame:
     rows = []
     for c in claims:
         unknown = (math.nan, math.nan)
-        interval = (c.estimate.low, c.estimate.high) if c.estimate else unknown
+        interval = _shown(c, (c.estimate.low, c.estimate.high)) if c.estimate else unknown
         p = 2 * min(c.p) if c.p else math.nan
         verdict = (c.sentence, c.kind, c.verdict, c.plain or c.verdict, c.evidence)
-        rows.append((*verdict, *interval, *(c.corrected or unknown), p, c.source))
+        rows.append((*verdict, *interval, *_shown(c, c.corrected or unknown), p, c.source))
     columns = ["claim", "kind", "verdict", "uncorrected", "evidence", "low", "high"]
     columns += ["corrected_low", "corrected_high", "p", "source"]
     df = pd.DataFrame(rows, columns=columns, index=range(1, len(rows) + 1))
@@ -285,8 +290,15 @@ def _corrected(claim: Claim) -> str:
         return ""
     factor, spec = (100, ".1f") if claim.percent else (1, ".3g")
     sign = "+" if isinstance(claim.estimate, Difference) else ""
-    low, high = (f"{factor * end:{sign}{spec}}" for end in claim.corrected)
+    low, high = (f"{factor * end:{sign}{spec}}" for end in _shown(claim, claim.corrected))
     return f"; corrected interval {low} to {high}"
+
+
+def _shown(claim: Claim, interval: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval as it is told; that of a mean of shares ends at 0 and 1."""
+    if not claim.is_share or math.isnan(interval[0]):
+        return interval
+    return max(interval[0], 0.0), min(interval[1], 1.0)
 
 
 def _number(x: float) -> str:
@@ -317,34 +329,3 @@ def for_each_data(table: pd.DataFrame, check: Callable[[pd.DataFrame], Sequence[
     } or found
     named = lambda claim, data: dataclasses.replace(claim, sentence=f"On {data}: {claim.sentence}")  # noqa: E731
     return [named(claim, data) for data, claims in compared.items() for claim in claims]
-
-
-def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
-    """Check the claim that several claims hold at once.
-
-    It holds if each part holds (an intersection-union test: the largest p-value counts), and fails if one part fails
-    after Bonferroni's correction for the choice among the parts.
-
-    Args:
-        sentence: what is claimed.
-        parts: the single claims.
-
-    Returns:
-        "no" if one of them fails, else "undecided" if one of them is, else "yes"; the evidence names those that decide.
-    """
-    if not parts:
-        return Claim(sentence, "undecided", "nothing to compare was run")
-    known = [part.p for part in parts if part.p is not None]
-    p = (max(yes for yes, _ in known), min(1.0, len(parts) * min(no for _, no in known))) if known else None
-    if len(known) < len(parts) and p is not None:
-        p = (1.0, p[1])  # a part that was not run cannot be borne out
-    told: dict[Verdict, tuple[str, str]] = {"no": ("fails", "fail"), "undecided": ("is undecided", "are undecided")}
-    for verdict, words in told.items():
-        found = sorted((part for part in parts if part.verdict == verdict), key=lambda part: part.p[1] if part.p else 1)
-        if found and not (verdict == "no" and p is not None and verdict_of(p) != "no"):
-            word = words[len(found) > 1]
-            return Claim(sentence, verdict, f"{len(found)} of {len(parts)} {word}: {found[0].evidence}", p=p)
-    if any(part.verdict == "no" for part in parts):
-        lowest = min(parts, key=lambda part: part.p[1] if part.p else 1.0)
-        return Claim(sentence, "undecided", f"not decided after correction: {lowest.evidence}", p=p)
-    return Claim(sentence, "yes", "; ".join(part.evidence for part in parts), p=p)

@@ -257,8 +257,7 @@ def _require(df: pd.DataFrame, columns: Sequence[str]) -> None:
 
 def _refuse_duplicates(group: pd.DataFrame, key: str | Sequence[str], name: str, known: Sequence[str]) -> None:
     key = [key] if isinstance(key, str) else list(key)
-    twice = group[group.duplicated(key, keep=False)]
-    if twice.empty:
+    if (twice := group[group.duplicated(key, keep=False)]).empty:
         return
     same = twice[(twice[key] == twice[key].iloc[0]).all(axis=1)]
     varies = [c for c in same.columns if c not in {*key, *known, *MEASURED} and len({repr(x) for x in same[c]}) > 1]
@@ -292,7 +291,8 @@ def change(
         by: the column that names the kinds of trials, such as the scheme.
 
     Returns:
-        The column ``by``, seed and the new column: the value at `end` minus the value at `start`.
+        The column ``by``, seed and the new column: the value at `end` minus the value at `start`; beside it chance, if
+        the table has it, and the lower test accuracy of both.
 
     Raises:
         ValueError: a setting has no trials, or several of one kind and seed.
@@ -304,8 +304,12 @@ def change(
             raise ValueError(f"No trial has {column} = {at:g}; there are {sorted(df[column].unique())}.")
         if side.duplicated([by, "seed"]).any():
             raise ValueError(f"Several trials of one {by} and seed have {column} = {at:g}; select one data set.")
-        sides.append(side.set_index([by, "seed"])[value])
-    return (sides[1] - sides[0]).dropna().rename(name).reset_index()
+        sides.append(side.set_index([by, "seed"]))
+    changes = (sides[1][value] - sides[0][value]).dropna().rename(name).to_frame()
+    if "chance" in df:
+        lower = np.minimum(sides[0]["test_accuracy"], sides[1]["test_accuracy"])
+        changes = changes.assign(chance=sides[0]["chance"], test_accuracy=lower)
+    return changes.reset_index()
 
 
 def differences(table: pd.DataFrame, column: str, reference: str = "float", by: str = "scheme") -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """Claims as records: a sentence with its verdict, and the correction of several verdicts together."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +40,8 @@ class Claim:
         corrected: the interval at the level that Holm's procedure leaves to the claim; None before `correct`.
         plain: the verdict before `correct`.
         percent: tell the estimate in percent, a difference in percentage points.
+        is_share: the estimate is a mean of shares, whose intervals are shown from 0 to 1.
+        is_not_run: whether nothing is known of it, since the trials that it compares were not run.
     """
 
     sentence: str
@@ -53,6 +54,8 @@ class Claim:
     corrected: tuple[float, float] | None = None
     plain: Verdict | None = None
     percent: bool = False
+    is_share: bool = False
+    is_not_run: bool = False
 
     def __post_init__(self) -> None:
         if self.verdict not in ("yes", "no", "undecided"):
@@ -60,10 +63,15 @@ class Claim:
         if not self.sentence.strip() or "\n" in self.sentence:
             raise ValueError(f"A claim is one sentence on one line, and {self.sentence!r} came.")
 
-    @property
-    def is_not_run(self) -> bool:
-        """Whether nothing is known of it, since the trials that it compares were not run."""
-        return re.search(r"\b(was|not) run$", self.evidence) is not None
+
+def not_run(sentence: str, evidence: str = "not run") -> Claim:
+    """Return a claim of which nothing is known, since the trials that it compares were not run.
+
+    Args:
+        sentence: what is claimed.
+        evidence: what is lacking.
+    """
+    return Claim(sentence, "undecided", evidence, is_not_run=True)
 
 
 def confirm(source: str, *claims: Claim) -> list[Claim]:
@@ -109,3 +117,40 @@ def verdict_of(p: tuple[float, float] | None, level: float = LEVEL) -> Verdict:
     if p is None or min(p) >= level / 2:
         return "undecided"
     return "yes" if p[0] < p[1] else "no"
+
+
+def all_of(sentence: str, parts: Sequence[Claim]) -> Claim:
+    """Check the claim that several claims hold at once.
+
+    It holds if each part holds (an intersection-union test: the largest p-value counts), and fails if one part fails
+    after Bonferroni's correction for the choice among the parts. Parts that follow from no sample count as they are.
+
+    Args:
+        sentence: what is claimed.
+        parts: the single claims.
+
+    Returns:
+        "no" if one of them fails, else "undecided" if one of them is, or fails before the correction only, else "yes";
+        the evidence names those that decide.
+    """
+    if not parts:
+        return not_run(sentence, "nothing to compare was run")
+    known = [part.p for part in parts if part.p is not None]
+    p = (max(yes for yes, _ in known), min(1.0, len(parts) * min(no for _, no in known))) if known else None
+    if p is not None and any(part.p is None and part.verdict == "undecided" for part in parts):
+        p = (1.0, p[1])  # a part that was not run cannot be borne out
+    worst = lambda part: part.p[1] if part.p else 1.0  # noqa: E731
+    failing, open_ = (sorted((q for q in parts if q.verdict == v), key=worst) for v in ("no", "undecided"))
+    exact = any(part.p is None for part in failing)  # which no correction counts
+    count = f"{len(failing)} of {len(parts)} fail{'s' * (len(failing) == 1)}"
+    if failing and (exact or verdict_of(p) == "no"):
+        return Claim(sentence, "no", f"{count}: {failing[0].evidence}", p=None if exact else p)
+    if failing:
+        more = f", {len(open_)} undecided" if open_ else ""
+        return Claim(sentence, "undecided", f"{count} before correction{more}: {failing[0].evidence}", p=p)
+    if open_:
+        word = "is" if len(open_) == 1 else "are"
+        lacking = all(part.is_not_run for part in parts)
+        evidence = f"{len(open_)} of {len(parts)} {word} undecided: {open_[0].evidence}"
+        return Claim(sentence, "undecided", evidence, p=p, is_not_run=lacking)
+    return Claim(sentence, "yes", "; ".join(part.evidence for part in parts), p=p)

@@ -164,6 +164,9 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "parquet": read_parquet,
 }
 
+EMBEDDED = ("digits",)
+"""Those that come with a package and are always there."""
+
 _NEEDS = {
     "chaoyang": "root=FOLDER, the official folder with train.json and test.json",
     "folder": "a path: folder:PATH, with PATH/train/CLASS/IMAGE inside",
@@ -181,10 +184,22 @@ def split_name(name: Any) -> tuple[str, str]:
         ValueError: it is no such name.
     """
     kind, colon, path = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in SOURCES or (colon and (not path or kind == "digits")):
+    if kind not in SOURCES or (colon and (not path or kind in EMBEDDED)):
         valid = ", ".join(f"{known}:PATH" if known in ("folder", "parquet") else known for known in SOURCES)
         raise ValueError(f"Unknown data set {show(name)}; valid names are {valid}.")
     return kind, path
+
+
+def data_name(dataset: str) -> str:
+    """Return the name of a data set without its place: "parquet:data/flowers102_64px.parquet" is flowers102_64px.
+
+    Official sets have their own name wherever they lie, which no file or folder of that name shares: it is another set.
+    """
+    kind, path = split_name(dataset)
+    if kind not in ("folder", "parquet"):
+        return kind
+    name = Path(path).stem
+    return f"{kind}-{name}" if name in EMBEDDED else name
 
 
 def expanded(path: str | Path) -> Path:
@@ -199,7 +214,7 @@ def expanded(path: str | Path) -> Path:
 def locate(name: str, root: str | Path | None) -> tuple[str, Path | None]:
     """Return the kind of a data set and where it lies."""
     kind, path = split_name(name)
-    if kind == "digits":  # embedded
+    if kind in EMBEDDED:
         return kind, None
     given = [expanded(part) for part in (root, path) if part not in (None, "")]
     location = Path(*given) if given else None

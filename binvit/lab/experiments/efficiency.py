@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 import binvit
-from binvit.lab.analysis.claims import Claim, check_value
+from binvit.lab.analysis.claims import Claim, check_value, not_run
 from binvit.lab.benchmark.machine import BUSY, cpu_of
 from binvit.lab.benchmark.models import calibrated_model, random_model
 from binvit.lab.benchmark.run import PARTS
@@ -196,7 +196,7 @@ def _speed(
 ) -> Claim:
     """Judge the worst ratio by its interval over rounds."""
     if rows.empty:
-        return Claim(sentence, "undecided", "not run")
+        return not_run(sentence)
     worst = rows.loc[rows["times"].idxmin() if at_most is None else rows["times"].idxmax()]
     low, high, bound = worst["times_low"], worst["times_high"], at_least if at_most is None else at_most
     above, below = low >= bound, high < bound

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from binvit.lab.analysis.attention import attention_tensors, binarized_views, query_rows, share_of_extreme
-from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm
+from binvit.lab.analysis.claims import Claim, all_of, check_pair, confirm, not_run
 from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import (
     SUPERPOSED,
@@ -236,11 +236,11 @@ def claims(losses: pd.DataFrame, groups: int = 3) -> list[Claim]:
             rest = [other for other in TENSORS if other not in SUPERPOSED]  # the paper names both at once
             checked += confirm(LOSS_IS_ATTENTION, costs_more(sentence, "trained_drop", tensor, rest))
         else:
-            checked += confirm(LOSS_IS_ATTENTION, Claim(sentence, "undecided", "not run"))
+            checked += confirm(LOSS_IS_ATTENTION, not_run(sentence))
     for tensor in SUPERPOSED:
         part = named[named["tensor"] == tensor]
         sentence = f"After training with it, the {tensor} with {several} loses less accuracy than with one."
-        trained = Claim(sentence, "undecided", "not run")
+        trained = not_run(sentence)
         if len(after):
             trained = check_pair(
                 sentence, part.dropna(subset=["trained_drop"]), "1 group", several, on="groups", value="trained_drop"

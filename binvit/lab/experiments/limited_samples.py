@@ -46,10 +46,12 @@ def claims(table: pd.DataFrame, binary: str = "gsb", single: str = "elastic", fu
     regular = confirm(FEW_SAMPLES, check_pair(gap, part, full, binary, on="condition", value="gap"))
     if few < many:
         gained = change(table, "samples_per_class", few, many, by="condition")
-        sentence = (
-            f"From {few} to {many} images per class, {full} gains more than {binary}: few images favour {binary}."
-        )
-        regular.append(check_pair(sentence, gained, full, binary, on="condition", value="change"))
+        for bias, beginning in (("", "From"), (" + bias", "With the bias of the map in both, from")):
+            a, b = full + bias, binary + bias
+            said = f"{beginning} {few} to {many} images per class, {full} gains more than {binary}"
+            sentence = f"{said}: few images favour {binary}."
+            if not bias or b in set(table["condition"]):
+                regular.append(check_pair(sentence, gained, a, b, on="condition", value="change"))
     if (table["condition"] == f"{binary} + bias").any():
         sentence = (
             f"With the bias of the map in both and {few} images per class, {binary}'s gap is smaller than {full}'s."

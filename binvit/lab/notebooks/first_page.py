@@ -86,12 +86,13 @@ def cell(claim: Claim | None) -> str:
     if claim is None or claim.is_not_run:
         return NOT_RUN
     if claim.estimate is None:  # several differences
-        part = re.match(r"\d+ of \d+ (fails?|is undecided|are undecided)", claim.evidence)
+        failing = r"fails?( before correction)?(, \d+ undecided)?"
+        part = re.match(rf"\d+ of \d+ ({failing}|is undecided|are undecided)", claim.evidence)
         counted = re.search(r"\d+ seeds?", claim.evidence)
         told = [part[0].replace("is ", "").replace("are ", "")] if part else []
         weak = re.match(r"[^:;]+ below \d times chance: [\d.]+ %", claim.evidence)
         told += [weak[0]] if weak else []
-        told += ["before correction"] if claim.plain not in (None, claim.verdict) else []
+        told += [before] if (before := _before(claim)) and "before correction" not in claim.evidence else []
         told += ["not all schemes run"] if re.search(r"that w(as|ere) run", claim.sentence) else []
         return f"**{claim.verdict}**: " + "; ".join([*told, *([counted[0]] if counted else [])])
     estimate, factor, spec = claim.estimate, *((100, "+.1f") if claim.percent else (1, "+.3g"))
@@ -103,7 +104,14 @@ def cell(claim: Claim | None) -> str:
     if estimate.n > 1 and estimate.mean == estimate.low == estimate.high == 0:
         return f"**{claim.verdict}**: both sides train alike; {seeds}"
     lost = re.findall(r"\d+ of \d+ .+? below \d times chance", claim.evidence)
-    return f"**{claim.verdict}**: " + "; ".join([f"{factor * estimate.mean:{spec}}{spread}", seeds, *lost])
+    counts = re.findall(r"\d+ to \d+(?= images per class)", claim.sentence)
+    told = [f"{factor * estimate.mean:{spec}}{spread}", *(f"{count} of a class" for count in counts), seeds, *lost]
+    return f"**{claim.verdict}**: " + "; ".join([*told, *([before] if (before := _before(claim)) else [])])
+
+
+def _before(claim: Claim) -> str:
+    """Return the verdict that the correction has changed."""
+    return "" if claim.plain in (None, claim.verdict) else f"{claim.plain} before correction"
 
 
 def results_table(notebooks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Learning rates that validation images have chosen, one per data set, recipe, scheme and bias of the map."""
+"""Learning rates that validation images have chosen, one per data set, recipe, scheme, bias of the map and width."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import Field
 from binvit.config import Config, Number, Text, read_yaml, show
 from binvit.files import atomic_write
 from binvit.images import require_regular
+from binvit.lab.data.sources import data_name
 from binvit.lab.training.recipe import Count
 
 RATES = Path(__file__).with_name("rates.yaml")
@@ -24,6 +25,8 @@ _HEAD = """\
 Rate = Annotated[Number, Field(gt=0)]
 Accuracy = Annotated[Number, Field(ge=0, le=1)]
 Bias = Literal["none", "full", "relative"]
+Key = tuple[str, str, str, str, int]
+"""Data set, recipe, scheme, bias and width, 0 for the recipe's own."""
 
 
 class ChosenRate(Config):
@@ -44,20 +47,17 @@ class ChosenRate(Config):
     samples_per_class: Count | None = None
     """Training images of each class that it was chosen with; None means all."""
 
+    width: Count | None = None
+    """Features per token of the models that it was chosen with; None means the recipe's own."""
+
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         """What the rate was chosen for."""
-        return self.data, self.recipe, self.scheme, self.bias
+        return self.data, self.recipe, self.scheme, self.bias, self.width or 0
 
 
-def data_name(dataset: str) -> str:
-    """Return the name of a data set without its place: "parquet:data/flowers102_64px.parquet" is flowers102_64px."""
-    kind, colon, path = dataset.partition(":")
-    return Path(path).stem if colon else kind
-
-
-def read_rates(path: str | Path = RATES) -> dict[tuple[str, str, str, str], ChosenRate]:
-    """Return the chosen rates by data set, recipe, scheme and bias.
+def read_rates(path: str | Path = RATES) -> dict[Key, ChosenRate]:
+    """Return the chosen rates by data set, recipe, scheme, bias and width.
 
     Args:
         path: a file that `write_rates` has written; one that does not exist holds no rates.
@@ -80,7 +80,7 @@ def read_rates(path: str | Path = RATES) -> dict[tuple[str, str, str, str], Chos
 
 
 def write_rates(chosen: Iterable[ChosenRate], path: str | Path = RATES) -> Path:
-    """Add rates to a file, sorted; those of the same data set, recipe, scheme and bias are replaced.
+    """Add rates to a file, sorted; those of the same data set, recipe, scheme, bias and width are replaced.
 
     Args:
         chosen: the new rates.
@@ -97,18 +97,22 @@ def write_rates(chosen: Iterable[ChosenRate], path: str | Path = RATES) -> Path:
 
 
 @functools.cache
-def _shipped() -> dict[tuple[str, str, str, str], ChosenRate]:
+def _shipped() -> dict[Key, ChosenRate]:
     return read_rates()
 
 
-def tuned_rate(dataset: str, recipe: str, scheme: str, bias: str) -> float | None:
+def tuned_rate(dataset: str, recipe: str, scheme: str, bias: str, width: int | None = None) -> float | None:
     """Return the rate that validation images have chosen; None if nobody has asked them.
+
+    A width that was not asked for has the rate of the recipe's own.
 
     Args:
         dataset: a name that `load_data` knows.
         recipe: a name of `list_recipes`.
         scheme: a name of `binvit.list_schemes`.
         bias: learned bias of the attention map: "none", "full" or "relative".
+        width: features per token, if they are not the recipe's own.
     """
-    found = _shipped().get((data_name(dataset), recipe, scheme, bias))
+    known, asked = _shipped(), (data_name(dataset), recipe, scheme, bias)
+    found = known.get((*asked, width or 0)) or known.get((*asked, 0))
     return None if found is None else found.rate

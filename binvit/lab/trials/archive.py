@@ -16,12 +16,13 @@ from filelock import FileLock
 
 from binvit.config import read_json, show
 from binvit.files import atomic_write
+from binvit.lab.data import sources
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
 from binvit.lab.data.label_noise import Matrix, pixel_confusion
 from binvit.lab.data.sources import locate, read_source, split_name
 from binvit.lab.data.write import command_of
-from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current
+from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, in_columns, in_records
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 # Kept in full by each line's scheme; a line needs no description.
@@ -99,8 +100,20 @@ def known_fingerprint(trial: Trial, archive: str | Path) -> str | None:
     try:
         return trial.fingerprint
     except FileNotFoundError:
-        names = (item for item in read_data(archive) if item.name == data_name(trial.dataset))
-        return next((item.fingerprint for item in names), None)
+        return next((item.fingerprint for item in _namesakes(trial.dataset, archive)), None)
+
+
+def _namesakes(dataset: str, archive: str | Path) -> list[DataSet]:
+    """Return what an archive knows under the name of a data set, of the same kind: files, a folder, an official set."""
+    kind, name = split_name(dataset)[0], data_name(dataset)
+    found = [item for item in read_data(archive) if item.name == name]
+    kinds = {item: _kind(_path(archive, item.name)) for item in found}
+    return [item for item in found if kinds[item] in (None, kind)]
+
+
+def _kind(path: Path) -> str | None:
+    first = next(iter(_lines(path).values()), None)
+    return None if first is None else str(first["trial"].get("dataset")).partition(":")[0]
 
 
 def is_present(dataset: str, root: str | Path | None = None) -> bool:
@@ -136,7 +149,7 @@ def counted_data(
     """
     if locate(dataset, root)[1] is None:
         return load_data(dataset, samples_per_class, root=root, image_size=image_size)
-    known = (item for item in read_data(archive) if item.name == data_name(dataset) and item.train)
+    known = (item for item in _namesakes(dataset, archive) if item.train)
     counts = next(((int(item.classes or 0), int(item.train), int(item.test or 0)) for item in known), None)
     return blank_data(dataset, samples_per_class, root, image_size, counts)
 
@@ -162,7 +175,8 @@ def confusion(dataset: str, data: ImageData, archive: str | Path | None = None) 
 def add(results: Iterable[TrialResult], archive: str | Path) -> int:
     """Add finished trials to an archive; lines are sorted, and a trial that is there already stays as it is.
 
-    Several processes may add to one archive: one waits until another has written.
+    A line that no longer says what its trial is, since a default has changed, is replaced. Several processes may add to
+    one archive: one waits until another has written.
 
     Args:
         results: what was measured.
@@ -184,7 +198,10 @@ def add(results: Iterable[TrialResult], archive: str | Path) -> int:
         new = 0
         for name, found in sorted_by_name.items():
             path = _path(archive, name)
-            lines = {key: json.dumps(values, separators=(",", ":")) for key, values in _lines(path).items()}
+            old = {
+                key: values for key, values in _lines(path).items() if not _is_outdated(values, found.get(key), path)
+            }
+            lines = {key: _text(values) for key, values in old.items()}
             before = len(lines)
             lines = {key: _line(result) for key, result in found.items()} | lines
             new += len(lines) - before
@@ -192,6 +209,17 @@ def add(results: Iterable[TrialResult], archive: str | Path) -> int:
                 atomic_write(path, "".join(f"{lines[key]}\n" for key in sorted(lines, key=_order)))
         _write_data(sorted(data, key=lambda item: item.name), archive)
     return new
+
+
+def _is_outdated(values: Mapping[str, Any], new: TrialResult | None, path: Path) -> bool:
+    """Say whether a stored line was made with another recipe or scheme than a new result of the same identity."""
+    if new is None:
+        return False
+    try:
+        check_current(_result(dict(values), path), new.trial, new.fingerprint, f"The archived trial {new.id}")
+    except OutdatedResult:
+        return True
+    return False
 
 
 def read_data(archive: str | Path) -> list[DataSet]:
@@ -221,8 +249,8 @@ def read_data(archive: str | Path) -> list[DataSet]:
 
 def data_name(dataset: str) -> str:
     """Return the name of a data set in an archive: its kind, or the name of its file or folder."""
-    kind, path = split_name(dataset)
-    return re.sub(r"[^a-z0-9]+", "-", (Path(path).stem if path else kind).lower()).strip("-") or kind
+    name = sources.data_name(dataset)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or split_name(dataset)[0]
 
 
 def _path(archive: str | Path, name: str) -> Path:
@@ -260,7 +288,7 @@ def _order(key: str) -> tuple[str, int, str]:
 
 
 def _line(result: TrialResult) -> str:
-    """Return a result as one line: the history as one list per column, rounded to four digits."""
+    """Return a result as one line, its history rounded to four digits."""
     values = {"id": result.id} | result.to_dict()
     values["trial"].pop("root")
     for options in (values["trial"]["recipe_options"], values["recipe"]):
@@ -271,7 +299,11 @@ def _line(result: TrialResult) -> str:
         for history in [values["history"]]
         for name in history[0]
     }
-    return json.dumps(values, separators=(",", ":"))
+    return _text(values)
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps({**values, "history": in_columns(values["history"])}, separators=(",", ":"))
 
 
 def _lines(path: Path) -> dict[str, dict[str, Any]]:
@@ -301,9 +333,8 @@ def _parsed(path: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
 def _result(values: dict[str, Any], path: Path) -> TrialResult:
     try:
         history = values.get("history")
-        if not isinstance(history, dict) or len({len(column) for column in history.values()}) != 1:
+        if not isinstance(history, dict) or not history:
             raise ValueError("its history must have columns of one length")
-        rows = zip(*history.values(), strict=True)
-        return TrialResult.from_dict(values | {"history": [dict(zip(history, row, strict=True)) for row in rows]})
+        return TrialResult.from_dict(values | {"history": in_records(history)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"The trial {values['id']} of {path} is damaged: {error}") from None

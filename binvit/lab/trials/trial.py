@@ -63,8 +63,8 @@ class Trial(Config):
     root: Annotated[Text | None, BeforeValidator(_path)] = None
     """Folder of data sets that are files; no part of the trial's identity, which the images themselves belong to."""
     evaluate_on: Literal["test", "val"] = "test"
-    """The images that the model is measured on; "val" never touches the test images, and has its own part of the
-    training images where the data set has no validation images."""
+    """The images that the model is measured on; with "val" the test images are hashed for the identity and never
+    looked at, and a part of the training images stands for validation images where the data set has none."""
 
     @field_validator("dataset")
     @classmethod
@@ -99,7 +99,8 @@ class Trial(Config):
         recipe = self._recipe(self.recipe_options)
         if "lr" in self.recipe_options:
             return recipe
-        rate = tuned_rate(self.dataset, self.recipe, self.scheme, self.get_scheme().attention_bias)
+        width = self.recipe_options.get("width")
+        rate = tuned_rate(self.dataset, self.recipe, self.scheme, self.get_scheme().attention_bias, width)
         return recipe if rate is None else dataclasses.replace(recipe, lr=rate)
 
     @property

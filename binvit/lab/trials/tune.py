@@ -9,8 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from binvit.lab.data.sources import data_name
 from binvit.lab.training.loop import DIVERGED
-from binvit.lab.training.rates import Bias, ChosenRate, data_name
+from binvit.lab.training.rates import Bias, ChosenRate
+from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.store import read_result
 from binvit.lab.trials.trial import Trial
@@ -48,7 +50,8 @@ def tune(
     """Choose the learning rate of each scheme by its mean accuracy on validation images.
 
     All schemes get the same grid and seeds. Where the best rate lies at an end of the grid, the grid grows there by a
-    factor of two. The test images are not loaded. Trials are kept, so that an interrupted search goes on.
+    factor of two. The test images belong to the trials' identity, and nothing looks at them. Trials are kept, so that
+    an interrupted search goes on.
 
     Args:
         schemes: names of `binvit.list_schemes`.
@@ -58,7 +61,7 @@ def tune(
         grid: the rates to try first.
         seeds: trainings per rate.
         samples_per_class: training images of each class; None takes all that are not for validation.
-        recipe_options: fields of the recipe to change in all trials.
+        recipe_options: fields of the recipe to change in all trials; a width makes the rate one of that width.
         root: folder of data sets that are files.
         results_dir: folder of the results.
         jobs: trainings side by side.
@@ -87,6 +90,8 @@ def tune(
             evaluate_on="val",
         )
 
+    width = (recipe_options or {}).get("width")
+    own = width if width != get_recipe(recipe).width else None
     pairs = [(scheme, bias) for scheme in schemes for bias in biases]
     measured: dict[tuple[str, str], dict[float, tuple[float, ...]]] = {pair: {} for pair in pairs}
     missing = {pair: sorted(grid) for pair in pairs}
@@ -108,6 +113,7 @@ def tune(
             rate=best_rate(measured[scheme, bias]),
             table=tuple(sorted(measured[scheme, bias].items())),
             samples_per_class=samples_per_class,
+            width=own,
         )
         for scheme, bias in pairs
     ]
