@@ -1,5 +1,7 @@
 """Models of equal cost: conditions, interpolation between float models, claims and figure."""
 
+from types import SimpleNamespace
+
 import archive_maker
 import numpy as np
 import pandas as pd
@@ -12,6 +14,9 @@ from binvit.lab.experiments import width
 from binvit.lab.experiments.design import plan
 from binvit.lab.notebooks.plan import checked_values
 from binvit.lab.trials.measurements import read_measurements
+from binvit.lab.trials.trial import Trial
+
+RUNS = [plan.Run(name, "digits", Trial("digits", name, recipe_options={"lr": 0.25})) for name in ("float", "gsb")]
 
 
 def table(gsb, floats=(0.5, 0.7), costs=(1000, 4000), seeds=6, own_cost=2000):
@@ -23,7 +28,8 @@ def table(gsb, floats=(0.5, 0.7), costs=(1000, 4000), seeds=6, own_cost=2000):
             rows.append(("float", 16 * (place + 1), seed, accuracy + extra, cost))
         rows.append(("gsb", 64, seed, gsb + extra + 0.002 * (seed % 2), own_cost))
     frame = pd.DataFrame(rows, columns=["scheme", "width", "seed", "test_accuracy", "bytes"])
-    return frame.assign(data="digits", ms=frame["bytes"] / 1e4, condition=frame["scheme"])
+    costs = {"ms": frame["bytes"] / 1e4, "train_accuracy": 0.875}
+    return frame.assign(data="digits", condition=frame["scheme"], **costs)
 
 
 def test_models_stand_on_equal_terms_and_heads_divide_their_width():
@@ -68,13 +74,15 @@ def test_claims_without_overlap_are_undecided():
 def test_what_was_not_measured_is_told_from_what_does_not_overlap():
     unknown = width.with_costs(table(0.9).drop(columns=["bytes", "ms"]), pd.DataFrame())
     assert told(width.claims(unknown)) == [("undecided", "costs not measured")] * 2
-    assert set(width.accuracies(unknown)["bytes"]) == {"costs not measured"}
+    assert set(width.accuracies(unknown, RUNS)["bytes"]) == {"costs not measured"}
     assert width.unmeasured(unknown) == "costs not measured: digits"
     partly = table(0.9)
     partly.loc[partly["scheme"] == "gsb", "ms"] = np.nan
     assert told(width.claims(partly))[1] == ("undecided", "costs not measured")
     assert width.unmeasured(partly) == "costs not measured: digits (gsb)"
-    assert "2,000" in set(width.accuracies(partly)["bytes"])
+    told_of = width.accuracies(partly, RUNS)
+    assert "2,000" in set(told_of["bytes"])
+    assert (set(told_of["rate"]), set(told_of["training"])) == ({"0.25"}, {"87.5"})
     assert width.unmeasured(table(0.9)) == ""
 
 
@@ -105,6 +113,9 @@ def test_images_are_measured_at_their_own_size_and_absent_ones_not_at_all(tmp_pa
     expected = width.measure(width.runs(p), load_data, 0.01)
     assert read_measurements(tmp_path, width.TABLE)["bytes"].tolist() == expected["bytes"].tolist()
     assert width.take_measurements(p, tmp_path, tmp_path) == 0  # this kind of CPU has measured them
+    wider = SimpleNamespace(**vars(p) | {"binary_widths": [*p.binary_widths, 40]})
+    assert width.take_measurements(wider, tmp_path, tmp_path) == 1
+    assert 40 in set(read_measurements(tmp_path, width.TABLE)["width"])
 
 
 def test_packed_models_are_smaller_than_float_ones_of_their_width():

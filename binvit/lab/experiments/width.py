@@ -106,10 +106,14 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
         others = watch.stop().others
         for name, run in own.items():
             low, median, high = 1000 * np.quantile(times[name], (0.25, 0.5, 0.75))
-            row = {"data": data, "scheme": run.trial.scheme, "width": run.trial.get_recipe().width}
+            row: dict[str, Any] = dict(zip(_KEYS, _key(run), strict=True))
             row |= {"bytes": sizes[name], "ms": median, "low": low, "high": high}
             rows.append(row | {"others": round(others, 3), "cpu": describe_cpu()})
     return pd.DataFrame(rows, columns=list(_MEASURED)).sort_values(list(_KEYS), ignore_index=True)
+
+
+def _key(run: Run) -> tuple[str, str, int]:
+    return run.data, run.trial.scheme, run.trial.get_recipe().width
 
 
 def _model(run: Run, data: ImageData) -> tuple[Any, int]:
@@ -137,13 +141,14 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         archive: folder of the archive.
 
     Returns:
-        How many kinds of images were measured; those that this kind of CPU has measured already, those without an
-        archived trial, and those whose files are absent, so that nobody knows their size, are left out.
+        How many kinds of images were measured: all models of those of which this kind of CPU lacks one. Those without
+        an archived trial, and those whose files are absent, so that nobody knows their size, are left out.
     """
-    known = read_measurements(archive, TABLE)
-    done = set(known.loc[known["cpu"] == describe_cpu(), "data"]) if len(known) else set()
+    known, cpu = read_measurements(archive, TABLE), describe_cpu()
+    done = set(zip(*(known[name] for name in (*_KEYS, "cpu")), strict=True)) if len(known) else set()
     asked = runs(p)
-    new = [run for run in asked if run.data not in done and is_present(run.trial.dataset, run.trial.root)]
+    lacking = {run.data for run in asked if (*_key(run), cpu) not in done}
+    new = [run for run in asked if run.data in lacking and is_present(run.trial.dataset, run.trial.root)]
     shown = {run.data for run in new if find(run.trial, archive) is not None}
     left = [run for run in asked if run.data in shown]
     if left:  # with the images themselves: blank ones that stand for absent files are not of their size
@@ -179,14 +184,21 @@ def with_costs(table: pd.DataFrame, sizes: pd.DataFrame) -> pd.DataFrame:
     return table.merge(first[[*_KEYS, *COSTS, *QUARTILES.values(), "cpu"]], on=list(_KEYS), how="left")
 
 
-def accuracies(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean accuracy of every model beside its bytes, for reading.
+def accuracies(table: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """Return each model's bytes and rate, the mean accuracy on test images and that on training images, for reading.
 
     Args:
         table: the result of `with_costs`.
+        runs: the result of `runs`.
     """
-    known = table["bytes"].map("{:,.0f}".format).where(table["bytes"].notna(), UNMEASURED)
-    return readable(summarize(table.assign(bytes=known), ["data", "scheme", "width", "bytes"]), name="test accuracy")
+    rates = {(run.data, run.condition): f"{run.trial.get_recipe().lr:g}" for run in runs}
+    told = table.assign(
+        bytes=table["bytes"].map("{:,.0f}".format).where(table["bytes"].notna(), UNMEASURED),
+        rate=[rates[key] for key in zip(table["data"], table["condition"], strict=True)],
+    )
+    model = ["data", "scheme", "width", "bytes", "rate"]
+    fitted = summarize(told, model, "train_accuracy")["mean"]
+    return readable(summarize(told, model), name="test accuracy").assign(training=[f"{100 * x:.1f}" for x in fitted])
 
 
 def unmeasured(table: pd.DataFrame) -> str:
