@@ -12,6 +12,7 @@ from binvit.lab.analysis.statistics import summarize
 from binvit.lab.experiments.design import plan
 from binvit.lab.experiments.design.plan import Condition
 from binvit.lab.figures import panels
+from binvit.lab.trials.tune import equal_terms
 
 
 def test_a_plan_has_every_condition_image_and_seed():
@@ -51,6 +52,17 @@ def test_a_recipe_is_changed_for_all_conditions():
         (32, "avg", 0.01, 3),
         (64, "avg", 0.01, 3),
     ]
+
+
+@pytest.mark.parametrize("named", ["for all conditions", "by a condition"])
+def test_a_rate_that_is_named_wins_over_the_tuned_one_also_where_the_recipe_says_the_same(named):
+    own, changes = ({}, "lr 2e-3") if named == "for all conditions" else ({"lr": 2e-3}, "")
+    conditions = [Condition(scheme, scheme, equal_terms("none"), own) for scheme in ("gsb", "float")]
+    assert lab.recipe("digits").lr == 2e-3
+    untold = [run.trial.get_recipe().lr for run in plan.plan([conditions[0]], "digits", [0], "digits")]
+    asked = plan.plan(conditions, "digits", [0], "digits", changes=changes)
+    assert [run.trial.get_recipe().lr for run in asked] == [2e-3, 2e-3]
+    assert named == "by a condition" or untold != [2e-3]  # else the trial would show nothing
 
 
 def test_wrong_conditions_are_refused():

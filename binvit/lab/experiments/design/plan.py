@@ -82,8 +82,8 @@ def plan(
 ) -> list[Run]:
     """Make the trials of an experiment: every condition on all images with every seed.
 
-    Options that say what the scheme or the recipe says anyway are left out, so that the same training has the same
-    trial in every experiment, and is read back instead of run again.
+    Options that say what the scheme or the recipe says anyway are left out, all but a rate, so that the same training
+    has the same trial in every experiment, and is read back instead of run again.
 
     Args:
         conditions: what is compared.
@@ -168,8 +168,15 @@ def archive_dir(p: Any) -> Path | None:
 
 
 def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
-    """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse."""
-    return {name: value for name, value in options.items() if freeze(value) != freeze(getattr(record, name, options))}
+    """Return the options that differ from a scheme or a recipe; unknown names are kept for the trial to refuse.
+
+    A rate is kept, too: a trial that names none takes the tuned one, whatever its recipe says.
+    """
+    return {
+        name: value
+        for name, value in options.items()
+        if name == "lr" or freeze(value) != freeze(getattr(record, name, options))
+    }
 
 
 def train(
