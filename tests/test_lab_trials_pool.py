@@ -496,6 +496,18 @@ def test_one_failure_leaves_the_others_and_is_named(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 1
 
 
+@pytest.mark.parametrize("archived", [False, True])
+def test_damaged_images_fail_alone(tmp_path, archived):
+    (tmp_path / "damaged.parquet").write_bytes(b"damaged")
+    damaged = Trial("parquet:damaged.parquet", "float", root=tmp_path, recipe_options=TINY)
+    archive = tmp_path / "archive" if archived else None
+    with pytest.raises(TrialsFailed, match=r"^1 of 2 trials failed: parquet:damaged\.parquet.*: ") as caught:
+        run_trials([damaged, tiny(epochs=1)], tmp_path / "results", progress=False, archive=archive)
+    assert caught.value.wrong_input
+    assert [trial for trial, _ in caught.value.failures] == [damaged]
+    assert read_result(tiny(epochs=1), tmp_path / "results").test_accuracy > 0
+
+
 @pytest.mark.parametrize(("jobs", "trials"), [(0, [tiny()]), (1.5, [tiny()]), (True, [tiny()]), (1, ["digits"])])
 def test_bad_arguments_get_one_sentence(tmp_path, jobs, trials):
     with pytest.raises(ValueError, match=r"number of jobs must be|Expected a Trial"):

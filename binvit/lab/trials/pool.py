@@ -100,7 +100,8 @@ def run_trials(
         compared = [result for result in stored.values() if result]
         _remove_leftovers(folder, compared)
         if archive is not None and not keep_models:
-            archived = {trial: find(trial, archive) for trial, result in stored.items() if result is None}
+            missing = [trial for trial, result in stored.items() if result is None and not _is_unreadable(trial)]
+            archived = {trial: find(trial, archive) for trial in missing}
             stored |= archived
             if not all(stored.values()):  # archived results beside those that are trained now
                 compared += [result for result in archived.values() if result]
@@ -148,8 +149,18 @@ def read_trials(trials: Iterable[Trial], archive: str | Path) -> pd.DataFrame:
 def _stored(trial: Trial, folder: Path, keep_model: bool) -> TrialResult | None:
     try:
         return finished_result(trial, folder, keep_model)
-    except OSError:  # it stays pending, and fails alone if this lasts
+    except (OSError, ValueError):  # it stays pending, and fails alone if this lasts or its images are damaged
         return None
+
+
+def _is_unreadable(trial: Trial) -> bool:
+    """Say whether the images of a trial are there but cannot be read, so that no archive can know them."""
+    try:
+        return not trial.fingerprint
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _remove_leftovers(folder: Path, finished: list[TrialResult]) -> None:
