@@ -109,6 +109,31 @@ def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monk
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 
+@pytest.mark.parametrize("last", [3, 9])  # the last steps of the first and of the last epoch
+def test_a_last_step_that_diverges_leaves_no_model_of_nan(tmp_path, monkeypatch, last):
+    steps = iter(range(1, 100))
+
+    def new_optimizer(model, *args):
+        optimizer = given(model, *args)
+
+        def spoil(*_):
+            if next(steps) == last:
+                with torch.no_grad():
+                    next(model.parameters()).view(-1)[0] = float("nan")
+
+        optimizer.register_step_post_hook(spoil)
+        return optimizer
+
+    given = loop.new_optimizer
+    monkeypatch.setattr(loop, "new_optimizer", new_optimizer)
+    trial = tiny("elastic", batch_size=32, epochs=3, schedule="constant", lr=2e-3)  # three steps an epoch
+    with pytest.raises(TrainingDiverged, match=rf"became nan in epoch {last // 3}, step 3, at learning rate 0.002"):
+        train_trial(trial, resume=tmp_path / "run.state")
+    models = [load_checkpoint(path)[0] for path in tmp_path.iterdir()]
+    assert len(models) == (last == 9)
+    assert all(torch.isfinite(tensor).all() for model in models for tensor in model.state_dict().values())
+
+
 def test_real_divergence_is_noticed():
     with pytest.raises(TrainingDiverged, match=r"became (nan|inf) in epoch \d+, step \d+, at learning rate 1e\+30"):
         train_trial(tiny(lr=1e30, clip_grad=0.0, schedule="constant"))

@@ -1,6 +1,7 @@
 """The training loop: stages and epochs from a seed to a trained model, and how a killed one goes on."""
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 class TrainingDiverged(ValueError):
-    """The loss became infinite or not a number."""
+    """The loss, or a weight, became infinite or not a number."""
 
 
 _AUGMENTATIONS = ("auto_augment", "erasing", "crop", "flip", "interpolation")
@@ -217,6 +218,8 @@ class Training:
             losses.append(value)
             hits += right
             seen += len(targets)
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self._diverged(math.nan, epoch, step, rate)  # the last step's, which no further loss would show
         self.good = self._copy()
         last = epoch + 1 == epochs
         test_accuracy = None
