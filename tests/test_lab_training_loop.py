@@ -182,6 +182,28 @@ def test_a_state_of_other_versions_is_continued_and_told(tmp_path, monkeypatch):
     assert numbers(result) == numbers(train_trial(trial))
 
 
+def test_a_state_is_continued_with_other_workers_checkpoints_and_places_of_weights(tmp_path):
+    start = train_trial(tiny(epochs=1))
+    places = [tmp_path / name / "start.safetensors" for name in ("here", "there")]
+    for place in places:
+        place.parent.mkdir()
+        save_checkpoint(place, start.model, start.info)
+    state, options = tmp_path / "run.state", {"epochs": 3, "crop": 0.5}
+    before = tiny(**options, checkpoint_minutes=0.0, weights=str(places[0]))
+    after = tiny(**options, checkpoint_minutes=5.0, workers=1, weights=str(places[1]))
+
+    def stop(done, total, record):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_trial(before, resume=state, progress=stop)
+    seen = []
+    result = train_trial(after, resume=state, progress=lambda done, *_: seen.append(done))
+    assert seen == [2, 3]
+    assert numbers(result) == numbers(train_trial(before))
+
+
 def test_the_state_stays_until_the_result_is_kept(tmp_path):
     state = tmp_path / "run.state"
 

@@ -24,7 +24,7 @@ from binvit.lab.training.distillation import check_comparable, one_bit_weights, 
 from binvit.lab.training.evaluation import Network, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, check_memory, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
-from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.recipe import Recipe, told
 from binvit.lab.training.resume import Position, read_state, write_state
 from binvit.nn.convert import init_latent_weights
 from binvit.nn.model import calibrate
@@ -284,8 +284,7 @@ class Training:
 
     def _config(self) -> str:
         """Return what a state must have been trained with to be continued."""
-        schemes = [scheme.to_dict() for _, scheme in self.stages]
-        return json.dumps([self.identity, self.recipe.to_dict(), schemes])
+        return json.dumps([self.identity, told(self.recipe), [told(scheme) for _, scheme in self.stages]])
 
     def _write_state(self) -> None:
         if self.resume is None or not self.team.leads:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 from pydantic import Field, field_validator
@@ -186,6 +186,28 @@ class Recipe(Config):
     def trains_teacher(self) -> bool:
         """Whether the teacher is a trial of its own, which is trained first."""
         return self.has_teacher and not (self.teacher or self.teacher_hash)
+
+
+# Fields of a recipe that change how long a training takes, and no number.
+_IDLE = ("workers", "checkpoint_minutes")
+
+
+def decisive(record: Any) -> list[str]:
+    """Return the fields of a recipe, a scheme or a trial that decide numbers: no texts for readers, places or times."""
+    return [item.name for item in dataclasses.fields(record) if item.compare and item.name not in _IDLE]
+
+
+def told(record: Any) -> dict[str, Any]:
+    """Return as JSON types the decisive fields that differ from their defaults.
+
+    A field added later thus changes neither an older identity nor what an older state was trained with.
+    """
+    values, counts = record.to_dict(), decisive(record)
+    return {
+        item.name: values[item.name]
+        for item in dataclasses.fields(record)
+        if item.name in counts and getattr(record, item.name) != item.default
+    }
 
 
 @functools.cache

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from typing import Any
 
-from binvit.lab.training.recipe import Recipe
+from binvit.lab.training.recipe import Recipe, told
 from binvit.nn.schemes import Scheme
-
-# Fields of a recipe that change how long a training takes, and no number.
-IDLE = ("workers", "checkpoint_minutes")
 
 
 def counted(trial: Any) -> list[str]:
@@ -37,21 +33,11 @@ def identity(trial: Any, recipe: Recipe, scheme: Scheme, fingerprint: str, teach
     """
     values: dict[str, Any] = {
         "data": fingerprint,
-        "scheme": _told(scheme),
-        "recipe": {name: value for name, value in _told(recipe).items() if name not in IDLE},
-        "trial": {name: value for name, value in _told(trial).items() if name in counted(trial)},
+        "scheme": told(scheme),
+        "recipe": told(recipe),
+        "trial": {name: value for name, value in told(trial).items() if name in counted(trial)},
     }
     if teacher:
         values["teacher"] = teacher
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
     return f"{scheme.name}-{recipe.name}-{trial.seed}-{digest}"
-
-
-def _told(record: Any) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, so that a field added later changes no older identity."""
-    values = record.to_dict()
-    return {
-        item.name: values[item.name]
-        for item in dataclasses.fields(record)
-        if item.compare and getattr(record, item.name) != item.default
-    }

@@ -22,8 +22,8 @@ from binvit.files import atomic_write, set_aside
 from binvit.images import require_regular
 from binvit.lab.training.checkpoint import load_checkpoint, read_checkpoint
 from binvit.lab.training.model import CheckpointInfo
-from binvit.lab.training.recipe import Recipe, Share
-from binvit.lab.trials.identity import IDLE, counted
+from binvit.lab.training.recipe import Recipe, Share, decisive
+from binvit.lab.trials.identity import counted
 from binvit.lab.trials.trial import Trial, options_text
 from binvit.nn.schemes import Scheme
 
@@ -334,8 +334,8 @@ def check_current(result: TrialResult, trial: Trial, fingerprint: str, what: str
         ("recipe", result.recipe, trial.get_recipe()),
         ("scheme", result.scheme, trial.get_scheme()),
     ):
-        for item in dataclasses.fields(stored):
-            before, after = getattr(stored, item.name), getattr(now, item.name)
-            if item.compare and item.name not in IDLE and before != after:
-                text = f"its {item.name} was {before!r}, now {after!r}"
+        for name in decisive(stored):
+            before, after = getattr(stored, name), getattr(now, name)
+            if before != after:
+                text = f"its {name} was {before!r}, now {after!r}"
                 raise OutdatedResult(f"{what} was made with another {kind}: {text}.")
