@@ -173,11 +173,6 @@ class Recipe(Config):
         return self.pretrained or bool(self.weights or self.weights_hash)
 
     @property
-    def augments(self) -> bool:
-        """Whether an image looks different from epoch to epoch."""
-        return bool(self.auto_augment) or self.erasing > 0 or self.crop < 1 or self.flip > 0
-
-    @property
     def has_teacher(self) -> bool:
         """Whether a teacher takes part in the training."""
         return self.distillation != "none" or self.similarity > 0
