@@ -100,6 +100,8 @@ def _card(path: Path, info: CheckpointInfo, licence: str = "") -> Card:
         accuracy = read_result_file(path.with_name(f"{info.trial['id']}.json")).test_accuracy
     except (OSError, KeyError, ValueError):  # a foreign file may name anything
         accuracy = None
+    if trial.evaluate_on != "test":  # of images that something was chosen by
+        accuracy = None
     return Card(data=trial.dataset, recipe=trial.describe(), accuracy=accuracy, seeds=(trial.seed,), licence=licence)
 
 

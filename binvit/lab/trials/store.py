@@ -171,7 +171,7 @@ class TrialResult(Config):
     trial: Trial
     """Its configuration."""
     test_accuracy: Share
-    """Share of test images classified rightly."""
+    """Share of test images classified rightly; of validation images where the trial is evaluated on those."""
     train_accuracy: Share
     """Share of training images classified as labelled, without augmentation."""
     clean_train_accuracy: Share | None
