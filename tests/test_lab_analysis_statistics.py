@@ -128,6 +128,13 @@ def test_comparison_with_one_reference():
     assert c["mean"].tolist() == pytest.approx([0.2, 0.375])
 
 
+def test_a_reference_that_is_absent_is_the_one_that_is_named():
+    with pytest.raises(ValueError, match="No trial has scheme = 'float'; there are 'gsb', 'elastic'"):
+        statistics.compare(trials(gsb=[0.7, 0.8], elastic=[0.5, 0.6]), "float")
+    with pytest.raises(ValueError, match="No trial has scheme = 'float'; there are none"):
+        statistics.compare(trials(gsb=[0.7]).head(0), "float")
+
+
 def test_readable_tables_show_seeds_and_unknown_intervals():
     t = statistics.readable(statistics.summarize(trials(gsb=[0.9, 0.9], elastic=[0.5])), name="accuracy")
     assert list(t.columns) == ["scheme", "accuracy (%)", "95 % interval", "seeds"]

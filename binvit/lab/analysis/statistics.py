@@ -168,9 +168,8 @@ def paired_difference(
     _require(df, [on, value, *pair])
     sides = []
     for name in (a, b):
+        _require_side(df, on, name)
         side = df[df[on] == name]
-        if side.empty:
-            raise ValueError(f"No trial has {on} = {name!r}; there are {_listed(df[on].unique())}.")
         _refuse_duplicates(side, pair, f"{on} = {name!r}", [on])
         sides.append(side.set_index(pair)[value])
     lone = sides[0].index.symmetric_difference(sides[1].index)
@@ -214,13 +213,12 @@ def compare(
         partner are left out.
 
     Raises:
-        ValueError: as `paired_difference` does.
+        ValueError: as `paired_difference` does, or if the reference is absent.
     """
-    _require(df, [on])
+    _require_side(df, on, reference)
     rows = []
     for name in [x for x in df[on].unique() if x != reference]:
-        both = shared(df, name, reference, on, pair)
-        if len(both) or reference not in set(df[on]):
+        if len(both := shared(df, name, reference, on, pair)):
             d = paired_difference(both, name, reference, on, pair, value)
             rows.append((name, d.mean, d.low, d.high, d.n))
     return pd.DataFrame(rows, columns=[on, "mean", "low", "high", "n"])
@@ -253,6 +251,12 @@ def _require(df: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [c for c in columns if c not in df.columns]
     if missing:
         raise ValueError(f"The table has no column {missing[0]!r}; its columns are {_listed(df.columns)}.")
+
+
+def _require_side(df: pd.DataFrame, on: str, name: str) -> None:
+    _require(df, [on])
+    if name not in set(df[on]):
+        raise ValueError(f"No trial has {on} = {name!r}; there are {_listed(df[on].unique())}.")
 
 
 def _refuse_duplicates(group: pd.DataFrame, key: str | Sequence[str], name: str, known: Sequence[str]) -> None:
