@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nn_helpers import agree, arrays, outcome, parameters_of, upstream, values
 
+from binvit.nn import functional as BF
 from binvit.nn import products
 from binvit.nn.catalogue import scheme
 from binvit.nn.rules import REDUCTIONS, SMALLEST_SCALE, GsbAttention, GsbValue, HeadSign, MapThreshold, largest
@@ -140,6 +141,20 @@ def test_empty_groups_stay_finite(rule_of, kind, reduce, init):
             assert all(torch.isfinite(s) and s >= SMALLEST_SCALE for s in scales)
             got = outcome(rule, x.numpy(), np.ones(x.shape, np.float32), [s.numpy() for s in scales])
             assert all(np.isfinite(part).all() for part in (got.y, got.dx, *got.dparameters))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 0), (2, 0, 4, 4)])
+@pytest.mark.parametrize("binarize", [BF.gsb_attention, BF.gsb_value])
+def test_no_images_heads_or_tokens_are_binarized_to_none(binarize, shape, reduce):
+    assert largest(torch.zeros(shape), reduce).broadcast_to(shape).shape == shape
+    for gradient in GRADIENTS:
+        x = torch.zeros(shape, requires_grad=True)
+        scales = [torch.tensor(0.5, requires_grad=True) for _ in range(3)]
+        y = binarize(x, scales, reduce=reduce, gradient=gradient)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == shape
+        assert [scale.grad.item() for scale in scales] == [0.0] * 3
 
 
 @pytest.mark.parametrize("rule_of", [GsbAttention, GsbValue])

@@ -339,6 +339,16 @@ def test_reductions_within_an_image_keep_images_apart(reduce):
     assert torch.equal(model(x)[:1], model(x[:1]))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scheme", [*BINARY, *(binvit.scheme("gsb", reduce=r) for r in ("batch", "sample", "head"))])
+def test_no_images_give_no_logits(scheme, training):
+    model = calibrated(tiny_vit(False), scheme, images(2)).train(training)
+    logits = model(images(2)[:0])
+    logits.sum().backward()
+    assert logits.shape == (0, model.num_classes)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 @torch.no_grad()
 def test_the_released_reduction_lets_images_depend_on_each_other():
     x = images(5)

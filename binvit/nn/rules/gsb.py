@@ -17,8 +17,14 @@ REDUCTIONS = ("batch", "sample", "head", "row")
 
 
 def largest(x: Tensor, reduce: str) -> Tensor:
-    """Return the largest value of x (B, H, N, M) over the "batch", a "sample", a "head" or a "row", broadcastable."""
-    return x.amax({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "head": (2, 3), "row": (3,)}[reduce], keepdim=True)
+    """Return the largest value of x (B, H, N, M) over the "batch", a "sample", a "head" or a "row", broadcastable.
+
+    It is 0 where there is no value.
+    """
+    over = {"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "head": (2, 3), "row": (3,)}[reduce]
+    if not x.numel():  # of which torch takes a sum, but no maximum
+        return x.sum(over, keepdim=True)
+    return x.amax(over, keepdim=True)
 
 
 @dataclass(frozen=True)
