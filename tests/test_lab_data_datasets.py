@@ -24,6 +24,7 @@ from binvit.files import temporary_folder
 from binvit.images import open_image
 from binvit.lab.data.datasets import list_datasets, load_data
 from binvit.lab.data.images import ImageSet
+from binvit.lab.data.sources import read_source
 
 
 def encode(image, kind="PNG"):
@@ -364,6 +365,37 @@ def test_fashion_mnist_from_its_files(tmp_path):
     assert (len(data.train), len(data.test), data.image_size, data.classes[1]) == (10, 20, 28, "Trouser")
     assert data.train[0][0].getpixel((3, 3)) == (7, 7, 7)
     assert data.mean == (0.2860,) * 3
+
+
+def test_test_images_that_nobody_asks_for_are_not_read(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_idx(raw / "train-images-idx3-ubyte", np.full((20, 28, 28), 7, dtype=np.uint8))
+    write_idx(raw / "train-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 10)
+    for part in ("images-idx3", "labels-idx1"):
+        (raw / f"t10k-{part}-ubyte").write_bytes(b"damaged")
+    data = load_data("fashion_mnist", root=tmp_path, evaluate_on="val")
+    assert (len(data.train), len(data.val), len(data.test), data.image_size) == (10, 10, 0, 28)
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "file", "sizes"),
+    [
+        ("cifar10", "cifar-10-batches-py/test_batch", (8, 2)),
+        ("cifar100", "cifar-100-python/test", (2, 0)),
+        ("pets", "oxford-iiit-pet/annotations/test.txt", (2, 2)),
+    ],
+)
+def test_test_images_of_torchvision_s_sets_are_not_read_either(tmp_path, network, name, file, sizes):
+    network |= SERVED[name]
+    load_data(name, root=tmp_path)
+    (tmp_path / file).write_bytes(b"damaged")
+    source = read_source(name, tmp_path, test=False)
+    assert (len(source.splits["train"]), len(source.splits["test"])) == (sum(sizes), 0)
+    if sizes[1]:  # enough to hold some out
+        data = load_data(name, root=tmp_path, evaluate_on="val")
+        assert (len(data.train), len(data.val), len(data.test)) == (*sizes, 0)
 
 
 def archive(files):

@@ -118,7 +118,8 @@ def load_data(
             a confusion matrix (C, C) whose row i weighs the labels that images of class i get. Its diagonal does not
             count, and a row without confusions is taken as symmetric.
         evaluate_on: "test", or "val" to choose something: the official validation images, else a fifth of the training
-            images, the same for every seed and not trained on; the test images are not loaded then.
+            images, the same for every seed and not trained on. The test images are not loaded then; a trial has them
+            hashed for its identity, and nothing is evaluated on them.
 
     Returns:
         The data set.

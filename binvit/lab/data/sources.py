@@ -25,61 +25,69 @@ CIFAR100: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 FASHION: Statistics = ((0.2860,) * 3, (0.3530,) * 3)
 
 
-def _digits(location: Path | None) -> Source:
+def _wanted(test: bool) -> tuple[str, ...]:
+    return ("train", "test") if test else ("train",)
+
+
+def _source(
+    classes: list[str], splits: dict[str, ImageSet], image_size: int, statistics: Statistics | None = None
+) -> Source:
+    """Make a source of a data set that has test images, even if they were not read."""
+    splits.setdefault("test", ImageSet([], [], splits["train"].origin))
+    return Source(classes, splits, image_size, statistics)
+
+
+def _digits(location: Path | None, test: bool) -> Source:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # sixteen gray levels, 8x8
     # One split for everybody: results of different seeds are compared on the same 719 test images.
-    parts = train_test_split(np.arange(len(images)), test_size=0.4, stratify=digits.target, random_state=1)
-    splits = {
-        name: ImageSet(list(images[rows]), digits.target[rows], "digits", rows.tolist(), stored_size=8)
-        for name, rows in zip(("train", "test"), parts, strict=True)
-    }
-    return Source([str(digit) for digit in range(10)], splits, 8)
+    parts = train_test_split(np.arange(len(digits.target)), test_size=0.4, stratify=digits.target, random_state=1)
+    splits = {}
+    for name, rows in zip(_wanted(test), parts, strict=test):
+        images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # sixteen gray levels, 8x8
+        splits[name] = ImageSet(list(images), digits.target[rows], "digits", rows.tolist(), stored_size=8)
+    return _source([str(digit) for digit in range(10)], splits, 8)
 
 
-def _cifar10(location: Path) -> Source:
-    return _cifar("CIFAR10", location, CIFAR10)
+def _cifar10(location: Path, test: bool) -> Source:
+    return _cifar("CIFAR10", location, CIFAR10, test)
 
 
-def _cifar100(location: Path) -> Source:
-    return _cifar("CIFAR100", location, CIFAR100)
+def _cifar100(location: Path, test: bool) -> Source:
+    return _cifar("CIFAR100", location, CIFAR100, test)
 
 
-def _cifar(name: str, location: Path, statistics: Statistics) -> Source:
-    train, test = (_torchvision(name, location, train=train) for train in (True, False))
-    splits = {
-        split: ImageSet(list(part.data), part.targets, name, stored_size=32)
-        for split, part in (("train", train), ("test", test))
-    }
-    return Source(list(train.classes), splits, 32, statistics)
+def _cifar(name: str, location: Path, statistics: Statistics, test: bool) -> Source:
+    parts = {split: _torchvision(name, location, train=split == "train") for split in _wanted(test)}
+    splits = {split: ImageSet(list(part.data), part.targets, name, stored_size=32) for split, part in parts.items()}
+    return _source(list(parts["train"].classes), splits, 32, statistics)
 
 
-def _fashion_mnist(location: Path) -> Source:
-    train, test = (_torchvision("FashionMNIST", location, train=train) for train in (True, False))
+def _fashion_mnist(location: Path, test: bool) -> Source:
+    parts = {split: _torchvision("FashionMNIST", location, train=split == "train") for split in _wanted(test)}
     splits = {
         split: ImageSet(list(part.data.numpy()), part.targets.numpy(), "FashionMNIST", stored_size=28)
-        for split, part in (("train", train), ("test", test))
+        for split, part in parts.items()
     }
-    return Source(list(train.classes), splits, 28, FASHION)
+    return _source(list(parts["train"].classes), splits, 28, FASHION)
 
 
-def _flowers102(location: Path) -> Source:
+def _flowers102(location: Path, test: bool) -> Source:
     splits = {}
-    for split in ("train", "val", "test"):
+    for split in ("train", "val", "test") if test else ("train", "val"):
         part = _torchvision("Flowers102", location, split=split)
         splits[split] = ImageSet(part._image_files, part._labels, "Flowers102")
-    return Source(list(part.classes), splits, 224, IMAGENET)
+    return _source(list(part.classes), splits, 224, IMAGENET)
 
 
-def _pets(location: Path) -> Source:
+def _pets(location: Path, test: bool) -> Source:
     splits = {}
-    for split, official in (("train", "trainval"), ("test", "test")):
-        part = _torchvision("OxfordIIITPet", location, split=official)
+    for split in _wanted(test):
+        part = _torchvision("OxfordIIITPet", location, split={"train": "trainval"}.get(split, split))
         splits[split] = ImageSet(part._images, part._labels, "OxfordIIITPet")
-    return Source(list(part.classes), splits, 224, IMAGENET)
+    return _source(list(part.classes), splits, 224, IMAGENET)
 
 
 def _torchvision(name: str, location: Path, **options: object) -> Any:
@@ -123,11 +131,11 @@ def _move(folder: Path, target: Path) -> None:
             os.replace(path, place)
 
 
-def _chaoyang(location: Path) -> Source:
+def _chaoyang(location: Path, test: bool) -> Source:
     """Read the folder of Zhu et al., Hard Sample Aware Noise Robust Learning, IEEE TMI 2021."""
     classes = ["normal", "serrated", "adenocarcinoma", "adenoma"]
     splits = {}
-    for split in ("train", "test"):
+    for split in _wanted(test):
         path = require_regular(location / f"{split}.json", "Chaoyang list of images")
         entries = read_json_file(path)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -141,7 +149,7 @@ def _chaoyang(location: Path) -> Source:
         for row, image in enumerate(images):
             require_regular(image, f"image that entry {row} of {path} names,")
         splits[split] = ImageSet(images, labels, str(path))
-    return Source(classes, splits, 224, IMAGENET)
+    return _source(classes, splits, 224, IMAGENET)
 
 
 def _inside(folder: Path, name: object, row: int, origin: Path) -> Path:
@@ -242,15 +250,12 @@ def read_source(name: str, root: str | Path | None = None, test: bool = True) ->
     Args:
         name: the data set.
         root: folder of its files.
-        test: False leaves the split "test" empty; folders and Parquet files do not load it then.
+        test: False leaves the split "test" empty; no image of it is read then.
 
     Raises:
         ValueError: the name is unknown, or the data are not what they should be.
         FileNotFoundError: the files are missing and cannot be downloaded.
     """
     kind, location = locate(name, root)
-    options = {} if test or kind not in ("folder", "parquet") else {"test": False}
-    source = SOURCES[kind](location, **options)
-    if not test and "test" in source.splits:
-        source.splits["test"] = ImageSet([], [], source.splits["test"].origin)
+    source = SOURCES[kind](location, test)
     return finished(source, name if location is None else str(location), test)
