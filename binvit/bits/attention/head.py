@@ -1,8 +1,8 @@
 """The memory of one head of binary attention, and the steps of its value and of its product with the map.
 
 `compute_values` and `pack_values` turn packed tokens into value planes, `multiply` combines them with the planes of the
-map, which `binvit.bits.attention` and `binvit.packed.softmax` make. The steps are kernels; a caller whose maxima run
-over more than one head does a step for all heads, reduces, and goes on. All intermediates live in a `Workspace`, so
+map, which `binvit.bits.attention` and `binvit.packed.fast.softmax` make. The steps are kernels; a caller whose maxima
+run over more than one head does a step for all heads, reduces, and goes on. All intermediates live in a `Workspace`, so
 that nothing is allocated per image.
 """
 

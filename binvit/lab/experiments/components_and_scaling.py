@@ -64,7 +64,7 @@ def with_factors(table: pd.DataFrame) -> pd.DataFrame:
     """Add the columns component and factor, both "nothing" for the float model.
 
     Args:
-        table: the result of `experiments.train` for `conditions`.
+        table: the result of `plan.train` for `conditions`.
     """
     names = table["condition"].str.split(", ", n=1, expand=True).reindex(columns=[0, 1])
     return table.assign(component=names[0], factor=names[1].fillna(NOTHING))

@@ -124,7 +124,7 @@ def with_levels(table: pd.DataFrame) -> pd.DataFrame:
     """Add the columns factor and level, and drop the rows of GSB itself, which is a level of every factor.
 
     Args:
-        table: the result of `experiments.train` or `experiments.differences` for conditions of `conditions`.
+        table: the result of `plan.train` or `statistics.differences` for conditions of `conditions`.
     """
     table = table[table["condition"] != GSB]
     names = table["condition"].str.split(": ", n=1, expand=True).reindex(columns=[0, 1])
@@ -135,7 +135,7 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
     """Return what every change of GSB costs or gains, seed by seed, for a figure.
 
     Args:
-        table: the result of `experiments.train` for conditions of `conditions`.
+        table: the result of `plan.train` for conditions of `conditions`.
 
     Returns:
         One row per data set, level and seed with the column difference. The level that is GSB itself has no row; the
@@ -173,7 +173,7 @@ def archived_batches(table: pd.DataFrame, archive: str | Path) -> pd.DataFrame:
     """Return what an archive knows of the models that `measure_batches` measures.
 
     Args:
-        table: the result of `experiments.train` for conditions of `conditions`.
+        table: the result of `plan.train` for conditions of `conditions`.
         archive: folder of archived measurements.
 
     Returns:
@@ -241,7 +241,7 @@ def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> 
     """Check what the GSB paper claims about its parts, and what this project changed in them.
 
     Args:
-        table: the result of `experiments.train` for one kind of images.
+        table: the result of `plan.train` for one kind of images.
         batches: the result of `measure_batches`.
         margin: what "close" means, as a share of the test images.
     """

@@ -61,7 +61,7 @@ def conditions(train_each: bool, thresholds: Sequence[float] = (0.7, 0.9), reduc
         reduce: the set over which GSB's maxima run.
 
     Returns:
-        conditions for `experiments.plan`; binary ones are called "value, GSB" and so on.
+        conditions for `plan.plan`; binary ones are called "value, GSB" and so on.
     """
     groups = {"thresholds": tuple(thresholds), "reduce": reduce}
     single = [
@@ -96,17 +96,17 @@ def measure(
 
     Args:
         runs: the plan of `conditions`.
-        trained: the table of `experiments.train`, which kept the float models.
+        trained: the table of `plan.train`, which kept the float models.
         results_dir: where they are kept.
         images: how many set the scales and how many errors are measured on.
         thresholds: of GSB's groups.
         reduce: the set over which GSB's maxima run.
-        least_squares: as in `analysis.binarize_tensor`.
+        least_squares: as in `tensor_losses.binarize_tensor`.
         archive: folder of archived measurements; nothing is measured then, and what is not there has no row.
 
     Returns:
-        One row per data, seed, tensor and binarizer: the columns of `analysis.one_tensor_at_a_time`, and trained_drop,
-        what a model loses that was trained with this one binary tensor, if such models were trained.
+        One row per data, seed, tensor and binarizer: the columns of `tensor_losses.one_tensor_at_a_time`, and
+        trained_drop, what a model loses that was trained with this one binary tensor, if such models were trained.
     """
     options: dict[str, Any] = {"thresholds": thresholds, "reduce": reduce, "least_squares": least_squares}
     if archive:

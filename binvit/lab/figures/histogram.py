@@ -103,7 +103,7 @@ def distributions(shares: Mapping[str, Tensor], thresholds: Sequence[float], tit
     """Draw how the attention map and the value are distributed, with the thresholds of GSB's groups.
 
     Args:
-        shares: heading -> the results of `analysis.share_of_extreme`; a tensor without negative elements is drawn on a
+        shares: heading -> the results of `attention.share_of_extreme`; a tensor without negative elements is drawn on a
             logarithmic scale, as attention maps need it.
         thresholds: shares of the maximum above which groups 2, 3, ... start.
         title: what the figure says.

@@ -248,7 +248,7 @@ def run_whole_images(s, biases, patches, images, x, c, heads, task, counter):
     Args:
         s: the folded blocks.
         biases: `binvit.bits.attention.bias.Bias` with a leading axis for the blocks.
-        patches: `binvit.packed.patches.Patches`; without weights, x holds the tokens already.
+        patches: `binvit.packed.fast.patches.Patches`; without weights, x holds the tokens already.
         images: float32 (B, C, H, W).
         x: float32 (B, T, D), the residual stream, overwritten.
         c: from `make_scratch`, with one slot per head.

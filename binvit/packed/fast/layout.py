@@ -25,7 +25,7 @@ class Layers(NamedTuple):
         qk_flip: uint64 (L, panels).
         v_words: uint64 (L, H d, words): weights of the value.
         v_affine: float32 (L, 4, H d): scale and bias of the value, its shift, and its shift after an RPReLU.
-        tables: float32 (L, d + 1, entries): exponentials of the scores, see `binvit.packed.softmax.score_table`.
+        tables: float32 (L, d + 1, entries): exponentials of the scores, see `binvit.packed.fast.softmax.score_table`.
         cuts: float32 (L, H, G): constant parts of the map's thresholds.
         shares: float32 (G,): shares of the maximum, added to them.
         inclusive: bool (G,): whether the threshold itself is above.
@@ -54,7 +54,7 @@ class Layers(NamedTuple):
         hidden_unsigned: whether hidden bits mean {0, 1}.
         post: whether projection and fc2 are followed by more than bias and residual stream.
         rprelu: whether the value is followed by RPReLU.
-        lanes: see `binvit.packed.softmax.torch_lanes`.
+        lanes: see `binvit.packed.fast.softmax.torch_lanes`.
     """
 
     norms: np.ndarray

@@ -1,9 +1,9 @@
 """The fast path: a folded model, run by the kernels of `binvit.packed.fast.forward`.
 
 Folded bits are exactly the model's bits, and float sums are rounded as torch rounds them: on CPUs whose torch adds as
-`binvit.packed.layernorm`, `softmax` and `patches` do (x86 with AVX2 or AVX-512) the logits are the exact path's to the
-last bit. Elsewhere a bit may flip where a sum lies within rounding of its threshold. It may flip everywhere where an
-activation saturates, so that its result is within rounding of zero, and a plain sign follows it (the tanh
+`binvit.packed.fast.layernorm`, `softmax` and `patches` do (x86 with AVX2 or AVX-512) the logits are the exact path's to
+the last bit. Elsewhere a bit may flip where a sum lies within rounding of its threshold. It may flip everywhere where
+an activation saturates, so that its result is within rounding of zero, and a plain sign follows it (the tanh
 approximation of GELU near -5.1): there torch's own scalar and vector code differ.
 
 Every block must have binary steps that the kernels know. Otherwise the model takes the exact path's generic steps:

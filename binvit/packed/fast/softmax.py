@@ -177,8 +177,8 @@ exponentiate = _by_permutation if FLOAT_PERMUTE else _by_loop
 """Looks up the exponentials of each row and sums them: the softmax of popcount p is exponential * reciprocal.
 
 ``(counts, smallest, table, lanes, tokens, reciprocals, attention, start, stop)`` with counts and smallest from
-`binvit.bits.attention.score_counts`, table from `score_table`, lanes from `torch_lanes`; reciprocals float32 (T,) of
-the sums; attention float32 (T, 64 P) receives the exponentials, or (0, ...) if nobody wants them.
+`binvit.bits.attention.scores.score_counts`, table from `score_table`, lanes from `torch_lanes`; reciprocals float32
+(T,) of the sums; attention float32 (T, 64 P) receives the exponentials, or (0, ...) if nobody wants them.
 """
 
 
@@ -246,7 +246,7 @@ def group_bounds(table, smallest, reciprocals, cuts, bounds, start, stop):
 
     Args:
         table: from `score_table`.
-        smallest: from `binvit.bits.attention.score_counts`.
+        smallest: from `binvit.bits.attention.scores.score_counts`.
         reciprocals: from `exponentiate`.
         cuts: float32 (G, T), a threshold per group and query row.
         bounds: uint8 (G, T), columns start to stop are overwritten.
