@@ -37,15 +37,13 @@ from binvit.packed.exact import PackedAttention, PackedLinear
 from binvit.packed.fast.layout import HEAD, ROW, SAMPLE
 from binvit.packed.fast.softmax import score_table
 
-_LOWEST = np.finfo(np.float32).min
-
 
 class NotFoldable(Exception):
     """A block has a step that the kernels do not know; the message says which."""
 
 
 def fold_block(block: Block, grid: tuple[int, int], prefix: int) -> dict[str, Any]:
-    """Return the entries of `binvit.packed.fast.forward.Layers` for one block, without the leading axis.
+    """Return the entries of `binvit.packed.fast.layout.Layers` for one block, without the leading axis.
 
     Args:
         block: a block of what `binvit.packed.exact.build_exact` returned.
