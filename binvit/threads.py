@@ -18,6 +18,11 @@ from binvit.jit import JIT
 _CHOSEN = threading.local()
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use; CPU sets may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(threads: int | None = None) -> int:
     """Set how many threads the calling thread's parallel kernels use from now on.
 

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from binvit import lab
-from binvit.lab.trials.pool import cores
 from binvit.lab.trials.store import model_path, read_result
 from binvit.lab.trials.trial import Trial
+from binvit.threads import cores
 
 LONGEST_OF_SEVERAL = 20.0  # seconds until a kill: children of a pool start for seconds
 TINY = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 6, "batch_size": 64, "checkpoint_minutes": 0.0}

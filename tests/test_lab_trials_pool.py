@@ -26,6 +26,7 @@ from binvit.lab.trials import pool, train_trial, trained
 from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.store import OutdatedResult, load_model, model_path, read_result, result_path
 from binvit.lab.trials.trial import Trial, teacher_trial
+from binvit.threads import cores
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "epochs": 2, "batch_size": 256, "eval_every": 1}
 
@@ -284,7 +285,7 @@ def test_several_jobs_give_the_same_numbers_and_survive_failures(tmp_path):
     trials = [tiny("gsb", seed) for seed in (0, 1)]
     crowded = Trial("digits", "float", samples_per_class=5000, recipe_options=TINY)
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, pool.cores() // 2))
+    torch.set_num_threads(max(1, cores() // 2))
     here = run_trials(trials, tmp_path / "here", progress=False)
     torch.set_num_threads(threads)
     with pytest.raises(TrialsFailed, match=r"1 of 3 trials failed: .*has only") as caught:

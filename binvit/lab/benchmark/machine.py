@@ -10,6 +10,7 @@ import pandas as pd
 import psutil
 
 from binvit.lab.training.resume import cpu_kind, cpu_vectors
+from binvit.threads import cores
 
 BUSY = 0.05
 """Share of the cores that other programs may use before a measurement is no longer trusted."""
@@ -17,17 +18,12 @@ BUSY = 0.05
 
 def describe_cpu() -> str:
     """Return the kind of CPU, the features that speed depends on, and the number of cores."""
-    return f"{cpu_kind()} with {cpu_vectors()}, {_cores()} cores"
+    return f"{cpu_kind()} with {cpu_vectors()}, {cores()} cores"
 
 
 def cpu_of(table: pd.DataFrame) -> str:
     """Return the kind of CPU that a table of measurements comes from: its column cpu, without one this machine's."""
     return "; ".join(table["cpu"].unique()) if "cpu" in table else describe_cpu()
-
-
-def _cores() -> int:
-    # cgroups and CPU sets may give a process fewer than the machine has
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from binvit.config import Config, Number, Text
 from binvit.lab.notebooks import clean
 from binvit.lab.notebooks.plan import Job
 from binvit.lab.project import project_dir
+from binvit.threads import cores
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -46,7 +47,7 @@ def _environment(processes: int) -> Iterator[None]:
     """Use kernels of this environment and share the cores; both are inherited by the kernels' processes."""
     extra = {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if processes > 1:
-        share = str(max(1, (os.cpu_count() or 1) // processes))
+        share = str(max(1, cores() // processes))
         extra |= {name: share for name in _THREADS if name not in os.environ}
     before = {name: os.environ.get(name) for name in extra}
     os.environ.update(extra)

@@ -30,6 +30,7 @@ from binvit.lab.trials.archive import find
 from binvit.lab.trials.store import TrialResult, finished_result, read_result, trial_row
 from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
+from binvit.threads import cores
 
 
 class TrialsFailed(ValueError):
@@ -186,11 +187,6 @@ def _length(trial: Trial) -> int:
     recipe = trial.get_recipe()
     epochs = recipe.epochs + sum(stage.epochs for stage in recipe.stages)
     return epochs if trial.scheme == "float" else 2 * epochs
-
-
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Queue:

@@ -13,10 +13,11 @@ import pandas as pd
 from scipy import stats
 
 from binvit.lab.training.resume import changes
-from binvit.lab.trials.pool import TrialsFailed, cores, run_trials
+from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.store import TrialResult, read_result
 from binvit.lab.trials.trial import Trial
 from binvit.nn.fused.float_products import multiply_by
+from binvit.threads import cores
 
 MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
 FILL = 2.5  # minutes up to which more than one trial of a notebook are trained again
