@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from binvit.lab.experiments.design import plan
 from binvit.lab.experiments.information_loss import LOSSES, distributions, draw
 from binvit.lab.notebooks.plan import Job, check
 from binvit.lab.training.evaluation import Classifier
+from binvit.lab.trials import measurements
 from binvit.lab.trials.trial import Trial
 
 
@@ -50,6 +52,32 @@ def test_measured_losses_of_trained_models(tmp_path):
     with_each = pd.concat([trained, trained.iloc[[0]].assign(condition="value, 1-bit", test_accuracy=0.01)])
     known = information_loss.measure(runs, with_each, tmp_path, images=32).dropna(subset=["trained_drop"])
     assert known[["seed", "tensor", "binarizer"]].to_numpy().tolist() == [[0, "value", "1-bit"]]  # the one trained
+
+
+def test_a_model_is_measured_once_with_each_choice_of_options(tmp_path, monkeypatch):
+    short = {"width": 16, "depth": 1, "heads": 2, "epochs": 1, "warmup": 0}
+    runs = [plan.Run("float", "digits", Trial("digits", "float", samples_per_class=5, recipe_options=short), True)]
+    trained = plan.train(runs, tmp_path, progress=False)
+    monkeypatch.setattr(information_loss, "runs", lambda p: runs)
+    monkeypatch.setattr(information_loss, "pictures", lambda *args: {})
+    first = {"images": 32, "thresholds": [0.7, 0.9], "reduce": "row", "least_squares": True}
+    others = [{"images": 16}, {"thresholds": [0.5]}, {"thresholds": []}, {"reduce": "head"}, {"least_squares": False}]
+    for changed in ({}, *others):
+        options = first | changed
+        p = SimpleNamespace(**options, measured=options["images"])
+        assert information_loss.take_measurements(p, tmp_path, tmp_path) == 1
+        assert information_loss.take_measurements(p, tmp_path, tmp_path) == 0
+    for changed in ({}, *others):  # none has taken another's place
+        shown = information_loss.measure(runs, trained, tmp_path, **first | changed, archive=tmp_path)
+        assert sorted(zip(shown["tensor"], shown["binarizer"], strict=True)) == sorted(information_loss.CASES)
+
+
+def test_the_measurements_of_the_archive_are_of_the_notebook_s_options():
+    archive = Path(__file__).parents[1] / "paper_figures"
+    known = measurements.read_measurements(archive, information_loss.LOSSES_TABLE)
+    told = information_loss._told(128, {"thresholds": [0.7, 0.9], "reduce": "row", "least_squares": True})
+    assert len(known) > 0
+    assert measurements.measured_with(known, told).equals(known)
 
 
 def test_trained_losses_are_paired_by_seed(monkeypatch):

@@ -40,7 +40,7 @@ from binvit.lab.figures.style import (
     save_figure,
     styled,
 )
-from binvit.lab.trials.measurements import FOLDER, add_measurements, read_measurements
+from binvit.lab.trials.measurements import FOLDER, add_measurements, measured_with, read_measurements
 from binvit.lab.trials.trained import load_trained
 from binvit.lab.trials.trial import Trial
 
@@ -136,13 +136,9 @@ def _told(images: int, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _archived(trained: pd.DataFrame, archive: str | Path, images: int, options: Mapping[str, Any]) -> pd.DataFrame:
-    told, columns = (
-        _told(images, options),
-        ["tensor", "binarizer", *(name for name in LOSSES if name != "trained_drop")],
-    )
-    known = read_measurements(archive, LOSSES_TABLE).reindex(columns=["id", *told, *columns])
-    for name, value in told.items():
-        known = known[known[name].astype(str) == str(value)]
+    columns = ["tensor", "binarizer", *(name for name in LOSSES if name != "trained_drop")]
+    known = measured_with(read_measurements(archive, LOSSES_TABLE), _told(images, options))
+    known = known.reindex(columns=["id", *columns])
     floats = trained.loc[trained["condition"] == "float", ["id", "data", "seed"]]
     return floats.merge(known, on="id")[["data", "seed", *columns]]
 
@@ -159,18 +155,20 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         How many models were measured.
     """
     options: dict[str, Any] = {"thresholds": p.thresholds, "reduce": p.reduce, "least_squares": p.least_squares}
-    known, count = read_measurements(archive, LOSSES_TABLE), 0
-    chosen = runs(p)
+    told = _told(p.measured, options)
+    known = set(measured_with(read_measurements(archive, LOSSES_TABLE), told).get("id", ()))
+    chosen, count = runs(p), 0
     for run in chosen:
         try:
-            if run.condition != "float" or (len(known) and run.trial.id in set(known["id"])):
+            if run.condition != "float" or run.trial.id in known:
                 continue
             model = load_trained(run.trial, results_dir).model
         except FileNotFoundError:  # its images or its model
             continue
         table = one_tensor_at_a_time(model, trial_data(run.trial), p.measured, **options)
-        rows = table.assign(id=run.trial.id, **_told(p.measured, options))
-        add_measurements(archive, LOSSES_TABLE, rows, ["id", "tensor", "binarizer"])
+        add_measurements(
+            archive, LOSSES_TABLE, table.assign(id=run.trial.id, **told), ["id", *told, "tensor", "binarizer"]
+        )
         count += 1
         if run == chosen[0]:
             for name, figure in pictures(run, results_dir, p).items():

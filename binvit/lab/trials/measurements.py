@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,20 @@ def _numbers(column: pd.Series) -> pd.Series:
         with suppress(ValueError):
             return column.map(lambda text: kind(text or "nan"))  # noqa: B023
     return column
+
+
+def measured_with(table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the rows of a table of measurements that were made with these options.
+
+    Args:
+        table: the result of `read_measurements`.
+        options: column -> value; a table that lacks a column does not say, and has no such row.
+    """
+    for name, value in options.items():
+        if name not in table:
+            return table.head(0)
+        table = table[table[name].map(lambda cell: "" if pd.isna(cell) else str(cell)) == str(value)]
+    return table
 
 
 def add_measurements(archive: str | Path, name: str, rows: pd.DataFrame, keys: Sequence[str]) -> None:
