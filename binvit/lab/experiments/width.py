@@ -70,7 +70,7 @@ def with_widths(table: pd.DataFrame) -> pd.DataFrame:
     """Add the column width.
 
     Args:
-        table: the result of `experiments.train` for `conditions`.
+        table: the result of `plan.train` for `conditions`.
     """
     return table.assign(width=[int(name.rpartition(" ")[2]) for name in table["condition"]])
 
