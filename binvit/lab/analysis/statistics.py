@@ -206,11 +206,10 @@ def compare(
         reference: the value of column ``on`` that all others are compared with.
         on: the column that tells the sides apart.
         pair: the column, or columns, whose values make a pair.
-        value: the column to compare.
+        value: what is compared.
 
     Returns:
-        The columns ``on``, ``mean``, ``low``, ``high``, ``n``, one row per side but the reference; trials without a
-        partner are left out.
+        ``on``, ``mean``, ``low``, ``high`` and ``n`` of every other side that has partners, which alone count.
 
     Raises:
         ValueError: as `paired_difference` does, or if the reference is absent.
@@ -243,8 +242,7 @@ def readable(summary: pd.DataFrame, percent: bool = True, name: str = "mean") ->
     out = summary.drop(columns=["mean", "low", "high", "n"])
     out[f"{name} (%)" if percent else name] = [f"{factor * m:.{digits}f}" for m in summary["mean"]]
     out["95 % interval"] = [interval(lo, hi) for lo, hi in zip(summary["low"], summary["high"], strict=True)]
-    out["seeds"] = summary["n"].to_numpy()
-    return out
+    return out.assign(seeds=summary["n"].to_numpy())
 
 
 def _require(df: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -311,7 +309,7 @@ def change(
         sides.append(side.set_index([by, "seed"]))
     changes = (sides[1][value] - sides[0][value]).dropna().rename(name).to_frame()
     if "chance" in df:
-        lower = np.minimum(sides[0]["test_accuracy"], sides[1]["test_accuracy"])
+        lower = np.minimum(*(side["test_accuracy"] for side in sides))
         changes = changes.assign(chance=sides[0]["chance"], test_accuracy=lower)
     return changes.reset_index()
 
@@ -338,9 +336,7 @@ def differences(table: pd.DataFrame, column: str, reference: str = "float", by: 
 
 
 def averaged(table: pd.DataFrame, keep: str | Sequence[str], value: str = "test_accuracy") -> pd.DataFrame:
-    """Average a table over everything but some columns, within each data set and seed.
-
-    What remains has one number per seed, so that intervals and pairs count seeds and nothing else.
+    """Average a table over everything but some columns, within each data set and seed: intervals count seeds alone.
 
     Args:
         table: the result of `train`.
@@ -350,5 +346,5 @@ def averaged(table: pd.DataFrame, keep: str | Sequence[str], value: str = "test_
     Returns:
         The columns kept, data, seed and value.
     """
-    keep = [keep] if isinstance(keep, str) else list(keep)
-    return table.groupby([*keep, "data", "seed"], sort=False, as_index=False, dropna=False)[value].mean()
+    kept = [keep] if isinstance(keep, str) else keep
+    return table.groupby([*kept, "data", "seed"], sort=False, as_index=False, dropna=False)[value].mean()
