@@ -10,9 +10,13 @@ import pytest
 import torch
 import two_processes
 
+import binvit
 from binvit.lab import Trial
+from binvit.lab.data.datasets import load_data
 from binvit.lab.training import devices
 from binvit.lab.training.devices import Team, choose_device, keep_freed_memory, spread
+from binvit.lab.training.loop import Training
+from binvit.lab.training.recipes import recipe
 from binvit.lab.trials.store import read_results
 from binvit.lab.trials.train_trial import train_trial
 
@@ -51,6 +55,26 @@ def test_accumulated_parts_train_what_the_whole_batch_trains():
         assert_alike([two_processes.trained(scheme, parts)], [two_processes.trained(scheme)])
     with pytest.raises(ValueError, match="A batch of 12 images cannot be shared by 1 processes with 13 accumulated"):
         two_processes.trained("float", accumulate=13)
+
+
+def first_gradients(scheme, accumulate):
+    shape = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4}
+    rate = {"optimizer": "sgd", "lr": 0.05, "clip_grad": 0.0}
+    made = recipe("smoke", epochs=1, batch_size=40, accumulate=accumulate, **shape, **rate)
+    training = Training(made, [binvit.scheme(scheme)], load_data("digits", samples_per_class=4), seed=0)
+    assert len(training.batches) == 1
+    return {name: parameter.grad for name, parameter in training.train().named_parameters()}
+
+
+@pytest.mark.parametrize("scheme", ["elastic", "gsb", "bit", "bivit-head", "bhvit-qd", "xnor++"])
+def test_the_number_of_parts_changes_no_gradient(scheme):
+    whole, parts = first_gradients(scheme, 1), first_gradients(scheme, 4)
+    for name, gradient in whole.items():
+        size = gradient.norm().item()
+        if name.endswith(("scale2", "scale3")):  # the sizes of these groups depend on the images
+            assert parts[name].item() == pytest.approx(gradient.item(), rel=0.3, abs=1e-6)
+        else:
+            torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-3 * size + 1e-8)
 
 
 def test_bfloat16_is_near_float32_and_not_it():

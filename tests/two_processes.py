@@ -16,7 +16,7 @@ STEPS = 20
 
 
 def trained(scheme: str, accumulate: int = 1, **options) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
-    """Return the losses of all epochs, the tensors and the answers of a model after 20 steps of 12 images."""
+    """Return the losses of all epochs, tensors, last gradients and answers of a model after 20 steps of 12 images."""
     # So small that no sign hangs on the last bit of a sum, which the parts' number decides; and signs are trained
     # without Adam, which makes whole steps of the last bits of a gradient that is zero in exact arithmetic.
     shape = {"width": 8, "depth": 1, "heads": 2, "patch_size": 4, "epochs": 10, "batch_size": 12}
@@ -26,7 +26,8 @@ def trained(scheme: str, accumulate: int = 1, **options) -> tuple[list[float], d
     model = training.train()
     assert len(training.batches) * made.epochs == STEPS
     losses = [record["train_loss"] for record in training.position.history]
-    return losses, model.state_dict(), training.predict_train().tolist()
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
+    return losses, model.state_dict() | gradients, training.predict_train().tolist()
 
 
 if __name__ == "__main__":

@@ -241,6 +241,29 @@ def _gather(images: Tensor, group: Any) -> Tensor:
 
 
 @contextmanager
+def part_of_batch(model: nn.Module, share: float) -> Iterator[None]:
+    """Let the gradients of activation scales that a part of a batch adds be its part of the whole batch's gradients.
+
+    They are divided by the root of how many numbers the part has, or has in a group, where the batch has 1 / share
+    times as many; for a group, whose size depends on the images, that is an estimate.
+
+    Args:
+        model: the model whose forward and backward pass follow.
+        share: images of the part, divided by those of the whole batch.
+    """
+    parameters: list[nn.Parameter] = []
+    for name, module in model.named_modules() if share != 1 else ():
+        if isinstance(module, Binarizer) and module.rule.by_root and "weight_binarizer" not in name:
+            parameters += [parameter for parameter in module.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_hook(lambda gradient: gradient * share**0.5) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def _forgotten(model: VisionTransformer) -> Iterator[None]:
     """Forget all scales, and take them back if what follows raises an error."""
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -27,7 +27,7 @@ from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe, told
 from binvit.lab.training.resume import Position, read_state, write_state
 from binvit.nn.convert import init_latent_weights
-from binvit.nn.model import calibrate
+from binvit.nn.model import calibrate, part_of_batch
 from binvit.nn.schemes import Scheme
 
 DIVERGED = "The training loss became"  # how the sentence of a `TrainingDiverged` begins
@@ -239,7 +239,8 @@ class Training:
     def _backward(self, images: Tensor, targets: Tensor, pulled: Sequence[Tensor]) -> tuple[float, float]:
         """Add the gradients of a batch, part by part; return the loss and the images classified rightly, of all parts.
 
-        Every part counts as many times as it has images, so that the parts' number changes nothing but rounding.
+        Every part counts as many times as it has images, so that the parts' number changes nothing but rounding,
+        and the gradients of the scales of GSB's upper groups, whose sizes in the whole batch are estimated.
         """
         if self.wrapped is None:
             if not self.position.epoch:
@@ -253,7 +254,8 @@ class Training:
             weight = len(x) * self.team.size / len(images)
             kind = torch.device(self.device).type
             half = torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
-            with self.team.silent(self.wrapped) if part is not self.parts[-1] else nullcontext():
+            exchange = nullcontext() if part is self.parts[-1] else self.team.silent(self.wrapped)
+            with exchange, part_of_batch(self.model, len(x) / len(images)):
                 with half, recorded(self.model, self.recipe) as projections:
                     outputs = self.wrapped(x)
                     loss = training_loss(outputs, x, y, self.recipe, self.teacher, projections)

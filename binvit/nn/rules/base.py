@@ -98,6 +98,7 @@ class Rule:
 
     parameters: ClassVar[tuple[str, ...]] = ()  # names of the tensors that planes() and backward() take after x
     learned: ClassVar[bool] = True  # parameters are trained; False: they are buffers set by a schedule
+    by_root: ClassVar[bool] = False  # gradients of the parameters are divided by the root of how many numbers x has
     floored: ClassVar[bool] = False  # parameters are kept above `SMALLEST_SCALE`, which their gradient passes
     lowest: ClassVar[int] = -1  # smallest and largest level
     highest: ClassVar[int] = 1

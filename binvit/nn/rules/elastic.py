@@ -37,6 +37,10 @@ class Elastic(Rule):
     floored: ClassVar[bool] = True
 
     @property
+    def by_root(self) -> bool:
+        return self.gradient != "sum"
+
+    @property
     def lowest(self) -> int:
         return self.lo
 

@@ -48,6 +48,7 @@ class Gsb(Rule):
     gradient: str = "official"
     init: str = "stacked"
 
+    by_root: ClassVar[bool] = True
     floored: ClassVar[bool] = True
 
     @property

@@ -124,6 +124,7 @@ class HeadSign(Rule):
     per: str = "head"
 
     parameters: ClassVar[tuple[str, ...]] = ("scale", "offset")
+    by_root: ClassVar[bool] = True
 
     def default(self) -> tuple[float, ...]:
         return (1.0, 0.0)
@@ -160,6 +161,7 @@ class ThreeMaps(Rule):
     per: str = "head"
 
     parameters: ClassVar[tuple[str, ...]] = ("scale", "offset")
+    by_root: ClassVar[bool] = True
     lowest: ClassVar[int] = 0
     groups: ClassVar[int] = 3
 
