@@ -246,6 +246,12 @@ def sentence(error: ValidationError, what: str, fields: Iterable[str] = (), owne
     return f"{owner}{where} must be {expected}, got {show(value)}."
 
 
+def check_type(what: str, value: Any, kind: Any, expected: str) -> None:
+    """Raise a ValueError that names an argument and what it must be, unless its value is of that kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} must be {expected}, got {type(value).__name__}.")
+
+
 # ----------------------------------------------------------------------------------------------------------------- text
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import binvit
+from binvit.lab.training import checkpoint
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
 from binvit.lab.training.model import CheckpointInfo, build_model, default_patch_size, new_model
 from binvit.lab.training.recipes import recipe
@@ -22,6 +23,13 @@ TINY = {"width": 16, "depth": 1, "heads": 2}
 def info(classes=3):
     names = tuple("abc"[:classes])
     return CheckpointInfo(recipe("smoke", **TINY), binvit.scheme("elastic"), names, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 8)
+
+
+def written(path, model, described):
+    """Save a model with a description of another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_check_fits", lambda *_: None)
+        return save_checkpoint(path, model, described)
 
 
 def test_checkpoints_survive_the_round_trip(tmp_path):
@@ -53,7 +61,7 @@ def test_claims_of_a_header_are_checked_before_anything_is_built(claim, tmp_path
     model, size = new_model(info()), claim.get("image_size", 8)
     options = TINY | {name: value for name, value in claim.items() if name != "image_size"}
     wrong = dataclasses.replace(info(), recipe=recipe("smoke", **options), image_size=size)
-    path = save_checkpoint(tmp_path / "model.safetensors", model, wrong)
+    path = written(tmp_path / "model.safetensors", model, wrong)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"^The checkpoint .* (does not fit its own header|that can be built).*\.$"):
         load_checkpoint(path)
@@ -69,12 +77,33 @@ def test_bad_checkpoints_get_one_sentence(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="truncated or no safetensors file"):
             load_checkpoint(path)
-    save_checkpoint(path, new_model(info(classes=2)), info())
+    written(path, new_model(info(classes=2)), info())
     with pytest.raises(ValueError, match=r"does not fit its own header: .* has shape \(2,.*expected \(3,"):
         load_checkpoint(path)
-    save_checkpoint(path, build_model(info().recipe, 3, 8), info())
+    written(path, build_model(info().recipe, 3, 8), info())
     with pytest.raises(ValueError, match=r"has no tensor '.*binarizer"):
         load_checkpoint(path)
+
+
+def test_what_would_be_loaded_as_another_model_is_not_saved(tmp_path):
+    path, model = tmp_path / "model.safetensors", new_model(info())
+    for other, described, sentence in (
+        (new_model(info(classes=2)), info(), r"The model does not fit info: .* has shape \(2,.*expected \(3,"),
+        (model, dataclasses.replace(info(), recipe=recipe("smoke", **TINY | {"depth": 2})), "depth is 2, .* 1 blocks"),
+        (model, dataclasses.replace(info(), scheme=binvit.scheme("gsb")), "scheme is not that of info, 'gsb'"),
+        (build_model(info().recipe, 3, 8), info(), "scheme is not that of info, 'elastic'"),
+        (5, info(), "model must be .*, got int"),
+        (model, "info", "info must be a CheckpointInfo, got str"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            save_checkpoint(path, other, described)
+    model.reset_classifier(2)
+    with pytest.raises(ValueError, match="The model does not fit info"):
+        save_checkpoint(path, model, info())
+    assert not path.exists()
+    for call in (lambda: save_checkpoint(5, model, info()), lambda: load_checkpoint(5)):
+        with pytest.raises(ValueError, match="path must be a path, got int"):
+            call()
 
 
 def test_foreign_safetensors_files_are_refused(tmp_path):

@@ -5,6 +5,7 @@ with a checksum of itself and all tensors: equal models are equal files, and no 
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 
-from binvit.config import read_json, show
+from binvit.config import check_type, read_json, show
 from binvit.files import atomic_write
 from binvit.images import require_regular
 from binvit.lab.training.model import CheckpointInfo, new_model
@@ -35,7 +36,15 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, info: CheckpointIn
 
     Returns:
         The path written.
+
+    Raises:
+        ValueError: the model is not the one that the description makes, or an argument is of another type.
     """
+    check_type("path", path, str | os.PathLike, "a path")
+    check_type("model", model, torch.nn.Module, "a model of binvit.binarize()")
+    check_type("info", info, CheckpointInfo, "a CheckpointInfo")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    _check_fits(model, info, tensors)
     header = {
         "version": _VERSION,
         "trial": info.trial,
@@ -47,8 +56,14 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, info: CheckpointIn
         "image_size": info.image_size,
     }
     text = json.dumps(header)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     return atomic_write(path, save(tensors, {_KEY: f"{_checksum(text, tensors)} {text}"}))
+
+
+def _check_fits(model: torch.nn.Module, info: CheckpointInfo, tensors: Mapping[str, torch.Tensor]) -> None:
+    if getattr(model, "scheme", None) != info.scheme:
+        raise ValueError(f"The model's scheme is not that of info, {info.scheme.name!r}.")
+    what = "The model does not fit info"
+    _check_same(what, tensors, _shapes(what, info, tensors).state_dict())
 
 
 def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -69,36 +84,35 @@ def load_checkpoint(path: str | Path) -> tuple[torch.nn.Module, CheckpointInfo]:
         ValueError: the file is truncated or damaged, no checkpoint of binvit, or its tensors do not fit its header.
     """
     info, tensors = read_checkpoint(path)
-    model = _shapes(path, info, tensors)
-    expected = model.state_dict()
-    for name in expected | tensors:
-        if name not in tensors or name not in expected:
-            raise ValueError(
-                f"The checkpoint {path} has {'no' if name in expected else 'an unexpected'} tensor {name!r}."
-            )
-        if tensors[name].shape != expected[name].shape:
-            shapes = f"shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-            raise ValueError(f"The checkpoint {path} does not fit its own header: {name!r} has {shapes}.")
+    what = f"The checkpoint {path} does not fit its own header"
+    model = _shapes(what, info, tensors)
+    _check_same(what, tensors, model.state_dict())
     floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
     model.load_state_dict(tensors | floats, assign=True)
     fill_buffers(model)
     return model.eval(), info
 
 
-def _shapes(path: str | Path, info: CheckpointInfo, tensors: Mapping[str, torch.Tensor]) -> VisionTransformer:
+def _check_same(what: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for name in [*expected, *tensors]:
+        if name not in tensors or name not in expected:
+            raise ValueError(f"{what}: it has {'no' if name in expected else 'an unexpected'} tensor {name!r}.")
+        if tensors[name].shape != expected[name].shape:
+            shapes = f"shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+            raise ValueError(f"{what}: {name!r} has {shapes}.")
+
+
+def _shapes(what: str, info: CheckpointInfo, tensors: Mapping[str, torch.Tensor]) -> VisionTransformer:
     """Build the model that a header describes without memory for its tensors: the header may claim any size."""
     blocks = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
     if info.recipe.model is None and info.recipe.depth != len(blocks):  # every block takes time
-        raise ValueError(
-            f"The checkpoint {path} does not fit its own header: depth is {info.recipe.depth}, but the tensors are "
-            f"those of {len(blocks)} blocks."
-        )
+        raise ValueError(f"{what}: depth is {info.recipe.depth}, but the tensors are those of {len(blocks)} blocks.")
     try:
         with torch.device("meta"):
             return new_model(info)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError) as error:
         reason = f"{error}".partition("\n")[0] or type(error).__name__
-        raise ValueError(f"The checkpoint {path} describes no model that can be built ({reason}).") from None
+        raise ValueError(f"{what}, which describes no model that can be built ({reason}).") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
@@ -108,6 +122,7 @@ def read_checkpoint(path: str | Path) -> tuple[CheckpointInfo, dict[str, torch.T
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or damaged, or no checkpoint of binvit.
     """
+    check_type("path", path, str | os.PathLike, "a path")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
