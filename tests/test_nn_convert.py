@@ -520,6 +520,13 @@ def test_a_binarized_model():
     refused(binary, "gsb", "The model is binarized already, by the scheme 'elastic'")
 
 
+@pytest.mark.parametrize("options", [{"attention_bias": "full"}, {"activation_limit": 0.5}])
+def test_a_float_model_with_parts_of_a_scheme(options):
+    copy = binvit.binarize(tiny_vit(), binvit.scheme("float", **options))
+    for scheme in ("float", "gsb"):
+        refused(copy, scheme, "learned attention bias or an activation limit already, by the scheme 'float'")
+
+
 def test_a_float_copy_can_still_be_binarized():
     binary = binvit.binarize(binvit.binarize(tiny_vit(), "float"), "gsb")
     assert isinstance(binary.blocks[0].attn, BinaryAttention)

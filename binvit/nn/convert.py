@@ -76,8 +76,14 @@ def _replace_parts(model: VisionTransformer, scheme: Scheme) -> None:
 def _check_model(model: nn.Module, scheme: Scheme) -> None:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"binarize() takes a timm VisionTransformer, got {type(model).__name__}.")
-    if getattr(model, "scheme", None) is not None and model.scheme.components:
-        raise ValueError(f"The model is binarized already, by the scheme {model.scheme.name!r}.")
+    former = getattr(model, "scheme", None)
+    if former is not None and former.components:
+        raise ValueError(f"The model is binarized already, by the scheme {former.name!r}.")
+    if former is not None and (former.attention_bias != "none" or former.activation_limit is not None):
+        raise ValueError(
+            f"The model has a learned attention bias or an activation limit already, by the scheme {former.name!r}; "
+            "binarize the model that it was made of."
+        )
     if scheme.binarizes("patch_embed"):
         embed = model.patch_embed
         proj = getattr(embed, "proj", None)
