@@ -226,6 +226,22 @@ def test_what_a_pretrained_configuration_says_about_images_is_kept():
     assert (packed.blueprint.resize, packed.blueprint.interpolation) == (35, "bicubic")  # crop_pct 0.9
 
 
+def test_what_the_caller_says_about_images_goes_before_a_pretrained_configuration():
+    model = trained("gsb", depth=1)
+    model.pretrained_cfg = {**NORMALIZATION, "crop_pct": 0.5, "interpolation": "bilinear"}
+    for options, expected in (
+        ({}, (32, "bilinear")),
+        ({"interpolation": "bicubic"}, (32, "bicubic")),
+        ({"resize": 20}, (20, "bilinear")),
+        (NORMALIZATION, (None, "bicubic")),
+    ):
+        packed = binvit.pack(model, **options)
+        assert (packed.blueprint.resize, packed.blueprint.interpolation) == expected
+    for options in ({"interpolation": "foo"}, {"interpolation": ""}, {"resize": "20"}, {"resize": 0}):
+        with pytest.raises(ValueError, match=r"resize|interpolation"):
+            binvit.pack(model, **options)
+
+
 BAD_IMAGES = {
     "missing": (lambda folder: folder / "none.png", FileNotFoundError, "does not exist"),
     "no image": (lambda folder: b"poem", ValueError, "cannot be decoded"),

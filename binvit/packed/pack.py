@@ -32,7 +32,7 @@ def pack(
     mean: Sequence[float] | np.ndarray = (),
     std: Sequence[float] | np.ndarray = (),
     resize: int | None = None,
-    interpolation: Interpolation = "bicubic",
+    interpolation: Interpolation | None = None,
     card: Card | Mapping[str, Any] | None = None,
     images: Tensor | np.ndarray | None = None,
 ) -> PackedViT:
@@ -52,7 +52,8 @@ def pack(
         std: channel standard deviations; required with the means.
         resize: pixels of an image's short side before its centre is cut out; by default that of timm's pretrained
             configuration if the means come from there, else the short side of what the model reads.
-        interpolation: how images are resized, "bilinear" or "bicubic".
+        interpolation: how images are resized, "bilinear" or "bicubic"; by default as timm's pretrained configuration
+            says if the means come from there, else "bicubic".
         card: what people want to know of the model, a `Card` or its fields: data, recipe, accuracy, seeds, licence.
         images: float32 (B, C, H, W), normalized; all must keep their prediction when one kind of vector after the other
             is rounded to float16. Without them, and for `exact`, only what are float16 numbers already become float16.
@@ -78,8 +79,10 @@ def pack(
     classes, mean, std = _tuple(classes, str, "classes"), _tuple(mean, float, "mean"), _tuple(std, float, "std")
     if not mean and not std:
         mean, std = _pretrained_normalization(model, vit["in_chans"])
-        if mean and resize is None:
-            resize, interpolation = _pretrained_resize(model, min(vit["img_size"]), interpolation)
+        if mean:
+            size, mode = _pretrained_resize(model, min(vit["img_size"]))
+            resize, interpolation = size if resize is None else resize, mode if interpolation is None else interpolation
+    interpolation = "bicubic" if interpolation is None else interpolation
     card = card if isinstance(card, Card) else Card.from_dict(card or {})
     blueprint = Blueprint(scheme, Vit(**vit), classes, mean, std, resize, interpolation, card)
     check_same(model, blueprint.build())
@@ -154,12 +157,10 @@ def _pretrained_normalization(model: VisionTransformer, channels: int) -> tuple[
     return (mean, std) if len(mean) == len(std) == channels else ((), ())
 
 
-def _pretrained_resize(
-    model: VisionTransformer, side: int, interpolation: Interpolation
-) -> tuple[int | None, Interpolation]:
+def _pretrained_resize(model: VisionTransformer, side: int) -> tuple[int | None, Interpolation | None]:
     """Return the resizing of timm's pretrained configuration, which cuts out the centre of what it resizes."""
     config = getattr(model, "pretrained_cfg", None) or {}
     share, mode = config.get("crop_pct") or 1.0, config.get("interpolation")
     if config.get("crop_mode", "center") != "center" or mode not in ("bilinear", "bicubic"):
-        return None, interpolation
+        return None, None
     return math.floor(side / share), mode
