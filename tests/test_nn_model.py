@@ -343,3 +343,13 @@ def test_every_scheme_is_exported(name):
         exported = torch.export.export(loaded, (X,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
     for batch in (X, torch.cat([X, X.flip(3), X[:1]])):
         torch.testing.assert_close(exported(batch), model(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_of_another_type_than_the_weights_are_refused(dtype):
+    model = binvit.binarize(tiny_vit(), "gsb")
+    with pytest.raises(ValueError, match=rf"weights are torch.float32, got images of {dtype}"):
+        binvit.calibrate(model, images(2).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        binvit.calibrate(model, images(2).bfloat16())
+    binvit.calibrate(model.double(), images(2).double())

@@ -282,13 +282,13 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
 
     Args:
         model: a binarized model; it ends in the mode (training or evaluation) it came in.
-        images: a batch, float32 (B, 3, H, W), normalized like training images.
+        images: a batch (B, 3, H, W) of the type of the model's weights, normalized like training images.
         all_processes: in a torch.distributed job the first images of all processes count, so that scales are the same
             in all of them: every process must call. False sets this process's scales alone.
 
     Raises:
-        ValueError: if the model is not binarized, there are no images, they have another size than the model's, or
-            pixels or the scales that follow from them are not finite.
+        ValueError: if the model is not binarized, there are no images, they have another size or type than the
+            model's, or pixels or the scales that follow from them are not finite.
     """
     if not isinstance(model, Binarized):
         raise ValueError(f"calibrate() takes a model made by binvit.binarize(), got {type(model).__name__}.")
@@ -296,6 +296,10 @@ def calibrate(model: VisionTransformer, images: Tensor, all_processes: bool = Tr
         what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"Images must be a float tensor of shape (B, C, H, W), got {what}.")
     embed = model.patch_embed
+    types = {images.dtype, embed.proj.weight.dtype}
+    mixed = torch.is_autocast_enabled(images.device.type) and torch.float64 not in types
+    if len(types) > 1 and not mixed:
+        raise ValueError(f"The model's weights are {embed.proj.weight.dtype}, got images of {images.dtype}.")
     size = embed.proj.weight.shape[1], *(embed.img_size if embed.strict_img_size else images.shape[2:])
     if images.shape[1:] != size:
         raise ValueError(f"The model takes images of shape {size}, got a batch of shape {tuple(images.shape)}.")
