@@ -38,6 +38,19 @@ def test_classify_leaves_the_mode_as_it_was():
         assert model.training is mode
 
 
+def test_logits_that_are_not_finite_have_no_class():
+    model = vit().train()
+    model.head.bias.data[1] = torch.nan
+    with pytest.raises(ValueError, match=r"^The model's logits are not finite for 40 of 40 images\.$"):
+        classify(model, BATCHES[:1])
+    assert model.training
+    model.head.bias.data[1] = 0
+    pictures = images(4)
+    pictures[1, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite for 1 of 4 images"):
+        classify(trained("gsb"), [(pictures, None, None)])
+
+
 def test_evaluating_on_bits_does_not_disturb_the_model():
     model = trained("gsb").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

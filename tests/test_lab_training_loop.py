@@ -96,6 +96,16 @@ def test_memorized_labels_are_counted(monkeypatch):
     assert clean.memorized is clean.clean_train_accuracy is None
 
 
+def test_a_last_step_that_ruins_the_model_is_a_divergence(monkeypatch):
+    def ruin(self, update):
+        for parameter in self.optimizer.param_groups[0]["params"] if update == 2 else ():
+            parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr("timm.scheduler.scheduler.Scheduler.step_update", ruin)
+    with pytest.raises(TrainingDiverged, match=r"The training loss became nan in epoch 2, step 1, at learning rate"):
+        train_trial(tiny("gsb"))
+
+
 def test_divergence_names_the_place_and_keeps_the_last_good_model(tmp_path, monkeypatch):
     steps = iter(range(100))
     loss = loop.training_loss

@@ -38,6 +38,10 @@ def on_bits(model: VisionTransformer) -> Network:
     return model if packed.reason else cast(Network, packed)  # tensors give tensors
 
 
+class LogitsNotFinite(ValueError):
+    """A model gives logits that are infinite or not numbers, which have no largest."""
+
+
 @torch.inference_mode()
 def classify(model: Network, images: Batches, team: Team | None = None) -> np.ndarray:
     """Return the class a model gives to each image; the model ends in the mode it came in.
@@ -51,16 +55,27 @@ def classify(model: Network, images: Batches, team: Team | None = None) -> np.nd
 
     Returns:
         Classes, int64 (N,).
+
+    Raises:
+        LogitsNotFinite: in every process, if some logits of an image are not finite.
     """
     module = model if isinstance(model, nn.Module) else nn.Identity()
     training = module.training
     module.eval()
     team = team or Team("cpu")
     batches = images if team.size == 1 else images.epoch(0, team.rank, team.size)
-    own = [model(batch.to(team.device)).argmax(1).cpu() for batch, _, _ in batches]
+    own = [_largest(model(batch.to(team.device))).cpu() for batch, _, _ in batches]
     module.train(training)
     shares = team.collect(own)
-    return torch.cat([shares[step % team.size][step // team.size] for step in range(len(images))]).numpy()
+    classes = torch.cat([shares[step % team.size][step // team.size] for step in range(len(images))]).numpy()
+    if unknown := int((classes < 0).sum()):
+        raise LogitsNotFinite(f"The model's logits are not finite for {unknown} of {len(classes)} images.")
+    return classes
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Return the class of each row of logits, -1 where they are not finite."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from binvit.lab.randomness import seed_all, seed_torch
 from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.training.devices import Team
 from binvit.lab.training.distillation import check_comparable, one_bit_weights, recorded, training_loss, weight_penalty
-from binvit.lab.training.evaluation import Network, classify, on_bits
+from binvit.lab.training.evaluation import LogitsNotFinite, Network, classify, on_bits
 from binvit.lab.training.model import CheckpointInfo, build_model, check_memory, new_model
 from binvit.lab.training.optimizer import new_optimizer, new_schedule
 from binvit.lab.training.recipe import Recipe, told
@@ -220,13 +220,16 @@ class Training:
             seen += len(targets)
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise self._diverged(math.nan, epoch, step, rate)  # the last step's, which no further loss would show
-        self.good = self._copy()
         last = epoch + 1 == epochs
         test_accuracy = None
         if last or (epoch + 1) % self.recipe.eval_every == 0:
             self.classifier = on_bits(self.model)
-            predictions = classify(self.classifier, self.test_images, self.team)
+            try:
+                predictions = classify(self.classifier, self.test_images, self.team)
+            except LogitsNotFinite:  # after a last step whose loss nobody has seen
+                raise self._diverged(np.nan, epoch, steps - 1, rate) from None
             test_accuracy = float(np.mean(predictions == self.data.evaluated.labels))
+        self.good = self._copy()
         return {
             "stage": self.position.stage,
             "epoch": len(self.position.history) + 1,
