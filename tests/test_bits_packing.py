@@ -86,6 +86,15 @@ def test_thresholds_that_do_not_fit_are_refused_with_both_shapes():
         bits.pack_levels(np.zeros((2, 3)), "high")
 
 
+@pytest.mark.parametrize("length", [130.0, "130", None, True])
+def test_a_number_of_bits_is_an_integer(length):
+    words = np.zeros((2, 3), np.uint64)
+    for call in (lambda: bits.unpack_signs(words, length), lambda: bits.word_count(length)):
+        with pytest.raises(ValueError, match="number of bits length must be an integer"):
+            call()
+    assert bits.unpack_signs(words, np.int64(130)).shape == (2, 130)
+
+
 def test_unpack_refuses_other_words():
     with pytest.raises(ValueError, match=r"int64 of shape \(2,\)"):
         bits.unpack_signs(np.zeros(2, np.int64), 128)

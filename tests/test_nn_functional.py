@@ -46,6 +46,26 @@ def test_golden_values_and_gradients(name):
     np.testing.assert_allclose([s.grad.item() for s in scales], golden.get("galpha", ()), **close)
 
 
+def test_arguments_of_another_type_are_named():
+    x = torch.tensor(upstream((2, 3, 4, 4), 0))
+    scale = x.new_tensor(0.5)
+    assert torch.equal(BF.elastic_signed(x, 0.5), BF.elastic_signed(x, scale))
+    assert torch.equal(
+        BF.gsb_attention(x, [0.5, 1, scale]), BF.gsb_attention(x, torch.stack([scale, 2 * scale, scale]))
+    )
+    for call, sentence in (
+        (lambda: BF.elastic_signed(x, "a"), "scale must be a tensor or a number, got str"),
+        (lambda: BF.elastic_unsigned(x.numpy(), scale), "x must be a tensor, got ndarray"),
+        (lambda: BF.binarize_weight(5), "w must be a tensor, got int"),
+        (lambda: BF.gsb_attention(x.numpy(), [scale] * 3), "a must be a tensor, got ndarray"),
+        (lambda: BF.gsb_value([1.0], [scale] * 3), "v must be a tensor, got list"),
+        (lambda: BF.gsb_value(x, 0.5), "scales must be a list of scales, got float"),
+        (lambda: BF.gsb_value(x, [scale, scale, None]), r"scales\[2\] must be a tensor or a number, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
 def test_the_public_names_are_the_rules():
     x = torch.tensor(upstream((2, 3, 4, 4), 0))
     scale = torch.tensor(0.7, dtype=x.dtype)

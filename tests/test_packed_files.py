@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 import binvit
 from binvit.packed import files
-from binvit.packed.files import KEY, checksum, is_packed, to_bytes
+from binvit.packed.audit import audit
+from binvit.packed.files import KEY, checksum, from_bytes, is_packed, to_bytes
 
 X = images(4)
 NAMES = ("ant", "bee", "cat", "dog", "emu")
@@ -445,6 +446,18 @@ def test_arrays_that_torch_cannot_map(model):
     for kind in (object, "U3", "M8[s]", np.longdouble):
         with pytest.raises(ValueError, match=r"^Images must be [^\n]*\.$"):
             packed(np.zeros(X.shape, kind))
+
+
+def test_what_is_no_path_and_no_packed_model_is_named(model, tmp_path):
+    packed = binvit.pack(model)
+    for call, sentence in (
+        (lambda: binvit.load(5), "path must be a path or the name of a model, got int"),
+        (lambda: binvit.save(packed, 5), "path must be a path, got int"),
+        (lambda: from_bytes("text"), "data must be the bytes of a packed file, got str"),
+        (lambda: audit(5), "takes a PackedViT, got int"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from binvit.bits.packing import check_words, pack_signs, word_count
+from binvit.bits.packing import check_length, check_words, pack_signs, word_count
 from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_common_bits, tile_of_signs
 from binvit.jit import aligned_empty, kernel
 from binvit.threads import check_threads, get_threads, use_threads
@@ -194,8 +194,7 @@ def _matrix(words: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_widths(a_bits: np.ndarray, weights: PreparedWeights, length: int, name: str) -> None:
-    if isinstance(length, bool) or not isinstance(length, int | np.integer):
-        raise ValueError(f"The number of bits K must be an integer, got {length!r}.")
+    check_length("K", length)
     if length < 0 or not a_bits.shape[1] == weights.words == word_count(length):
         raise ValueError(
             f"Operands of shapes {a_bits.shape} and {weights.shape} ({name}) cannot be multiplied over K = {length} "

@@ -19,7 +19,11 @@ def word_count(length: int) -> int:
 
     Returns:
         ceil(length / 64).
+
+    Raises:
+        ValueError: if the length is no integer.
     """
+    check_length("length", length)
     return -(-length // WORD)
 
 
@@ -101,7 +105,7 @@ def unpack_signs(words: np.ndarray, length: int) -> np.ndarray:
         int8 (..., length) of -1 and +1.
 
     Raises:
-        ValueError: if the words are not uint64 or not as many as the length needs.
+        ValueError: if the words are not uint64 or not as many as the length needs, or the length is no integer.
     """
     signs = unpack_levels(words, length).astype(np.int8)
     signs *= 2
@@ -120,9 +124,10 @@ def unpack_levels(words: np.ndarray, length: int) -> np.ndarray:
         uint8 (..., length) of 0 and 1.
 
     Raises:
-        ValueError: if the words are not uint64 or not as many as the length needs.
+        ValueError: if the words are not uint64 or not as many as the length needs, or the length is no integer.
     """
     words = check_words(words, "unpacked words")
+    check_length("length", length)
     if length < 0 or words.shape[-1] != word_count(length):
         raise ValueError(
             f"Words of shape {words.shape} cannot hold {length} bits in the last axis: that takes "
@@ -132,6 +137,12 @@ def unpack_levels(words: np.ndarray, length: int) -> np.ndarray:
         return np.zeros((*words.shape[:-1], length), np.uint8)
     octets = np.ascontiguousarray(words, "<u8").view(np.uint8)
     return np.unpackbits(octets, axis=-1, count=length, bitorder="little")
+
+
+def check_length(name: str, length: int) -> None:
+    """Raise a ValueError that names a number of bits unless it is an integer."""
+    if isinstance(length, bool) or not isinstance(length, int | np.integer):
+        raise ValueError(f"The number of bits {name} must be an integer, got {length!r}.")
 
 
 def check_words(words: np.ndarray, name: str) -> np.ndarray:

@@ -67,7 +67,12 @@ def audit(model: PackedViT) -> Audit:
 
     Returns:
         The audit; patch embedding and heads count as float operations even where their weights have eight bits.
+
+    Raises:
+        ValueError: if the model is not packed.
     """
+    if not isinstance(model, PackedViT):
+        raise ValueError(f"audit() takes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")
     trained = {name: t for name, t in model.blueprint.build().state_dict().items() if not name.endswith("initialized")}
     counts: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS}
     for name, tensor in trained.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from binvit.config import Config, Switch, read_json, show
+from binvit.config import Config, Switch, check_type, read_json, show
 from binvit.files import atomic_write
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.shipped import find_model
@@ -46,10 +47,11 @@ def save(model: PackedViT, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: if the model is not packed.
+        ValueError: if the model is not packed, or the path is none.
     """
     if not isinstance(model, PackedViT):
         raise ValueError(f"save() writes a PackedViT, got {type(model).__name__}; use binvit.pack() first.")
+    check_type("path", path, str | os.PathLike, "a path")
     return atomic_write(path, to_bytes(model))
 
 
@@ -96,6 +98,7 @@ def load(path: str | Path, exact: bool | None = None) -> PackedViT:
         ValueError: if the file is truncated or damaged, no packed model, of another format version, or contradicts
             itself.
     """
+    check_type("path", path, str | os.PathLike, "a path or the name of a model")
     path = find_model(path)
     with open(path, "rb"):  # a file that may not be read is not a damaged one
         pass
@@ -120,6 +123,7 @@ def from_bytes(data: bytes, exact: bool | None = None, name: str = "given as byt
     Raises:
         ValueError: as for `load`.
     """
+    check_type("data", data, bytes, "the bytes of a packed file")
     try:
         tensors = deserialize(data)
         header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")], "Its header")["__metadata__"][KEY]
