@@ -224,3 +224,10 @@ def test_executed_copy_holds_the_given_values_and_no_papermill(folder, tmp_path)
 def test_misspelt_name_that_reaches_the_notebook_is_refused_by_its_second_cell(folder, tmp_path):
     outcome = run.run_job(Job(folder / "01_count.ipynb", {"coutn": 1}), tmp_path / "out")
     assert outcome.error == "ValueError: This notebook has no parameter coutn; its parameters are count, names, rate."
+
+
+def test_an_archive_that_is_not_there_is_told_before_anything_runs(tmp_path):
+    jobs = plan(Path(__file__).parents[1] / "notebooks", "archive", ["04"], {"archive": str(tmp_path / "nope")})
+    for files in (True, False):
+        with pytest.raises(FileNotFoundError, match=r"^04_methods\.ipynb: There is no archive .*nope: .*\.$"):
+            check(jobs, files=files)

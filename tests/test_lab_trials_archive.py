@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_files import parquet_file
 
+from binvit.lab.experiments.design.plan import archive_dir
+from binvit.lab.notebooks.published import redraw_all
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.trials import archive, measurements
 from binvit.lab.trials.archive import add, counted_data, data_name, find, known_fingerprint, read_data
 from binvit.lab.trials.identity import identity
-from binvit.lab.trials.pool import TrialsFailed, run_trials
+from binvit.lab.trials.pool import TrialsFailed, read_trials, run_trials
 from binvit.lab.trials.store import in_columns, in_records, model_path, read_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 from binvit.nn.schemes import Scheme
@@ -317,6 +320,32 @@ def test_a_table_of_data_sets_with_other_columns_is_refused(tmp_path):
     (tmp_path / "data.csv").write_text("name,hash\ndigits,1\n")
     with pytest.raises(ValueError, match=r"data.csv must have the columns name, fingerprint"):
         find(digits(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a\\b", "c:evil", "a\0b", ".", "..", ""])
+def test_a_name_of_data_that_leads_out_of_the_archive_is_refused(tmp_path, name):
+    (tmp_path / "data.csv").write_text(f"name,fingerprint,classes,train,val,test,command\n{name},sha256:1,2,4,,4,\n")
+    with pytest.raises(ValueError, match=r"data\.csv names a data set '.*', which is no plain name of a file\.$"):
+        read_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_data,
+        lambda archive: find(digits(), archive),
+        lambda archive: read_trials([], archive),
+        lambda archive: run_trials([], archive / "results", archive=archive),
+        lambda archive: counted_data("parquet:photos.parquet", archive=archive),
+        lambda archive: archive_dir(SimpleNamespace(archive=str(archive))),
+        lambda archive: redraw_all([], archive, archive / "out", archive / "README.md"),
+    ],
+)
+@pytest.mark.parametrize("place", ["nope", "."])
+def test_who_reads_an_archive_that_is_not_there_is_told_so(tmp_path, read, place):
+    with pytest.raises(FileNotFoundError, match=r"^There is no archive .*data\.csv is not there\.$"):
+        read(tmp_path / place)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", [b"x" * 131_073, b"d\xefgits,sha256:1,10,1078,,719,\n"])

@@ -139,15 +139,17 @@ def check(jobs: Sequence[Job], files: bool = True) -> None:
 
     Raises:
         ValueError: a notebook refuses a value.
-        FileNotFoundError: a data set is missing.
+        FileNotFoundError: a data set or an archive is missing.
     """
     from binvit.lab.data.sources import require_files
     from binvit.lab.experiments.design.parse import parse_images
+    from binvit.lab.experiments.design.plan import archive_dir
 
     for job in jobs:
         try:
             checked = checked_values(job)
-            needed = files and not getattr(checked, "archive", "")  # archived trials are read without their images
+            archive = archive_dir(checked) if hasattr(checked, "archive") else None
+            needed = files and not archive  # archived trials are read without their images
             for images in parse_images(getattr(checked, "dataset", "digits")) if needed else ():
                 folder = getattr(checked, "data_dir", "")
                 require_files(images.dataset, project_dir() / folder if folder else None)

@@ -20,7 +20,7 @@ from binvit.lab.notebooks.first_page import results_table, write_results
 from binvit.lab.notebooks.grid import notebook_runs
 from binvit.lab.notebooks.plan import Job, checked_values
 from binvit.lab.notebooks.report import RETRAINED
-from binvit.lab.trials.archive import find, is_present
+from binvit.lab.trials.archive import find, is_present, read_data
 from binvit.lab.trials.retrain import Archived, choose, retrain
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -142,7 +142,11 @@ def redraw_all(jobs: Sequence[Job], archive: Path, out: Path, readme: Path) -> d
 
     Returns:
         Number of a notebook -> the names that its cells have left.
+
+    Raises:
+        FileNotFoundError: there is no such archive.
     """
+    read_data(archive)
     found: dict[str, Any] = {}
     for job, _, _ in reading(jobs):
         values = dict(job.values, archive=str(archive.absolute()))

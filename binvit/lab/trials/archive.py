@@ -187,7 +187,7 @@ def add(results: Iterable[TrialResult], archive: str | Path) -> int:
     """
     Path(archive).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(archive) / ".lock"):
-        data = read_data(archive)
+        data = read_data(archive) if (Path(archive) / "data.csv").exists() else []
         sorted_by_name: dict[str, dict[str, TrialResult]] = {}
         for result in results:
             item = next((item for item in data if item.fingerprint == result.fingerprint), None)
@@ -226,11 +226,13 @@ def read_data(archive: str | Path) -> list[DataSet]:
     """Return the data sets that an archive names in its data.csv.
 
     Raises:
-        ValueError: the file is no table in UTF-8, has other columns, or counts that are no numbers or too large ones.
+        FileNotFoundError: there is no such folder, or no such file in it.
+        ValueError: the file is no table in UTF-8, has other columns, names that lead elsewhere, or counts that are no
+            numbers or too large ones.
     """
     path = Path(archive) / "data.csv"
     if not path.is_file():
-        return []
+        raise FileNotFoundError(f"There is no archive {archive}: {path} is not there.")
     columns = [item.name for item in fields(DataSet)]
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
@@ -239,6 +241,8 @@ def read_data(archive: str | Path) -> list[DataSet]:
     if any(list(row) != columns or None in row.values() for row in rows):
         raise ValueError(f"{path} must have the columns {', '.join(columns)}.")
     for row in rows:
+        if not re.fullmatch(r"[^/\\:\0]+", row["name"]) or row["name"] in (".", ".."):
+            raise ValueError(f"{path} names a data set {show(row['name'])}, which is no plain name of a file.")
         for name in ("classes", "train", "val", "test"):
             if not re.fullmatch(r"([0-9]{1,8})?", row[name]):
                 raise ValueError(

@@ -26,7 +26,7 @@ from binvit.config import show
 from binvit.files import made_folders, remove_leftovers
 from binvit.lab.training.devices import Team, keep_freed_memory, spread
 from binvit.lab.training.resume import changes, environment
-from binvit.lab.trials.archive import find
+from binvit.lab.trials.archive import find, read_data
 from binvit.lab.trials.store import TrialResult, finished_result, read_result, trial_row
 from binvit.lab.trials.train_trial import Report, is_wrong_input, run_trial
 from binvit.lab.trials.trial import Trial
@@ -80,6 +80,7 @@ def run_trials(
         clean_train_accuracy and memorized (NaN without label noise), all from 0 to 1, parameters, seconds and id.
 
     Raises:
+        FileNotFoundError: there is no such archive.
         ValueError: `jobs` is no whole number of at least 1, or the device is not there.
         TrialsFailed: a ValueError that says which trials failed and why, after all others have finished.
     """
@@ -94,6 +95,8 @@ def run_trials(
         raise ValueError(
             f"All {team.size} processes of torchrun train each trial together; jobs must be 1, got {jobs}."
         )
+    if archive is not None:
+        read_data(archive)
     folder = Path(results_dir)
     stored: dict[Trial, TrialResult | None] = {}
     if team.leads:
@@ -138,8 +141,10 @@ def read_trials(trials: Iterable[Trial], archive: str | Path) -> pd.DataFrame:
         which everything measured and the id are missing.
 
     Raises:
+        FileNotFoundError: there is no such archive.
         ValueError: a file of the archive is damaged.
     """
+    read_data(archive)
     trials = list(trials)
     found = {trial: find(trial, archive) for trial in dict.fromkeys(trials)}
     rows = [result.to_row() if (result := found[trial]) else trial_row(trial) for trial in trials]

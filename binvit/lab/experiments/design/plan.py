@@ -18,7 +18,7 @@ from binvit.lab.figures.style import BIASED as WITH_BIAS
 from binvit.lab.project import folder
 from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
-from binvit.lab.trials.archive import counted_data
+from binvit.lab.trials.archive import counted_data, read_data
 from binvit.lab.trials.pool import read_trials, run_trials
 from binvit.lab.trials.trial import Trial
 from binvit.lab.trials.tune import equal_terms
@@ -163,8 +163,16 @@ def chance(runs: Sequence[Run], load: Callable[..., ImageData] = load_data) -> d
 
 
 def archive_dir(p: Any) -> Path | None:
-    """Return the folder of the archive that a notebook reads instead of training, None if it trains."""
-    return folder(p.archive) if p.archive else None
+    """Return the folder of the archive that a notebook reads instead of training, None if it trains.
+
+    Raises:
+        FileNotFoundError: there is no such archive.
+    """
+    if not p.archive:
+        return None
+    archive = folder(p.archive)
+    read_data(archive)
+    return archive
 
 
 def changed(options: Mapping[str, Any], record: Any) -> dict[str, Any]:
