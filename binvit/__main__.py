@@ -6,6 +6,7 @@ Wrong input ends with one sentence on stderr and exit code 2, failed work with e
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from binvit.cli.group import cli, in_words, printable
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 1 if work failed, 2 if the input was wrong."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell; libraries write to them without asking
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.showwarning = _tell  # type: ignore[assignment]
     with suppress(AttributeError, ValueError):  # a name of a file may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -27,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.Abort:
         click.echo("Stopped.", err=True)
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:  # the text of --help, not a sentence
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _refuse(error.format_message())
     except OSError as error:

@@ -67,6 +67,24 @@ def test_version(capsys):
     assert run(capsys, "--version") == (0, f"binvit, version {binvit.__version__}\n", "")
 
 
+def test_without_a_command_the_help_is_shown_as_it_is(capsys):
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert err == run(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize("closed", [("stderr",), ("stdout",), ("stdout", "stderr")])
+def test_closed_streams_swallow_what_is_written_to_them(capsys, monkeypatch, closed):
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", "nowhere"])
+    assert stopped.value.code == 2
+    for name in closed:
+        getattr(sys, name).write("nothing")
+        getattr(sys, name).close()
+
+
 def test_schemes_lists_all_with_description_and_reference(capsys):
     code, out, err = run(capsys, "schemes")
     assert (code, err) == (0, "")
