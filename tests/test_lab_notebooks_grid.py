@@ -76,6 +76,16 @@ def test_a_notebook_that_trains_nothing_has_no_trials():
     assert grid.grid(plan(NOTEBOOKS, "smoke", ["08"])) == []
 
 
+def test_images_that_are_absent_are_counted_as_the_archive_knows_them(tmp_path):
+    head = "name,fingerprint,classes,train,val,test,command\n"
+    (tmp_path / "data.csv").write_text(f"{head}photos,sha256:1,2,40,,10,\n")
+    values = TINY | {"dataset": "parquet:photos.parquet", "data_dir": str(tmp_path), "archive": str(tmp_path)}
+    planned = grid.grid(plan(NOTEBOOKS, "archive", ["04"], values))
+    assert {item.id for item in planned} == {None}
+    with pytest.raises(FileNotFoundError, match=r"parquet:other\.parquet is not there, and how many"):
+        grid.grid(plan(NOTEBOOKS, "archive", ["04"], values | {"dataset": "parquet:other.parquet"}))
+
+
 def test_shared_trials_count_once_in_all():
     jobs = plan(NOTEBOOKS, "smoke", ["01", "06"], {"seeds": [0], "changes": "width 8, heads 1"})
     same = dict(jobs[0].values) | {"schemes": ["gsb"], "dataset": "digits"}  # with and without bias

@@ -17,8 +17,9 @@ from binvit.config import read_json, show
 from binvit.files import atomic_write
 from binvit.lab.data.datasets import ImageData, blank_data, load_data
 from binvit.lab.data.fingerprint import require_present
-from binvit.lab.experiments.design.plan import Run
+from binvit.lab.experiments.design.plan import Run, archive_dir
 from binvit.lab.notebooks.plan import Job, checked_values
+from binvit.lab.trials.archive import counted_data
 from binvit.lab.trials.cost import Cost, cost
 from binvit.lab.trials.trial import Trial, teacher_trial
 
@@ -69,7 +70,10 @@ def _images(
     *,
     root: str | Path | None = None,
     image_size: int | None = None,
+    archive: Path | None = None,
 ) -> ImageData:
+    if archive is not None and not _is_there(dataset, root):
+        return counted_data(dataset, samples_per_class, root=root, image_size=image_size, archive=archive)
     load = load_data if _is_there(dataset, root) else blank_data
     return load(dataset, samples_per_class, root=root, image_size=image_size)
 
@@ -95,11 +99,11 @@ def grid(jobs: Iterable[Job]) -> list[Planned]:
     found: dict[Any, Planned] = {}
     loaded: dict[Any, ImageData] = {}
 
-    def add(trial: Trial, number: str, keep_model: bool) -> str | None:
+    def add(trial: Trial, number: str, keep_model: bool, archive: Path | None) -> str | None:
         recipe = trial.get_recipe()
         needs: tuple[str, ...] = ()
         if recipe.trains_teacher:
-            teacher = add(teacher_trial(trial), number, True)
+            teacher = add(teacher_trial(trial), number, True, archive)
             needs = () if teacher is None else (teacher,)
         identity = trial.id if _is_there(trial.dataset, trial.root) else None
         key = identity or trial
@@ -108,16 +112,18 @@ def grid(jobs: Iterable[Job]) -> list[Planned]:
             numbers = tuple(dict.fromkeys((*known.notebooks, number)))
         else:
             numbers = (number,)
-        images = trial.dataset, trial.samples_per_class, trial.root, recipe.image_size
+        images = trial.dataset, trial.samples_per_class, trial.root, recipe.image_size, archive
         if images not in loaded:
-            loaded[images] = _images(*images[:2], root=images[2], image_size=images[3])
+            loaded[images] = _images(*images[:2], root=images[2], image_size=images[3], archive=archive)
         price = cost(trial, loaded[images], keep_model)
         found[key] = Planned(known.trial if known else trial, identity, numbers, keep_model, needs, price)
         return identity
 
     for job in jobs:
-        for run in notebook_runs(job):
-            add(run.trial, job.notebook.name[:2], run.keep_model)
+        runs = notebook_runs(job)
+        archive = archive_dir(p) if runs and hasattr(p := checked_values(job), "archive") else None
+        for run in runs:
+            add(run.trial, job.notebook.name[:2], run.keep_model, archive)
     return list(found.values())
 
 
