@@ -90,9 +90,12 @@ def thaw(value: Any) -> Any:
 
 def _options(value: Any) -> Options:
     try:
-        pairs = dict(value)
+        given = list(value.items() if isinstance(value, Mapping) else value)
+        pairs = dict(given)
     except (TypeError, ValueError):
-        pairs = {None: value}
+        given, pairs = [value], {None: value}
+    if len(pairs) < len(given):
+        raise pydantic_core.PydanticCustomError("options", "a mapping of names to values, each name once")
     if not all(isinstance(name, str) for name in pairs):
         raise pydantic_core.PydanticCustomError("options", "a mapping of names to values")
     return Options(pairs)

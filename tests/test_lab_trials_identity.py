@@ -10,6 +10,8 @@ from binvit import lab
 from binvit.lab.data import images as image_module
 from binvit.lab.data.datasets import load_data
 from binvit.lab.data.sources import read_source
+from binvit.lab.experiments.design.plan import Condition
+from binvit.lab.experiments.design.plan import plan as notebook_plan
 from binvit.lab.training.checkpoint import save_checkpoint
 from binvit.lab.trials.pool import run_trials
 from binvit.lab.trials.store import finished_result, load_kept, model_path, read_result, result_path
@@ -239,3 +241,30 @@ def test_small_classes_keep_a_training_image(tmp_path):
     image_folder(tmp_path / "single", each=1)
     with pytest.raises(ValueError, match="no validation images, and no class has two training images"):
         load_data("folder:single", root=tmp_path, evaluate_on="val")
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher_hash", "teacher_epochs", "teacher_pretrained"])
+def test_a_teacher_that_nobody_learns_from_is_refused(tmp_path, name):
+    (tmp_path / "teacher").write_bytes(b"weights")
+    value = {"teacher": str(tmp_path / "teacher"), "teacher_hash": f"sha256:{'0' * 64}", "teacher_epochs": 3}
+    options = {name: value.get(name, True)}
+    with pytest.raises(ValueError, match=rf"^The recipe's {name} is of a teacher, and without"):
+        Trial("digits", recipe_options=options)
+    for learning in ({"distillation": "soft"}, {"similarity": 0.5}):
+        assert Trial("digits", recipe_options=options | learning).recipe_options[name] == options[name]
+    own = dict(teacher_trial(Trial("digits", recipe="paper")).recipe_options)  # that of "paper" has teacher_epochs
+    assert (own["distillation"], own["epochs"]) == ("none", 300)
+
+
+def test_a_change_of_the_teacher_reaches_the_conditions_that_have_one():
+    conditions = [Condition("plain", "gsb"), Condition("distilled", "gsb", recipe_options={"distillation": "hard"})]
+    plain, distilled = notebook_plan(conditions, "digits", [0], "smoke", changes="teacher_epochs 3")
+    assert "teacher_epochs" not in plain.trial.recipe_options
+    assert distilled.trial.recipe_options["teacher_epochs"] == 3
+
+
+@pytest.mark.parametrize("name", ["recipe_options", "scheme_options"])
+def test_options_in_pairs_name_each_field_once(name):
+    field = {"recipe_options": "epochs", "scheme_options": "attention_bias"}[name]
+    with pytest.raises(ValueError, match=rf"^The trial's {name} must be a mapping of names to values, each name once"):
+        Trial("digits", **{name: [(field, 1), (field, 2)]})

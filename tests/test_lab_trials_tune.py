@@ -1,6 +1,7 @@
 """Every scheme gets the same search on validation images, and the grid grows where its best rate lies at an end."""
 
 import dataclasses
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -140,6 +141,23 @@ def test_diverged_trainings_lose_and_other_failures_are_told(tmp_path):
         tune(["float"], f"folder:{tmp_path}/nowhere", results_dir=tmp_path, **options)
     with pytest.raises(ValueError, match="positive rates"):
         tune(["float"], grid=(), results_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("scheme once, got 'gsb'", ["--scheme", "gsb", "--scheme", "gsb"]),
+        ("bias once, got 'full'", ["--bias", "full", "--bias", "none", "--bias", "full"]),
+        ("rate once, got 0.001", ["--rate", "1e-3", "--rate", "0.001"]),
+        ("seed once, got 1", ["--seed", "1", "--seed", "1"]),
+    ],
+)
+def test_what_is_asked_for_twice_is_refused(tmp_path, monkeypatch, what, options):
+    monkeypatch.setattr(module, "_accuracies", lambda *_: pytest.fail("it trains"))
+    given = ["tune", "--rates", str(tmp_path / "rates.yaml"), *options]
+    result = CliRunner().invoke(cli, given if "--scheme" in options else [*given, "--scheme", "bit"])
+    assert isinstance(result.exception, ValueError)
+    assert re.search(what, str(result.exception))
 
 
 def test_the_search_trains_where_it_is_told(tmp_path):

@@ -18,6 +18,9 @@ from binvit.lab.training.weights import file_hash
 from binvit.lab.trials.identity import identity
 from binvit.nn.schemes import Scheme
 
+TEACHER_FIELDS = ("teacher", "teacher_hash", "teacher_epochs", "teacher_pretrained")
+"""Fields of a recipe that mean nothing without a teacher."""
+
 Confusion = tuple[tuple[float, ...], ...]
 
 
@@ -83,6 +86,12 @@ class Trial(Config):
             record = resolve(options)
             # The record has coerced the values: 1 and 1.0, list and tuple are the same trial.
             object.__setattr__(self, name, Options({key: getattr(record, key) for key in options}))
+        unused = [name for name in TEACHER_FIELDS if self.recipe_options.get(name)]
+        if unused and not self._recipe(self.recipe_options).has_teacher:
+            raise ValueError(
+                f"The recipe's {unused[0]} is of a teacher, and without distillation or similarity the training has "
+                "none; set distillation to 'soft' or 'hard', or similarity above 0."
+            )
 
     def _scheme(self, options: Mapping[str, Any]) -> Scheme:
         return binvit.scheme(self.scheme, **options)

@@ -72,8 +72,13 @@ def tune(
         One rate per scheme and bias, with the accuracies that chose it. A training that diverges counts as accuracy 0.
 
     Raises:
-        ValueError: a name is unknown, the grid or the seeds are empty, or a rate is not positive.
+        ValueError: a name is unknown, the grid or the seeds are empty, a rate is not positive, or something is given
+            twice, which would count one training twice.
     """
+    schemes = tuple(schemes)
+    for what, given in (("scheme", schemes), ("bias", biases), ("rate", grid), ("seed", seeds)):
+        if twice := [value for number, value in enumerate(given) if value in given[:number]]:
+            raise ValueError(f"A search takes each {what} once, got {twice[0]!r} twice.")
     if not grid or not seeds or min(grid) <= 0:
         raise ValueError(f"A search needs positive rates and at least one seed, got {list(grid)} and {list(seeds)}.")
 

@@ -20,7 +20,7 @@ from binvit.lab.training.recipe import Recipe
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.archive import counted_data, read_data
 from binvit.lab.trials.pool import read_trials, run_trials
-from binvit.lab.trials.trial import Trial
+from binvit.lab.trials.trial import TEACHER_FIELDS, Trial
 from binvit.lab.trials.tune import equal_terms
 
 
@@ -113,9 +113,12 @@ def plan(
             own = condition.recipe_options
             own = own(given) if callable(own) else own
             plain = Trial(part.dataset, condition.scheme, base.name)
+            learns = {name: {**shared, **own}.get(name, getattr(base, name)) for name in ("distillation", "similarity")}
+            dropped = TEACHER_FIELDS if learns == {"distillation": "none", "similarity": 0} else ()  # others have one
+            common = {name: value for name, value in shared.items() if name not in dropped}
             options: dict[str, Any] = {
                 "scheme_options": changed(condition.scheme_options, plain.get_scheme()),
-                "recipe_options": changed({**shared, **own}, base),
+                "recipe_options": changed({**common, **own}, base),
             }
             for seed in seeds[: part.seeds]:
                 trial = dataclasses.replace(
