@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import stat
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from binvit.files import plain_path
 
 Source = Image.Image | str | Path | bytes | np.ndarray
 """One image: decoded, a file, the bytes of a file, or pixels."""
+_one_at_a_time = threading.Lock()
 _LARGEST = 2**26  # pixels of an image that is resized as a whole
 _MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -183,8 +186,12 @@ def _opened(source: str | Path | bytes, place: str) -> Iterator[Image.Image]:
     """Open an image, and tell what is wrong with it, then and while it is decoded, in one sentence."""
     if not isinstance(source, bytes):
         require_regular(Path(source), "image")
-    with _told(place), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        yield image
+    with _told(place):
+        with _one_at_a_time, warnings.catch_warnings():  # which changes the filters of all threads
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it names no file; Pillow refuses more
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with image:
+            yield image
 
 
 @contextmanager

@@ -166,7 +166,8 @@ def predict_files(
                     except (ValueError, OSError) as error:
                         if skip is None:
                             raise
-                        skip(f"Skipped {path}: {error}")
+                        why = getattr(error, "strerror", None)  # of the system, whose own text repeats the name
+                        skip(f"Skipped {path}: {f'{why}.' if why else error}")
                 if read:
                     shares_of_all = classifier.from_tensor(torch.cat([image for _, image in read]))
                     if shares_of_all.isnan().any():  # pixels of a file are finite
