@@ -6,6 +6,7 @@ from PIL import Image, PngImagePlugin
 
 from binvit import images
 from binvit.images import open_image
+from binvit.lab.data.datasets import ImageData
 from binvit.lab.data.images import ImageSet
 
 GRADIENT = np.arange(0, 192, dtype=np.uint8).reshape(12, 16)
@@ -173,3 +174,21 @@ def test_what_is_cut_from_a_huge_picture_is_its_centre(monkeypatch):
     monkeypatch.setattr(images, "_LARGEST", 1)
     part = np.asarray(images.resize_and_cut(picture, (24, 24), 40), int)
     assert abs(whole - part).max() <= 3  # weights that start at a fraction of a pixel
+
+
+def test_a_large_image_is_opened_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.fromarray(GRADIENT).save(tmp_path / "large.png")  # 192 pixels; a filter of the tests makes warnings errors
+    assert open_image(tmp_path / "large.png").size == (16, 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match=r"large\.png cannot be decoded \(Image size \(192 pixels\) exceeds limit"):
+        open_image(tmp_path / "large.png")
+
+
+def test_images_beyond_the_memory_are_refused_before_they_are_decoded():
+    images = ImageSet([b"no image"] * 3000, [0] * 3000, "photos", image_size=2**20)
+    data = ImageData("photos", ["a"], images, images, 2**20)
+    with pytest.raises(
+        ValueError, match=r"^2000 images of 1048576 pixels a side, .* GiB of this machine; give a smaller"
+    ):
+        _ = data.mean

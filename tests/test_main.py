@@ -107,6 +107,10 @@ def test_schemes_lists_all_with_description_and_reference(capsys):
         ("train --dataset parquet:missing.parquet", "missing.parquet"),
         ("train --dataset folder:missing", "missing"),
         (
+            "train --image-size 100000",
+            "64 images of 100000 pixels a side, which are held at once, take at least 7152.6",
+        ),
+        (
             "train --image-size 31",
             "31 pixels cannot be divided into patches of equal size; give another side",
         ),
@@ -268,6 +272,21 @@ def test_predict_writes_tables_and_json_and_skips_what_is_no_image_with_a_word(c
     single = json.loads(run(capsys, "predict", model, places[7], "--json", "--top", 2)[1])[0]["classes"]
     assert [guess["class"] for guess in single] == [guess["class"] for guess in records[7]["classes"]]
     assert single[0]["probability"] == pytest.approx(records[7]["classes"][0]["probability"], abs=1e-5)
+
+
+def test_an_image_that_may_not_be_read_is_skipped_in_words(capsys, model, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    load = predict.open_image
+
+    def refuse(path):
+        if path.name == "b.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return load(path)
+
+    monkeypatch.setattr(predict, "open_image", refuse)
+    code, _, err = run(capsys, "predict", model, tmp_path)
+    assert (code, err) == (0, f"Skipped {tmp_path / 'b.png'}: Permission denied.\n")
 
 
 def test_predict_writes_one_form(capsys, model, tmp_path):

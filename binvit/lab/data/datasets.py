@@ -13,7 +13,7 @@ from typing import Literal, cast
 import numpy as np
 
 from binvit.config import show
-from binvit.lab.data.images import ImageSet
+from binvit.lab.data.images import ImageSet, check_image_memory
 from binvit.lab.data.label_noise import disturbed, noise_weights
 from binvit.lab.data.sources import SOURCES, read_source
 from binvit.lab.data.splits import TEST_SHARE, UNDIVIDED, Statistics, divided
@@ -69,6 +69,7 @@ class ImageData:
             pixels = self.train.pixels()
         else:
             chosen = np.unique(np.linspace(0, len(self.train) - 1, STATISTICS_IMAGES).astype(int))
+            check_image_memory(len(chosen), self.image_size)
             pixels = np.stack([np.asarray(self.train[i][0]) for i in chosen])
         # Counts of the 256 values give exact sums, without a float copy of all pixels.
         counts = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])

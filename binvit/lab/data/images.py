@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -13,6 +14,26 @@ from binvit.images import open_image, resize_square, stored_size
 
 # Decoded pixels of a whole set are kept only below this size; 512 MB hold CIFAR or 100x100 thumbnails of 17,000 images.
 CACHE_BYTES = 512 * 2**20
+
+
+def check_image_memory(count: int, side: int, item_bytes: int = 1) -> None:
+    """Refuse images that this machine's memory cannot hold decoded: the system would end the process without a word.
+
+    Args:
+        count: how many are held at once.
+        side: pixels of a side.
+        item_bytes: bytes of a channel's value.
+
+    Raises:
+        ValueError: they are more than the memory.
+    """
+    needed, memory = count * 3 * side**2 * item_bytes, psutil.virtual_memory().total
+    if needed > memory:
+        raise ValueError(
+            f"{count} images of {side} pixels a side, which are held at once, take at least {needed / 2**30:.1f} GiB, "
+            f"more than the {memory / 2**30:.1f} GiB of this machine; give a smaller side with --image-size (the "
+            "recipe's image_size)."
+        )
 
 
 class ImageSet(Dataset):

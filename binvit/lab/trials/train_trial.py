@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from binvit.lab.data.datasets import ImageData, load_data
+from binvit.lab.data.images import check_image_memory
 from binvit.lab.data.sources import expanded
 from binvit.lab.randomness import own_random_state
 from binvit.lab.training.checkpoint import load_checkpoint, save_checkpoint
@@ -184,6 +185,9 @@ def _training(
         noise=trial.noise,
         evaluate_on=trial.evaluate_on,
     )
+    step = recipe.batch_size // (recipe.accumulate * team.size)
+    check_image_memory(min(max(step, 1), len(data.train)), data.image_size, 4)
+    check_image_memory(min(recipe.eval_batch_size, max(len(data.train), len(data.evaluated))), data.image_size, 4)
     if not recipe.has_teacher:
         teacher = None
     else:
