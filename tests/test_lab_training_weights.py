@@ -54,6 +54,19 @@ def test_weights_fill_a_model_of_another_size_and_other_classes(weights):
     assert torch.equal(binary.blocks[0].ls1.gamma, torch.full((32,), 0.3).half().float())
 
 
+@pytest.mark.parametrize(
+    ("more", "has"), [({"reg_tokens": 4}, "1 of cls_token, 4 of reg_token"), ({}, "1 of cls_token")]
+)
+def test_weights_with_other_tokens_beside_the_patches_are_told_in_words(tmp_path, more, has):
+    torch.save(vit(**more).state_dict(), tmp_path / "vit.pth")
+    wanted = "2 of reg_token" if more else "1 of cls_token, 2 of reg_token"
+    model = vit(24, reg_tokens=2, class_token=not more, global_pool="avg" if more else "token")
+    with pytest.raises(
+        ValueError, match=rf"do not fit the model \(their tokens .* are {has}, the model's {wanted}\)\.$"
+    ):
+        load_weights(model, tmp_path / "vit.pth")
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
 def test_states_that_torch_has_saved(tmp_path, key):
     state = vit().state_dict()

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from binvit import files, lab
 from binvit.lab.training.recipe import Stage
 from binvit.lab.trials import pool, train_trial, trained
 from binvit.lab.trials.pool import TrialsFailed, run_trials
-from binvit.lab.trials.store import OutdatedResult, load_model, model_path, read_result, result_path
+from binvit.lab.trials.store import OutdatedResult, finished_result, load_model, model_path, read_result, result_path
 from binvit.lab.trials.trial import Trial, teacher_trial
 from binvit.threads import cores
 
@@ -180,6 +181,21 @@ def test_table_has_every_field_and_finished_trials_are_read(tmp_path):
     assert {"python", "torch", "timm", "binvit"} <= set(record["versions"])
     assert record["recipe"]["width"] == 16
     assert record["scheme"]["name"] == "elastic"
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence", "label"),
+    [
+        ("binvit result 3", "has the format 'binvit result 3', and this release reads 'binvit result 2'.", "foreign"),
+        ("weights 1", "is corrupt: its format is 'weights 1', expected 'binvit result 2'.", "corrupt"),
+    ],
+)
+def test_a_result_of_another_format_is_named_so_in_whole_sentences(tmp_path, form, sentence, label):
+    path = result_path(tiny(), tmp_path)
+    path.write_text(json.dumps({"format": form}))
+    with pytest.warns(UserWarning, match=re.escape(f"{path} {sentence} It is kept as {path.name}.{label}, and")):
+        assert finished_result(tiny(), tmp_path, False) is None
+    assert path.with_name(f"{path.name}.{label}").is_file()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"format": "binvit result", "id": "x", "trial": {}}', None])

@@ -23,6 +23,7 @@ from binvit.lab.data.sources import expanded
 from binvit.nn.official_gsb import read_saved, require_plain
 
 _HEADS = ("head", "head_dist")
+_TOKENS = ("cls_token", "dist_token", "reg_token")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _REACH_SECONDS = 5
 _CLIENTS = ("httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
@@ -91,7 +92,8 @@ def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str 
     try:
         state = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
     except Exception as error:  # tensors of any name and shape come in, and timm asserts, indexes and reshapes
-        raise ValueError(f"The weights {path} do not fit the model ({_first_line(error)}).") from None
+        why = _other_tokens(state, model.state_dict()) or _first_line(error)
+        raise ValueError(f"The weights {path} do not fit the model ({why}).") from None
     wanted = model.state_dict()
     for name in [name for name in state if name.split(".")[0] in _HEADS]:
         if name not in wanted or state[name].shape != wanted[name].shape:
@@ -104,6 +106,18 @@ def load_weights(model: VisionTransformer, path: str | Path, expected_hash: str 
             shapes = f"{tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
             raise ValueError(f"The weights {path} are another model's: {name!r} has the shape {shapes}.")
     model.load_state_dict(wanted | state)
+
+
+def _other_tokens(given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """Say which tokens beside the patches differ, and so the positions; "" if none do."""
+    found, needed = (
+        {name: state[name].shape[-2] for name in _TOKENS if name in state and state[name].ndim > 1}
+        for state in (given, wanted)
+    )
+    if found == needed:
+        return ""
+    texts = (", ".join(f"{n} of {name}" for name, n in tokens.items()) or "none" for tokens in (found, needed))
+    return "their tokens beside the patches are {}, the model's {}".format(*texts)
 
 
 def create_pretrained(name: str, **options: Any) -> torch.nn.Module:

@@ -338,7 +338,7 @@ def _result(values: dict[str, Any], path: Path) -> TrialResult:
     try:
         history = values.get("history")
         if not isinstance(history, dict) or not history:
-            raise ValueError("its history must have columns of one length")
+            raise ValueError("its history must have columns of one length.")
         return TrialResult.from_dict(values | {"history": in_records(history)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"The trial {values['id']} of {path} is damaged: {error}") from None

@@ -75,8 +75,9 @@ def finished_result(trial: Trial, results_dir: str | Path, keep_model: bool) -> 
         return None
     except ValueError as error:
         outdated = isinstance(error, OutdatedResult)
+        label = "outdated" if outdated else "foreign" if isinstance(error, ForeignResult) else "corrupt"
         try:
-            kept = set_aside(result_path(trial, results_dir), "outdated" if outdated else "corrupt")
+            kept = set_aside(result_path(trial, results_dir), label)
         except FileNotFoundError:  # another process was faster
             return None
         if outdated and model_path(trial, results_dir).exists():  # a model says nothing of a damaged result
@@ -153,7 +154,7 @@ def in_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = {name: column for name, column in history.items() if name != "epochs"}
     count = history.get("epochs", max((len(c) for c in columns.values() if isinstance(c, list)), default=0))
     if not isinstance(count, int) or not 0 < count <= _MOST_EPOCHS:
-        raise ValueError(f"it has {show(count)} epochs")
+        raise ValueError(f"it has {show(count)} epochs.")
     columns.setdefault("epoch", list(range(1, count + 1)))
     for name, column in columns.items():
         if isinstance(column, Mapping):
@@ -161,7 +162,7 @@ def in_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
         elif not isinstance(column, list):
             columns[name] = [column] * count
         if len(columns[name]) != count:
-            raise ValueError("its history must have columns of one length")
+            raise ValueError("its history must have columns of one length.")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -253,18 +254,22 @@ def read_result_file(path: Path) -> TrialResult:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt.
+        ValueError: the file is corrupt, or of another release.
     """
     require_regular(path, "result file")
     try:
         values = read_json(path.read_bytes(), "it")
-        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
-            raise ValueError("it has another format")
+        form = values.pop("format", None) if isinstance(values, dict) else None
+        if form != _FORMAT and re.fullmatch(r"binvit result \d{1,9}", str(form)):
+            raise ForeignResult(f"The result file {path} has the format {form!r}, and this release reads {_FORMAT!r}.")
+        if form != _FORMAT:
+            raise ValueError(f"its format is {show(form)}, expected {_FORMAT!r}.")
         result = TrialResult.from_dict(values)
         if result.id != path.stem:
-            raise ValueError("it belongs to another trial")
+            raise ValueError("it belongs to another trial.")
     except ValueError as error:
-        raise ValueError(f"The result file {path} is corrupt: {error}") from None
+        foreign = isinstance(error, ForeignResult)
+        raise (error if foreign else ValueError(f"The result file {path} is corrupt: {error}")) from None
     return result
 
 
@@ -289,6 +294,10 @@ def read_results(results_dir: str | Path) -> tuple[list[TrialResult], list[str]]
             except ValueError as error:
                 damaged.append(str(error))
     return found, damaged
+
+
+class ForeignResult(ValueError):
+    """A result file is of another release."""
 
 
 class OutdatedResult(ValueError):
