@@ -54,10 +54,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
             byte.
         OSError: if it cannot be written; the error names the path.
     """
-    path = plain_path(path)
-    target = Path(os.path.realpath(path))
-    if target.is_symlink() or (target.exists() and not target.is_file()):
-        raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")
+    path, target = plain_path(path), _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     try:
@@ -75,6 +72,28 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
     return path
+
+
+def _target(path: str | Path) -> Path:
+    target = Path(os.path.realpath(plain_path(path)))
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise ValueError(f"Expected a plain file to write to, but {path} is a folder, a device, a pipe or a link loop.")
+    return target
+
+
+def require_writable(path: str | Path) -> Path:
+    """Return a path that `atomic_write` can write to, as far as it can be told before long work and without a change.
+
+    Raises:
+        ValueError: as `atomic_write` does.
+        OSError: the folder may not be written in, or cannot be made; the error names the path.
+    """
+    folder = next(place for place in _target(path).parents if place.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return Path(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,15 @@ import time
 
 import pytest
 
-from binvit.files import atomic_write, is_of_system, is_shortage, made_folders, remove_leftovers, temporary_folder
+from binvit.files import (
+    atomic_write,
+    is_of_system,
+    is_shortage,
+    made_folders,
+    remove_leftovers,
+    require_writable,
+    temporary_folder,
+)
 
 
 def test_errors_of_the_system_are_told_from_those_of_a_file_s_content():
@@ -185,3 +193,18 @@ def test_folders_made_for_what_fails_are_removed_unless_they_were_there_or_hold_
     with made_folders(tmp_path / "x" / "y"):
         pass
     assert (tmp_path / "x" / "y").is_dir()
+
+
+def test_what_cannot_be_written_is_known_before_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    assert require_writable(tmp_path / "file") == tmp_path / "file"
+    assert require_writable(str(tmp_path / "new" / "folder" / "file")) == tmp_path / "new" / "folder" / "file"
+    with pytest.raises(ValueError, match="Expected a plain file to write to"):
+        require_writable(tmp_path)
+    with pytest.raises(NotADirectoryError, match="file/below"):
+        require_writable(tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="new/folder/file"):
+        require_writable(tmp_path / "new" / "folder" / "file")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"

@@ -22,6 +22,7 @@ from PIL import Image
 import binvit
 from binvit.__main__ import main
 from binvit.lab import predict
+from binvit.lab.notebooks import published
 from binvit.lab.training.loop import TrainingDiverged
 from binvit.lab.trials import train_trial
 from binvit.packed import PackedViT
@@ -162,6 +163,32 @@ def test_wrong_input_is_refused_with_one_sentence_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(capsys, *arguments.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        ("plan 04 --out .", "binvit.lab.notebooks.plan.plan"),
+        ("tune --rates .", "binvit.lab.trials.tune.tune"),
+        ("pack nowhere --out .", "binvit.lab.predict.pack_checkpoint"),
+        ("export nowhere .", "binvit.lab.predict.open_packed"),
+        ("data pets --out .", "binvit.lab.data.write.write_parquet"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_told_before_the_work(capsys, tmp_path, monkeypatch, arguments, work):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it works"))
+    assert refused(capsys, *arguments.split()).startswith("Expected a plain file to write to, but . is a folder")
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "does not exist"), (b"# A", "no lines"), (b"\xff", "UTF-8")])
+def test_a_readme_without_a_place_for_results_is_told_before_anything_is_drawn(tmp_path, content, sentence):
+    (tmp_path / "data.csv").write_text("name,fingerprint,classes,train,val,test,command\n")
+    if content is not None:
+        (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+        published.redraw_all([], tmp_path, tmp_path / "out", tmp_path / "README.md")
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_keeps_a_model_and_reads_it_back(capsys, model):

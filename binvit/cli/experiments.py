@@ -123,10 +123,13 @@ def plan(
     NN is the number of a notebook, such as 04; none means all. Where an official data set is not there, its published
     number of images is counted, and no plan can be written.
     """
+    from binvit.files import require_writable
     from binvit.lab import project
     from binvit.lab.notebooks import grid
     from binvit.lab.notebooks import plan as plan_
 
+    if out is not None:
+        require_writable(out)
     values: dict[str, Any] = {}
     for file in files:
         values |= plan_.read_values(file)
@@ -179,6 +182,7 @@ def tune(
     those tried, the next one by a factor of two is tried as well.
     """
     import binvit
+    from binvit.files import require_writable
     from binvit.lab.training.devices import keep_freed_memory
     from binvit.lab.training.rates import RATES, read_rates, write_rates
     from binvit.lab.training.recipes import parse_options
@@ -186,6 +190,7 @@ def tune(
     from binvit.lab.trials.tune import tuning_table
 
     keep_freed_memory()
+    require_writable(rates or RATES)
     read_rates(rates or RATES)  # a file that cannot be added to is told before the trainings, not after
     names = schemes or tuple(binvit.list_schemes())
     progress = sys.stderr.isatty()
@@ -265,9 +270,11 @@ def data(name: str, out: Path, size: int | None, per_class: int | None, seed: in
 
     NAME is cifar10, cifar100, fashion_mnist, flowers102 or pets.
     """
+    from binvit.files import require_writable
     from binvit.lab.data.fingerprint import fingerprint
     from binvit.lab.data.write import write_parquet
 
+    require_writable(out)
     source = write_parquet(name, out, root, size, per_class, seed)
     counts = ", ".join(f"{len(images)} {split}" for split, images in source.splits.items())
     click.echo(f"{out} holds {counts} images of {len(source.classes)} classes; its fingerprint is "

@@ -119,11 +119,13 @@ def pack(model: Path, out: Path | None, exact: bool, float16: bool, licence: str
 
     MODEL is a file that binvit train has written.
     """
+    from binvit.files import require_writable
     from binvit.lab.predict import pack_checkpoint
 
     out = out or model.with_suffix(f".packed{model.suffix}")
     if out.resolve() == model.resolve():
         raise ValueError(f"The packed file would replace the model {model}; choose another --out.")
+    require_writable(out)
     click.echo(repr(pack_checkpoint(model, out, exact, float16, licence)))
     share = out.stat().st_size / model.stat().st_size
     click.echo(f"The packed model is {out}, {share:.1%} of the trained model's file.")
@@ -175,11 +177,13 @@ def export(model: Path, out: Path) -> None:
     MODEL is a file that binvit train or binvit pack has written, or a name that binvit models prints. Its bits are
     floats in ONNX, which has no products of bits: the answers are the same, size and speed those of a float model.
     """
+    from binvit.files import require_writable
     from binvit.lab.predict import open_packed
     from binvit.packed import export_onnx
 
     if out.resolve() == model.resolve():
         raise ValueError(f"The exported file would replace the model {model}; choose another name.")
+    require_writable(out)
     export_onnx(open_packed(model), out)
     click.echo(f"The exported model is {out}, {out.stat().st_size / 1e6:.2f} MB.")
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from binvit.files import atomic_write
+from binvit.files import atomic_write, require_writable
+from binvit.images import require_regular
 from binvit.lab.analysis.claims import Claim
 
 BEGIN, END = "<!-- results: written by make figures -->", "<!-- end of results -->"
@@ -145,11 +146,30 @@ def write_results(readme: Path, table: str) -> None:
         table: the result of `results_table`.
 
     Raises:
-        ValueError: the file has no such markers.
+        FileNotFoundError, ValueError, OSError: as `around_results` does.
     """
-    text = readme.read_text(encoding="utf-8")
+    before, after = around_results(readme)
+    atomic_write(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def around_results(readme: Path) -> tuple[str, str]:
+    """Return what stands before and after the table of results in a file that can be written.
+
+    Args:
+        readme: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text in UTF-8, or has no such markers.
+        OSError: it cannot be written.
+    """
+    require_writable(require_regular(readme, "file of the results"))
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{readme} is no text in UTF-8 ({error}).") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} has no lines {BEGIN!r} and {END!r} to write the results between.")
-    atomic_write(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
+    return before, after

@@ -16,7 +16,7 @@ import pandas as pd
 from binvit.files import atomic_write
 from binvit.lab.experiments import efficiency
 from binvit.lab.experiments.design.plan import archive_dir
-from binvit.lab.notebooks.first_page import results_table, write_results
+from binvit.lab.notebooks.first_page import around_results, results_table, write_results
 from binvit.lab.notebooks.grid import notebook_runs
 from binvit.lab.notebooks.plan import Job, checked_values
 from binvit.lab.notebooks.report import RETRAINED
@@ -144,9 +144,11 @@ def redraw_all(jobs: Sequence[Job], archive: Path, out: Path, readme: Path) -> d
         Number of a notebook -> the names that its cells have left.
 
     Raises:
-        FileNotFoundError: there is no such archive.
+        FileNotFoundError: there is no such archive or file.
+        ValueError: the file has no place for the table.
     """
     read_data(archive)
+    around_results(readme)  # before minutes of drawing
     found: dict[str, Any] = {}
     for job, _, _ in reading(jobs):
         values = dict(job.values, archive=str(archive.absolute()))
