@@ -23,6 +23,7 @@ from binvit.lab.notebooks import first_page, grid, published
 from binvit.lab.notebooks.plan import checked_values
 from binvit.lab.notebooks.plan import plan as plan_notebooks
 from binvit.lab.training.rates import tuned_rate
+from binvit.lab.trials.archive import add
 from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.lab.trials.trial import Trial
 
@@ -113,6 +114,7 @@ def test_figures_and_tables_of_an_archive_are_the_same_byte_for_byte(archive, dr
 
 
 def test_an_empty_archive_says_so_everywhere(tmp_path):
+    add([], tmp_path)
     shutil.copy(ROOT / "paper_figures" / "reference.csv", tmp_path)
     found, _ = redraw_all(tmp_path, tmp_path / "out")
     rows = found["README.md"].decode().split("|---|\n")[1].split(first_page.END)[0].splitlines()
@@ -170,6 +172,7 @@ def module_runs(job):
 def test_baselines_are_archived_by_their_images(tmp_path):
     (job,) = archive_maker.jobs(tmp_path, ["06"], samples_per_class=[2, 5], seeds=[0, 1])
     p = checked_values(job)
+    add([], tmp_path)
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 0  # there is nothing that it would stand beside
     archive_maker.fill(tmp_path, [job], lambda run: run.condition == "float")
     assert limited_samples.take_measurements(p, tmp_path, tmp_path) == 4
