@@ -2,6 +2,7 @@ import contextlib
 import random
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +97,23 @@ def test_workers_make_the_same_batches():
     alone, together = Batches(*arguments), Batches(*arguments, workers=2)
     for epoch in (0, 1, 7, 1):
         assert equal(list(alone.epoch(epoch)), list(together.epoch(epoch)))
+
+
+def test_workers_end_at_once():
+    """Collected late, a loader of torch waits five seconds for each of its workers."""
+    arguments = (images(), train_transform(*SIZES, **AUGMENTED), 4, True, 5)
+    others = set(psutil.Process().children())
+    ends = [Batches.close, lambda batches: None]
+    for end in ends:
+        batches = Batches(*arguments, workers=2)
+        first = next(batches.epoch(0))
+        mine = set(psutil.Process().children()) - others
+        assert len(mine) >= 2
+        end(batches)
+        if end is ends[0]:
+            assert equal([next(batches.epoch(0))], [first])
+        del batches
+        assert not psutil.wait_procs(mine, timeout=2)[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

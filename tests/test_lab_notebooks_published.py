@@ -285,8 +285,8 @@ def test_published_trials_train_at_rates_that_validation_images_chose():
     taken = [trial for trial in trials if trial.evaluate_on == "test" and "lr" not in trial.recipe_options]
     assert taken
     for trial in taken:
-        bias = trial.get_scheme().attention_bias
-        assert tuned_rate(trial.dataset, trial.recipe, trial.scheme, bias) == trial.get_recipe().lr, trial.describe()
+        asked = trial.scheme, trial.get_scheme().attention_bias, trial.recipe_options.get("width")
+        assert tuned_rate(trial.dataset, trial.recipe, *asked) == trial.get_recipe().lr, trial.describe()
 
 
 def drawn_with() -> str:

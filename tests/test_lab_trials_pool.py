@@ -24,6 +24,7 @@ import binvit
 from binvit import files, lab
 from binvit.lab.training.recipe import Stage
 from binvit.lab.trials import pool, train_trial, trained
+from binvit.lab.trials.archive import add
 from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.store import OutdatedResult, finished_result, load_model, model_path, read_result, result_path
 from binvit.lab.trials.trial import Trial, teacher_trial
@@ -343,14 +344,14 @@ def started(trials, results_dir, **options):
 
 
 def test_a_killed_child_takes_only_its_trial_with_it(tmp_path):
-    long = [tiny("gsb", seed, epochs=40, checkpoint_minutes=0.0, eval_every=40) for seed in (0, 1)]
+    long = [tiny("gsb", seed, epochs=80, checkpoint_minutes=0.0, eval_every=80) for seed in (0, 1)]
     parent, (first, second) = started(long, tmp_path)
     victim = next(trial for trial in long if any(trial.id in file.path for file in first.open_files()))
     first.kill()
     message = parent.communicate(timeout=120)[1]
     assert f"1 of 2 trials failed: {victim.describe()}: its process was killed or crashed (SIGKILL" in message
     (survivor,) = set(long) - {victim}
-    assert len(read_result(survivor, tmp_path).history) == 40
+    assert len(read_result(survivor, tmp_path).history) == 80
     assert not result_path(victim, tmp_path).exists()
     assert not psutil.wait_procs([second], timeout=20)[1]
 
@@ -518,6 +519,8 @@ def test_damaged_images_fail_alone(tmp_path, archived):
     (tmp_path / "damaged.parquet").write_bytes(b"damaged")
     damaged = Trial("parquet:damaged.parquet", "float", root=tmp_path, recipe_options=TINY)
     archive = tmp_path / "archive" if archived else None
+    if archive:
+        add([], archive)
     with pytest.raises(TrialsFailed, match=r"^1 of 2 trials failed: parquet:damaged\.parquet.*: ") as caught:
         run_trials([damaged, tiny(epochs=1)], tmp_path / "results", progress=False, archive=archive)
     assert caught.value.wrong_input

@@ -41,7 +41,7 @@ def test_other_files_are_refused(tmp_path, text):
 def test_a_file_that_cannot_hold_rates_is_told_before_the_search(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_accuracies", lambda *_: pytest.fail("it trains"))
     (tmp_path / "bytes").write_bytes(b"\xff- a")
-    for place, why in ((tmp_path, "is no regular file"), (tmp_path / "bytes", "is damaged: it is no text in UTF-8")):
+    for place, why in ((tmp_path, "is a folder"), (tmp_path / "bytes", "is damaged: it is no text in UTF-8")):
         result = CliRunner().invoke(cli, ["tune", "--scheme", "gsb", "--rates", str(place)])
         assert isinstance(result.exception, ValueError)
         assert f"{place} {why}" in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import cast
 
@@ -55,14 +56,14 @@ class Batches:
         self._whole = _takes_pixels(dataset, transform)
         if self._whole or (dataset.stored_size is not None and dataset.stored_size == dataset.image_size):
             self._keep_pixels()
-        self._epoch, self._steps = 0, range(len(self))
+        self._keys = _Keys()
         self._loader = None
         if workers and not self._whole:
             # Its own generator: drawing the workers' base seed must not move the training loop's random numbers.
             self._loader = DataLoader(
-                _Steps(self),
+                _Steps(copy.copy(self)),  # not itself: what refers to itself ends late, and its workers later still
                 batch_size=None,
-                sampler=_EpochSteps(self),
+                sampler=self._keys,
                 num_workers=workers,
                 persistent_workers=True,
                 generator=torch.Generator(),
@@ -71,6 +72,10 @@ class Batches:
     def __getstate__(self) -> dict[str, object]:
         """Leave out the workers' loader: workers that are not forked receive a copy of everything else."""
         return {**self.__dict__, "_loader": None}
+
+    def close(self) -> None:
+        """End the workers; what is asked for later is made without them."""
+        self._loader = None
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -102,7 +107,7 @@ class Batches:
             for step in steps:
                 yield self.batch(epoch, step, order)
             return
-        self._epoch, self._steps = epoch, steps
+        self._keys.epoch, self._keys.steps = epoch, steps
         for batch in self._loader:
             if isinstance(batch, Exception):
                 raise batch
@@ -148,14 +153,14 @@ class _Steps(Dataset):
             return error  # raised in the worker, its sentence would come back wrapped in a traceback
 
 
-class _EpochSteps:
+class _Keys:
     """The keys of one epoch's batches."""
 
-    def __init__(self, batches: Batches):
-        self.batches = batches
+    def __init__(self) -> None:
+        self.epoch, self.steps = 0, range(0)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.batches._epoch, step) for step in self.batches._steps])
+        return iter([(self.epoch, step) for step in self.steps])
 
     def __len__(self) -> int:
-        return len(self.batches._steps)
+        return len(self.steps)

@@ -219,8 +219,9 @@ def dots(
             mask = (trials[label] == row[label]) & ((trials[group] == row[group]) if group else True)
             seeds = trials.loc[mask, value]
             for shown, marker, size in ((seeds[seeds >= edge], "o", 2.6), (seeds[seeds < edge], "<", 4)):
-                places = factor * shown.clip(lower=edge), [y + 0.3] * len(shown)
-                ax.plot(*places, marker, color=color, alpha=0.45, ms=size, mew=0)
+                if len(shown):
+                    places = factor * shown.clip(lower=edge), [y + 0.3] * len(shown)
+                    ax.plot(*places, marker, color=color, alpha=0.45, ms=size, mew=0)
         if row["n"] >= FEWEST and row["high"] > edge:
             ax.plot([factor * max(row["low"], edge), factor * row["high"]], [y, y], color=color, lw=1.5)
         marker = "<" if row["mean"] < edge else "o"

@@ -142,7 +142,9 @@ class Training:
         return classify(self.classifier or on_bits(self.model), self.train_images, self.team)
 
     def finish(self) -> None:
-        """Remove the state, once the result is safe."""
+        """End the workers of the images, and remove the state, once the result is safe."""
+        for batches in (self.batches, self.train_images, self.test_images):
+            batches.close()
         if self.resume is not None and self.team.leads:
             self.resume.unlink(missing_ok=True)
 
