@@ -113,7 +113,7 @@ def _is_record(record: Any, trial: Trial) -> bool:
     return isinstance(record, dict) and record.get("id") == trial.id
 
 
-_MOST_EPOCHS = 10**6  # of a history that is read; more are damage
+_MOST_EPOCHS = 10**5  # of a history that is read; more are damage, and take memory
 _FORMAT = "binvit result 2"  # 1 did not say which images a result belongs to
 
 
