@@ -47,6 +47,15 @@ def test_a_file_that_cannot_hold_rates_is_told_before_the_search(tmp_path, monke
         assert f"{place} {why}" in str(result.exception)
 
 
+def test_a_rate_of_another_recipe_does_not_pass_for_the_recipes_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_accuracies", lambda *_: pytest.fail("it trains"))
+    options = ["tune", "--scheme", "gsb", "--set", "width=32", "--set", "epochs=3", "--rates", str(tmp_path / "r.yaml")]
+    error = CliRunner().invoke(cli, options).exception
+    assert isinstance(error, ValueError)
+    assert str(error).startswith("A rate is kept by recipe and width; a search with another epochs")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trial_takes_the_chosen_rate_unless_it_names_one(monkeypatch):
     monkeypatch.setattr(rates, "_shipped", dict)
     plain = Trial("digits", "gsb", scheme_options={"attention_bias": "none"})

@@ -154,7 +154,7 @@ def plan(
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=[0, 1], show_default=True,
               help="Trainings per rate; may be repeated.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
-              help="A field of the recipe; a width makes the rate one of that width. May be repeated.")  # fmt: skip
+              help="The width of the models, whose rate it then is, or their heads; may be repeated.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Trainings side by side.")
 @click.option("--device", metavar="[cpu|cuda|mps|cuda:N]", help="Where to train.  [default: a GPU if there is one]")
 @click.option("--root", type=FOLDER, help="Folder of the data set's files.")
@@ -190,6 +190,9 @@ def tune(
     from binvit.lab.trials.tune import tuning_table
 
     keep_freed_memory()
+    options = parse_options(settings)
+    if other := [name for name in options if name not in ("width", "heads")]:  # it would pass for the recipe's own rate
+        raise ValueError(f"A rate is kept by recipe and width; a search with another {other[0]} is one of lab.tune().")
     require_writable(rates or RATES)
     read_rates(rates or RATES)  # a file that cannot be added to is told before the trainings, not after
     names = schemes or tuple(binvit.list_schemes())
@@ -198,7 +201,7 @@ def tune(
         "samples_per_class": samples_per_class,
         "grid": grid,
         "seeds": seeds,
-        "recipe_options": parse_options(settings),
+        "recipe_options": options,
         "root": root,
         "results_dir": out,
         "jobs": jobs,
