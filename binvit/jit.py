@@ -247,7 +247,9 @@ class _Watch(event.Listener):
 
 
 def _is_ours(event: event.Event) -> bool:
-    return event.data["dispatcher"].py_func.__module__.startswith("binvit.")
+    # Other programs compile, too, also functions of no module (made by exec) and by dispatchers of other targets.
+    function = getattr(event.data["dispatcher"], "py_func", None)
+    return str(getattr(function, "__module__", None)).startswith("binvit.")
 
 
 if JIT:
