@@ -56,23 +56,27 @@ _PATIENCE = 1.0  # seconds of compiling before a word is said
 _COMPILING = "compiling", "binvit is compiling its kernels for this machine, which takes some seconds."
 
 
-def kernel(function: Callable | None = None, *, parallel: bool = False, reorder: bool = False) -> Callable:
+def kernel(
+    function: Callable | None = None, *, parallel: bool = False, reorder: bool = False, allocates: bool = True
+) -> Callable:
     """Compile a function with the options that all kernels share.
 
     Args:
         function: the kernel; numba compiles it at the first call and keeps the result on disk.
         parallel: whether its ``numba.prange`` loops run on several threads; such a kernel is called from Python only.
         reorder: whether floating-point sums may be reordered.
+        allocates: whether the kernel makes arrays. If not, it counts no references to those that it is given and their
+            views, one atomic step for each, on which threads that share an array would wait for each other.
 
     Returns:
         The compiled kernel, which other kernels may call; without JIT the function itself.
     """
     if function is None:
-        return lambda f: kernel(f, parallel=parallel, reorder=reorder)
+        return lambda f: kernel(f, parallel=parallel, reorder=reorder, allocates=allocates)
     if not JIT:
         return function
     fast = _REORDERED_SUMS if reorder else False
-    return _Kernel(function, nogil=True, error_model="numpy", parallel=parallel, fastmath=fast)
+    return _Kernel(function, nogil=True, error_model="numpy", parallel=parallel, fastmath=fast, _nrt=allocates)
 
 
 class _Kernel:

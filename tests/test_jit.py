@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 
 from binvit import jit
+from binvit.packed.fast.forward import share_image
 
 pytestmark = pytest.mark.skipif(not jit.JIT, reason="nothing is compiled")
 
@@ -158,6 +161,32 @@ def test_a_second_of_compiling_is_said_once_and_not_in_notebooks(package):
     for quiet, environment in (("import sys; sys.modules['ipykernel'] = sys\n", {}), ("", {"BINVIT_QUIET": "1"})):
         shutil.rmtree(package / "cache")
         assert run(package, quiet + impatient, **environment) == ("50 26.0\n", "")
+
+
+def test_functions_of_other_programs_compile_beside_kernels():
+    """A function made by exec has no module, a dispatcher of another target may have no Python function."""
+    space = {}
+    exec("def foreign(x):\n    return x + 1", space)
+    foreign = numba.njit(space["foreign"])
+    assert foreign.py_func.__module__ in (None, "builtins")
+    assert foreign(2) == 3
+    for dispatcher in (None, object(), foreign):
+        event = numba.core.event.Event("numba:compile", numba.core.event.EventStatus.START, {"dispatcher": dispatcher})
+        assert not jit._is_ours(event)
+
+
+def test_a_kernel_that_makes_no_arrays_counts_no_references():
+    @jit.kernel
+    def counting(x, i):
+        row = x[i]
+        return row[0] + row[1]
+
+    silent = jit.kernel(counting.__wrapped__, allocates=False)
+    x = np.arange(6.0).reshape(3, 2)
+    assert counting(x, 1) == silent(x, 1) == 5
+    assert not share_image._entry.targetoptions["_nrt"]  # a twentieth of a prediction's time, a tenth on two threads
+    with pytest.raises(numba.core.errors.NumbaError, match="NRT"):
+        jit.kernel(lambda n: np.empty(n), allocates=False)(3)
 
 
 def test_all_rooms_with_kernels_count_for_the_stamp():

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from nn_helpers import images, tiny_vit
+from torch.overrides import _get_current_function_mode_stack
 
 import binvit
 from binvit.nn import products
-from binvit.nn.precision import full_precision
+from binvit.nn.precision import full_precision, on_cpu
 from binvit.nn.rules import Sign
 
 
@@ -25,6 +26,17 @@ def test_every_scheme_trains_under_autocast(name, kind):
     (model(x).square().sum()).backward()
     with torch.autocast("cpu", dtype=kind):
         model(x).float().sum().backward()  # a backward pass inside the context, too
+
+
+def test_a_device_context_surrounds_packed_models_only_where_the_caller_has_another_device():
+    """Such a context leads every call of torch through Python, a twentieth of a prediction's time."""
+    with on_cpu():
+        assert not _get_current_function_mode_stack()
+        assert torch.empty(1).device.type == "cpu"
+    with torch.device("meta"), on_cpu():
+        assert torch.empty(1).device.type == "cpu"
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
 
 
 def test_products_of_signs_stay_exact_integers_under_autocast():

@@ -89,7 +89,7 @@ def pad_outputs(x: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> np.nd
     return padded
 
 
-@kernel
+@kernel(allocates=False)
 def words_to_panels(words, panels, start, stop):
     """Rearrange the words of tokens into panels of tokens, for products whose columns are the tokens.
 
@@ -208,7 +208,7 @@ def _tile_to_floats(
     return signature, codegen
 
 
-@kernel
+@kernel(allocates=False)
 def linear_to_bits(words, panels, length, lower, span, flip, out, start, stop):
     """Multiply signs by signs and keep one bit of each sum: whether it lies in its channel's interval.
 

@@ -148,7 +148,7 @@ def _copy_runs(typing_context, source, start, stride, target, row, column, lengt
     return signature, codegen
 
 
-@kernel
+@kernel(allocates=False)
 def relative_rows(runs, prefix_rows, prefix_keys, width, tokens, rows, start, stop):
     """Expand a relative bias for some queries of one head.
 

@@ -109,7 +109,7 @@ def make_workspace(
     )
 
 
-@kernel
+@kernel(allocates=False)
 def compute_values(workspace, slot, weights, first_row, panels, tokens, length, scale, bias, shift):
     """Compute one head's value, transposed, into `workspace.values`.
 
@@ -134,7 +134,7 @@ def compute_values(workspace, slot, weights, first_row, panels, tokens, length, 
     return extrema(values, tokens)
 
 
-@kernel
+@kernel(allocates=False)
 def pack_values(workspace, slot, tokens, lower, upper):
     """Pack the groups of one head's value: elements below `lower` or above `upper`, and their signs.
 
@@ -157,7 +157,7 @@ def pack_values(workspace, slot, tokens, lower, upper):
     )
 
 
-@kernel
+@kernel(allocates=False)
 def multiply(workspace, slot, tokens, coefficients, shift, words, first_word, floats, column):
     """Multiply one head's map with its value and pack the signs of the shifted output.
 

@@ -93,7 +93,7 @@ _count_four_panels = _make_count_rows(4)
 _count_one_panel = _make_count_rows(1)
 
 
-@kernel
+@kernel(allocates=False)
 def prepare_keys(words, first, width, keys):
     """Rearrange the packed keys of one head so that 64 tokens lie side by side.
 
@@ -181,7 +181,7 @@ def _count_columns(planes, groups, steps, sizes, start, stop):
                 sizes[g, query] = scratch[0, query % PANEL]
 
 
-@kernel
+@kernel(allocates=False)
 def planes_below(counts, bounds, planes, sizes, start, stop):
     """Pack the groups of a map without a bias: the bits 1[p < bound].
 
@@ -201,7 +201,7 @@ def planes_below(counts, bounds, planes, sizes, start, stop):
     _count_columns(planes, bounds.shape[0], steps, sizes, start, stop)
 
 
-@kernel
+@kernel(allocates=False)
 def planes_above(attention, cuts, planes, sizes, start, stop):
     """Pack the groups of a map of floats: the bits 1[A > cut].
 

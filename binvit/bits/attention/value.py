@@ -80,7 +80,7 @@ def linear_transposed(weights, first, width, panels, tokens, length, scale, bias
                 affine(counts, r, scale[n], bias[n], shift[n], values, channel + r, panel * PANEL)
 
 
-@kernel
+@kernel(allocates=False)
 def extrema(values, tokens):
     """Find the least and the largest value of a head.
 

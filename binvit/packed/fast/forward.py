@@ -25,7 +25,7 @@ _LINE = 8  # counters of a cache line, which threads on different cores should n
 _PARTS = 4  # of a step for each thread
 
 
-@kernel
+@kernel(allocates=False)
 def _enter(s, block, x, c, task, start, stop):
     # Residual stream -> bits of query and key, and the tokens' bits side by side for the value.
     norm = s.norms[block, 0]
@@ -44,7 +44,7 @@ def _enter(s, block, x, c, task, start, stop):
     words_to_panels(c.words[task], c.token_panels[task], start, stop)
 
 
-@kernel
+@kernel(allocates=False)
 def _leave(s, block, x, c, task, start, stop):
     # Bits of the heads -> projection -> residual stream -> MLP -> residual stream.
     out = c.floats[task] if s.post else x
@@ -96,7 +96,7 @@ def _leave(s, block, x, c, task, start, stop):
         _add_post(out, s.posts[block, 1], x, start, stop)
 
 
-@kernel
+@kernel(allocates=False)
 def _add_post(y, post, x, start, stop):
     for i in range(start, stop):
         for n in range(x.shape[1]):
@@ -104,7 +104,7 @@ def _add_post(y, post, x, start, stop):
             x[i, n] += ((moved if moved >= 0 else post[1, n] * moved) + post[2, n]) * post[3, n]
 
 
-@kernel
+@kernel(allocates=False)
 def _score(s, biases, block, head, c, heads, task, slot):
     # Value, popcounts, softmax sums and maxima of one head.
     tokens, width = c.words.shape[1], s.width
@@ -131,7 +131,7 @@ def _score(s, biases, block, head, c, heads, task, slot):
     c.tops[slot, 0], c.tops[slot, 1], c.tops[slot, 2] = top, least, most
 
 
-@kernel
+@kernel(allocates=False)
 def _fill_map(s, biases, block, head, heads, slot, tokens):
     # Exponentials and their sums; with a bias the map itself. Returns the largest entry.
     counts, smallest, sums, map_ = heads.counts[slot], heads.smallest[slot], heads.sums[slot], heads.attention[slot]
@@ -155,7 +155,7 @@ def _fill_map(s, biases, block, head, heads, slot, tokens):
     return top
 
 
-@kernel
+@kernel(allocates=False)
 def _pack_map(s, block, head, heads, slot, tokens, peak):
     # The groups of the map: entries above a threshold for each row and group.
     maxima, cuts, bounds = heads.largest[slot], heads.cuts[slot], heads.bounds[slot]
@@ -173,7 +173,7 @@ def _pack_map(s, block, head, heads, slot, tokens, peak):
     planes_below(heads.counts[slot], bounds, heads.planes[slot], heads.sizes[slot], 0, tokens)
 
 
-@kernel
+@kernel(allocates=False)
 def _bend(values, post, shift, first, tokens):
     # RPReLU, then the shift; returns the new extrema.
     least, most = np.float32(np.inf), np.float32(-np.inf)
@@ -186,7 +186,7 @@ def _bend(values, post, shift, first, tokens):
     return least, most
 
 
-@kernel
+@kernel(allocates=False)
 def _set_cuts(cuts, offset, share, inclusive, maxima):
     for t in range(cuts.shape[0]):
         cuts[t] = offset + share * maxima[t]
@@ -195,28 +195,28 @@ def _set_cuts(cuts, offset, share, inclusive, maxima):
             cuts[t] = np.nextafter(cuts[t], np.float32(-np.inf))
 
 
-@kernel
+@kernel(allocates=False)
 def _attend(s, block, head, c, heads, task, slot, tops):
     # Groups of map and value of one head, their products, and the head's share of the projection's input.
     tokens, width = c.words.shape[1], s.width
     peak = (tops if s.map_reduce == SAMPLE else c.tops[slot])[0]
     _pack_map(s, block, head, heads, slot, tokens, peak)
     extremes = tops if s.value_reduce == SAMPLE else c.tops[slot]
-    groups = len(s.value_shares) + 1
-    lower, upper = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    lower, upper = c.limits[slot, 0], c.limits[slot, 1]
     lower[0], upper[0] = np.inf, -np.inf
-    for g in range(1, groups):
+    for g in range(1, lower.shape[0]):
         lower[g], upper[g] = s.value_shares[g - 1] * extremes[1], s.value_shares[g - 1] * extremes[2]
     pack_values(heads, slot, tokens, lower, upper)
-    coefficients = s.coefficients[block, head].copy()
-    if s.value_mean:
-        coefficients *= _mean_size(heads.values[slot], tokens)
+    factor = _mean_size(heads.values[slot], tokens) if s.value_mean else np.float32(1)
+    coefficients = c.coefficients[slot]
+    for i in range(coefficients.shape[0]):
+        for j in range(coefficients.shape[1]):
+            coefficients[i, j] = s.coefficients[block, head, i, j] * factor
     words, shift = (width + 63) // 64, s.proj_shift[block, head * width : (head + 1) * width]
-    nothing = np.empty((0, 0), np.float32)
-    multiply(heads, slot, tokens, coefficients, shift, c.joined[task], head * words, nothing, 0)
+    multiply(heads, slot, tokens, coefficients, shift, c.joined[task], head * words, c.features, np.int64(0))
 
 
-@kernel
+@kernel(allocates=False)
 def _mean_size(values, tokens):
     total = 0.0
     for k in range(values.shape[0]):
@@ -225,9 +225,9 @@ def _mean_size(values, tokens):
     return np.float32(total / (values.shape[0] * tokens))
 
 
-@kernel
+@kernel(allocates=False)
 def _run_image(s, biases, x, c, heads, task):
-    tokens, tops, start = x.shape[0], np.empty(3, np.float32), np.int64(0)
+    tokens, tops, start = x.shape[0], c.tops[c.tops.shape[0] - 1 - task], np.int64(0)
     first = task * s.heads
     for block in range(s.norms.shape[0]):
         _enter(s, block, x, c, task, start, tokens)
@@ -241,7 +241,7 @@ def _run_image(s, biases, x, c, heads, task):
         _leave(s, block, x, c, task, start, tokens)
 
 
-@kernel
+@kernel(allocates=False)
 def run_whole_images(s, biases, patches, images, x, c, heads, task, counter):
     """Run images whose maxima run over all heads from pixels to the last block, while other threads take others.
 
@@ -264,7 +264,7 @@ def run_whole_images(s, biases, patches, images, x, c, heads, task, counter):
         image = take_next(counter, 0)
 
 
-@kernel
+@kernel(allocates=False)
 def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
     """Run one image from pixels to the last block, alone or together with other threads that call the same.
 
@@ -284,7 +284,6 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
         counters: int64 (`shared_counters(blocks)`,) zeros: parts that were taken and parts that are done of each step.
     """
     tokens, blocks, own, step = x.shape[0], s.norms.shape[0], np.int64(0), np.int64(0)
-    nothing = np.empty(3, np.float32)
     if patches.weights.shape[0]:
         count = patches.positions.shape[0]
         rows, parts = _parts(count, tasks)
@@ -310,7 +309,7 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
             head = take_next(counters, step)
             while head < s.heads:
                 _score(s, biases, block, head, c, heads, own, task)
-                _attend(s, block, head, c, heads, own, task, nothing)
+                _attend(s, block, head, c, heads, own, task, c.tops[task])
                 head = _next_part(counters, step)
             wait_for(counters, step + _LINE, s.heads)
             step += 2 * _LINE
@@ -321,13 +320,13 @@ def shared_counters(blocks: int) -> int:
     return 2 * _LINE * (2 * blocks + 2)
 
 
-@kernel
+@kernel(allocates=False)
 def _next_part(counters, step):
     take_next(counters, step + _LINE)
     return take_next(counters, step)
 
 
-@kernel
+@kernel(allocates=False)
 def _parts(rows, tasks):
     # Whole tiles, and enough parts that the last one is short.
     tiles = (rows + TILE - 1) // TILE

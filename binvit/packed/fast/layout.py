@@ -107,7 +107,10 @@ class Scratch(NamedTuple):
         joined: uint64 (tasks, T, words): bits of all heads' outputs.
         hidden: uint64 (tasks, T, words): bits of the hidden layer.
         floats: float32 (tasks, T, D): output of a layer that is followed by more than bias and residual stream.
-        tops: float32 (slots, 3): maximum of the map, least and largest value.
+        tops: float32 (slots + tasks, 3): maximum of the map, least and largest value of each head, then of each image.
+        limits: float32 (slots, 2, V): what the elements of the value's groups lie below or above.
+        coefficients: float32 (slots, G, V): products of the scales of map and value.
+        features: float32 (0, 0): where nobody wants the heads' outputs.
     """
 
     words: np.ndarray
@@ -117,6 +120,9 @@ class Scratch(NamedTuple):
     hidden: np.ndarray
     floats: np.ndarray
     tops: np.ndarray
+    limits: np.ndarray
+    coefficients: np.ndarray
+    features: np.ndarray
 
 
 def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
@@ -140,6 +146,9 @@ def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: i
         joined=aligned_empty((tasks, tokens, layers.heads * head_words), np.uint64),
         hidden=aligned_empty((tasks, tokens, -(-layers.hidden // 64)), np.uint64),
         floats=aligned_empty((tasks, tokens if layers.post else 0, size), np.float32),
-        tops=aligned_empty((tasks * slots, 3), np.float32),
+        tops=aligned_empty((tasks * slots + tasks, 3), np.float32),
+        limits=aligned_empty((tasks * slots, 2, groups[1]), np.float32),
+        coefficients=aligned_empty((tasks * slots, *groups), np.float32),
+        features=np.empty((0, 0), np.float32),
     )
     return scratch, workspace

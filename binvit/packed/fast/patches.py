@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -152,6 +153,37 @@ def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
     return signature, codegen
 
 
+def _copy_floats_twin(image, channel, row, column, patches, patch, start, count):
+    patches[patch, start : start + count] = image[channel, row, column : column + count]
+
+
+@vector_code(twin=_copy_floats_twin)
+def _copy_floats(typing_context, image, channel, row, column, patches, patch, start, count):
+    """Copy a row of pixels of a patch; a loop over indices that might be negative becomes gathers, ten times slower."""
+    check_arrays("copy_floats", {"image": (image, types.float32, 3), "patches": (patches, types.float32, 2)})
+    index = types.intp
+    signature = types.void(image, index, index, index, patches, index, index, index)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, channel, row, column, _, patch, start, count = arguments
+        source, target = emit.address(0, channel, row, column), emit.address(4, patch, start)
+        lanes = ir.IntType(64)(_LANES)
+        whole = builder.udiv(count, lanes)
+
+        def copy(size, position):
+            values = emit.load(builder.gep(source, [position]), ir.FloatType(), size)
+            emit.store(values, builder.gep(target, [position]))
+
+        with cgutils.for_range(builder, whole) as loop:
+            copy(_LANES, builder.mul(loop.index, lanes))
+        with cgutils.for_range(builder, count, builder.mul(whole, lanes), intp=count.type) as loop:
+            copy(1, loop.index)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 @kernel
 def embed_patches(p, image, x, start, stop):
     """Turn some patches of an image into tokens; who does patch 0 writes the tokens before the patches, too.
@@ -173,14 +205,13 @@ def embed_patches(p, image, x, start, stop):
                 x[t, n] = p.prefix[t, n]
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
-        for r in range(rows):
-            top, left = (first + r) // columns * height, (first + r) % columns * wide
-            k = 0
-            for channel in range(image.shape[0]):
-                for i in range(height):
-                    for j in range(wide):
-                        patches[r, k] = image[channel, top + i, left + j]
-                        k += 1
+        k = 0
+        for channel in range(image.shape[0]):  # along rows of the image, which neighbouring patches share
+            for i in range(height):
+                for r in range(rows):
+                    top, left = (first + r) // columns * height, (first + r) % columns * wide
+                    _copy_floats(image, channel, top + i, left, patches, r, k, wide)
+                k += wide
         for panel in range(p.weights.shape[0]):
             out[:] = 0
             for k in range(0, length, p.block):

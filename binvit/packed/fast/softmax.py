@@ -99,7 +99,7 @@ def _row_by_loop(counts, row, least, table, lanes, tokens, attention):
     return parts[0]
 
 
-@kernel
+@kernel(allocates=False)
 def _by_loop(counts, smallest, table, lanes, tokens, reciprocals, attention, start, stop):
     for row in range(start, stop):
         total = _row_by_loop(counts, row, np.int64(smallest[row]), table, lanes, tokens, attention)
@@ -159,7 +159,7 @@ def _make_row_by_permutation(keep: bool) -> Callable:
 _sum_row, _keep_row = _make_row_by_permutation(False), _make_row_by_permutation(True)
 
 
-@kernel
+@kernel(allocates=False)
 def _by_permutation(counts, smallest, table, lanes, tokens, reciprocals, attention, start, stop):
     width, vectors = table.shape[0] - 1, (tokens + _LANES - 1) // _LANES
     for row in range(start, stop):
@@ -222,7 +222,7 @@ def _add_bias(typing_context, attention, row, tokens, reciprocal, bias, bias_row
     return signature, codegen
 
 
-@kernel
+@kernel(allocates=False)
 def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
     """Turn exponentials into the attention map, softmax + bias.
 
@@ -240,7 +240,7 @@ def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
         largest[row] = _add_bias(attention, row, tokens, reciprocals[row], bias, row - bias_start)
 
 
-@kernel
+@kernel(allocates=False)
 def group_bounds(table, smallest, reciprocals, cuts, bounds, start, stop):
     """Turn thresholds of a map without a bias into bounds of the popcount: softmax > cut exactly where p < bound.
 
