@@ -250,7 +250,12 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
     Returns:
         A column per kind of CPU and "here": milliseconds per image of each batch and contender, then how many times as
         fast the 1-bit product is as each peer's, the smallest and the largest of all shapes.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
+    if not Path(archive).is_dir():
+        raise FileNotFoundError(f"There is no archive {archive}.")
     both = {
         name: pd.concat([_archived(archive, name), here.assign(cpu="here")], ignore_index=True)
         for name, here in (("models", models), ("kernels", kernels))
