@@ -221,7 +221,7 @@ def test_a_contender_with_a_former_name_stands_in_the_row_of_its_present_one(tmp
     table = efficiency.beside(tmp_path, here, kernels)
     assert table.loc[("ms per image, batch 1", "binvit elastic")].tolist() == ["9.0", "6.0"]
     assert "binvit bit" not in table.index.get_level_values("contender")
-    with pytest.raises(FileNotFoundError, match="There is no archive .*paper_figurs"):
+    with pytest.raises(FileNotFoundError, match=r"There is no archive .*paper_figurs"):
         efficiency.beside(tmp_path / "paper_figurs", here, kernels)
 
 

@@ -3,10 +3,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packed_models import SIMPLE, images, logits_of, trained
 
 import binvit
 from binvit import bits
+from binvit.packed.fast.patches import Patches, embed_patches
 from binvit.packed.fast.path import ONE_TORCH_THREAD, torch_threads
 from binvit.packed.fast.threads import TEAM
 
@@ -93,6 +96,36 @@ VARIANTS = {
 def test_variants_of_the_transformer(name, variant):
     scheme = binvit.scheme("gsb") if name == "gsb" else binvit.scheme(name, activation="keep", **SIMPLE)
     check_fast(trained(scheme, depth=1, **VARIANTS[variant]))
+
+
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 40)),
+    st.tuples(st.integers(1, 3), st.integers(1, 9)),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_patches_of_any_size_are_cut_and_multiplied(size, grid, channels, width, data):
+    """Whole numbers, so that no order of adding rounds; patches wider than a vector and narrower ones."""
+    generator = np.random.default_rng(size[0] * size[1] + width)
+    image = generator.integers(-9, 10, (channels, size[0] * grid[0], size[1] * grid[1])).astype(np.float32)
+    length, panels = channels * size[0] * size[1], -(-width // 64)
+    weights = generator.integers(-9, 10, (panels, length, 64)).astype(np.float32)
+    affine = generator.integers(1, 5, (2, width)).astype(np.float32)
+    positions = generator.integers(-5, 5, (grid[0] * grid[1], width)).astype(np.float32)
+    prefix = np.full((2, width), 7, np.float32)
+    patches = Patches(weights, affine, positions, prefix, np.array(size), data.draw(st.integers(1, length)))
+    x = np.full((2 + len(positions), width), np.nan, np.float32)
+    start, stop = 0, len(positions)
+    if stop > 6:  # by parts of whole tiles, as threads do
+        embed_patches(patches, image, x, 6, stop)
+        stop = 6
+    embed_patches(patches, image, x, start, stop)
+    cut = image.reshape(channels, grid[0], size[0], grid[1], size[1]).transpose(1, 3, 0, 2, 4).reshape(-1, length)
+    product = cut @ weights.transpose(1, 0, 2).reshape(length, -1)[:, :width]
+    np.testing.assert_array_equal(x[2:], product * affine[0] + affine[1] + positions)
+    np.testing.assert_array_equal(x[:2], prefix)
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_mlp_norm": True}, {"norm_layer": "rmsnorm"}])
