@@ -29,13 +29,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 
 .PHONY: test reproduce figures notebooks soak cluster-test clean
 
-# Python compiles what is imported; pip would compile all, most of it for nothing, for half a minute.
+# Modules are compiled on all cores; pip would use one. Some packages have templates that are no Python, which is no fault.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "binvit needs Python 3.11 or newer; choose one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_OPTIONS) \
 	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
 # Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
