@@ -213,7 +213,7 @@ def _attend(s, block, head, c, heads, task, slot, tops):
         for j in range(coefficients.shape[1]):
             coefficients[i, j] = s.coefficients[block, head, i, j] * factor
     words, shift = (width + 63) // 64, s.proj_shift[block, head * width : (head + 1) * width]
-    multiply(heads, slot, tokens, coefficients, shift, c.joined[task], head * words, c.features, np.int64(0))
+    multiply(heads, slot, tokens, coefficients, shift, c.joined[task], head * words, c.nothing, np.int64(0))
 
 
 @kernel(allocates=False)

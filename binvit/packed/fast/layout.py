@@ -110,7 +110,7 @@ class Scratch(NamedTuple):
         tops: float32 (slots + tasks, 3): maximum of the map, least and largest value of each head, then of each image.
         limits: float32 (slots, 2, V): what the elements of the value's groups lie below or above.
         coefficients: float32 (slots, G, V): products of the scales of map and value.
-        features: float32 (0, 0): where nobody wants the heads' outputs.
+        nothing: float32 (0, 0), in the place of the heads' outputs, which nobody wants as floats.
     """
 
     words: np.ndarray
@@ -122,7 +122,7 @@ class Scratch(NamedTuple):
     tops: np.ndarray
     limits: np.ndarray
     coefficients: np.ndarray
-    features: np.ndarray
+    nothing: np.ndarray
 
 
 def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
@@ -149,6 +149,6 @@ def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: i
         tops=aligned_empty((tasks * slots + tasks, 3), np.float32),
         limits=aligned_empty((tasks * slots, 2, groups[1]), np.float32),
         coefficients=aligned_empty((tasks * slots, *groups), np.float32),
-        features=np.empty((0, 0), np.float32),
+        nothing=np.empty((0, 0), np.float32),
     )
     return scratch, workspace

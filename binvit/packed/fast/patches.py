@@ -159,7 +159,7 @@ def _copy_floats_twin(image, channel, row, column, patches, patch, start, count)
 
 @vector_code(twin=_copy_floats_twin)
 def _copy_floats(typing_context, image, channel, row, column, patches, patch, start, count):
-    """Copy a row of pixels of a patch; a loop over indices that might be negative becomes gathers, ten times slower."""
+    """Copy a row of pixels of a patch; LLVM makes gathers of a loop whose indices might be negative."""
     check_arrays("copy_floats", {"image": (image, types.float32, 3), "patches": (patches, types.float32, 2)})
     index = types.intp
     signature = types.void(image, index, index, index, patches, index, index, index)
