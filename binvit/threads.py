@@ -44,7 +44,7 @@ def set_threads(threads: int | None = None) -> int:
         threads = int(given) if given.isdecimal() and int(given) > 0 else limit
     threads = min(check_threads(threads), limit)
     if JIT:
-        _start_threads()
+        start_threads()
         numba.set_num_threads(threads)
         _CHOSEN.threads = threads
     return threads
@@ -75,14 +75,15 @@ def get_threads() -> int:
     """
     chosen = getattr(_CHOSEN, "threads", None)  # numba takes a microsecond to answer
     if JIT and not chosen:
-        _start_threads()
+        start_threads()
         return numba.get_num_threads()
     return chosen or 1
 
 
 @functools.cache
-def _start_threads() -> None:
-    # numba starts its threads in torch's OpenMP runtime if that is loaded, and thereby sets the number that torch uses.
+def start_threads() -> None:
+    """Let numba start its threads, which happens once; torch's number of threads stays as it is."""
+    # numba starts them in torch's OpenMP runtime if that is loaded, and thereby sets the number that torch uses.
     torch: Any = sys.modules.get("torch")
     before = torch.get_num_threads() if hasattr(torch, "get_num_threads") else None
     numba.get_num_threads()

@@ -104,7 +104,7 @@ def test_products_of_every_size_equal_the_rules_in_float64(shape, unsigned):
     for dtype in (torch.float32, torch.float64):
         x, w, scale, shift, bias = (leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves)
         if dtype == torch.float32:
-            y = linear.binary_linear(x, [linear.Part(rule_x, rule_w, [scale], (), w, shift, bias)])
+            y = linear.binary_linear(x, linear.Layer(rule_x, rule_w, [[scale]], [()], w, shift, bias))
         else:
             y = binary_product(x, w, rule_x, rule_w, [scale], (), shift, bias)
         y.square().mean().backward()
@@ -160,7 +160,7 @@ import numba
 import numpy as np
 import torch
 from binvit.nn.fused import bit_products, elementwise
-from binvit.nn.fused.ends import end_backward, end_forward
+from binvit.nn.fused.end_kernels import end_backward, end_forward
 from binvit.nn.rules import Form
 draw = np.random.default_rng(0).standard_normal
 x, g, shift = (draw(shape).astype(np.float32) for shape in ((633, 70), (633, 70), 70))

@@ -14,7 +14,7 @@ import binvit
 from binvit.nn import products, rules
 from binvit.nn.block_parts import LayerEnd
 from binvit.nn.fused import autograd, elementwise, planes
-from binvit.nn.fused.linear import Part, binary_linear, takes_linear
+from binvit.nn.fused.linear import Layer, binary_linear, takes_linear
 from binvit.nn.rules import GsbAttention, GsbValue, superpose
 from binvit.nn.schemes import INPUT_RULES, PLACES, WEIGHT_RULES
 
@@ -48,35 +48,64 @@ def compare(run, arrays_):
 @settings(max_examples=6)
 @given(data=st.data())
 def test_linear_layers(inputs, weight, data):
-    """One layer and two side by side, against the rules."""
+    """One layer and several side by side, against the rules."""
     gsb = binvit.scheme("gsb")
     rule_x, rule_w = INPUT_RULES[inputs](gsb), WEIGHT_RULES[weight](gsb)
-    x, k = data.draw(arrays((2, 3, 8))), 8
-    given_parts = []
-    for n in (5, 3)[: data.draw(st.integers(1, 2))]:
-        shift = data.draw(st.none() | arrays((k,), st.sampled_from([0.0, 0.25, -0.5])))
-        bias = data.draw(st.none() | arrays((n,)))
-        px = [np.array(data.draw(scale)) for _ in rule_x.parameters]
-        pw = [np.full(rule_w.parameter_shape(channels=n), data.draw(scale)) for _ in rule_w.parameters]
-        given_parts.append([data.draw(arrays((n, k))), shift, bias, *px, *pw])
+    x, k, n, parts = data.draw(arrays((2, 3, 8))), 8, data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    count = len(rule_x.parameters)
+    w, bias = data.draw(arrays((parts * n, k))), data.draw(st.none() | arrays((parts * n,)))
+    some = st.sampled_from([0.0, 0.25, -0.5])
+    shift = data.draw(st.none() | arrays((parts, k) if parts > 1 else (k,), some))
+    px = [np.array(data.draw(scale)) for _ in range(parts * count)]
+    pw = [
+        np.full(rule_w.parameter_shape(channels=n), data.draw(scale)) for _ in range(parts) for _ in rule_w.parameters
+    ]
 
     def run(dtype, tensors):
-        x, *rest = tensors
-        size, count = len(given_parts[0]), len(rule_x.parameters)
-        parts = []
-        for start in range(0, len(rest), size):
-            w, shift, bias, *parameters = rest[start : start + size]
-            parts.append(Part(rule_x, rule_w, parameters[:count], parameters[count:], w, shift, bias))
+        x, w, shift, bias, *rest = tensors
+        of_x, of_w = rest[: parts * count], rest[parts * count :]
+        of_x = [of_x[i * count : (i + 1) * count] for i in range(parts)]
+        of_w = [of_w[i * len(rule_w.parameters) : (i + 1) * len(rule_w.parameters)] for i in range(parts)]
         if dtype == torch.float32:
-            assert all(takes_linear(rule_x, rule_w, x, p.w, p.shift, p.bias) for p in parts)
-            return binary_linear(x, parts)
-        products_ = [
-            products.binary_product(x, p.w, rule_x, rule_w, p.parameters_x, p.parameters_w, p.shift, p.bias)
-            for p in parts
-        ]
-        return torch.cat(products_, -1)
+            assert takes_linear(rule_x, rule_w, x, w, shift, bias)
+            return binary_linear(x, Layer(rule_x, rule_w, of_x, of_w, w, shift, bias))
+        shifts = [shift] * parts if shift is None or parts == 1 else shift.unbind()
+        biases = [bias] * parts if bias is None else bias.chunk(parts)
+        each = zip(w.chunk(parts), of_x, of_w, shifts, biases, strict=True)
+        return torch.cat([products.binary_product(x, w, rule_x, rule_w, a, b, s, c) for w, a, b, s, c in each], -1)
 
-    compare(run, [x, *(tensor for part in given_parts for tensor in part)])
+    compare(run, [x, w, shift, bias, *px, *pw])
+
+
+@pytest.mark.parametrize("own", ["none", "input", "other"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("weight", ["sign_mean_centred", "sign_learned_centred", "bwn"])
+def test_a_layer_and_its_end_in_one_pass_are_the_two_one_after_the_other(own, parts, weight):
+    gsb = binvit.scheme("gsb")
+    torch.manual_seed(0)
+    n, k = 6 * parts, 6
+    end = LayerEnd(k, n, parts=parts, norm=True, own_input=own != "none", activation="rprelu", scale=True)
+    x, other = torch.randn(2, 5, k), torch.randn(2, 5, k)
+    w, shift, bias = torch.randn(n, k), torch.randn(parts, k), torch.randn(n)
+    rule_x, rule_w = INPUT_RULES["sign_approx"](gsb), WEIGHT_RULES[weight](gsb)
+    scales = [torch.rand(rule_w.parameter_shape(channels=n // parts)) for _ in range(parts) for _ in rule_w.parameters]
+    results = []
+    for at_once in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, other, w, shift, bias, *scales)]
+        x_, other_, w_, shift_, bias_, *scales_ = leaves
+        of_w = [scales_[i : i + 1] for i in range(parts)] if scales_ else [()] * parts
+        layer = Layer(rule_x, rule_w, [()] * parts, of_w, w_, shift_, bias_)
+        added = {"none": None, "input": x_, "other": other_}[own]
+        end.zero_grad()
+        if at_once:
+            assert end.is_compiled(x_, added)
+            y = binary_linear(x_, layer, end.kind, added, end.vectors)
+        else:
+            y = end(binary_linear(x_, layer), added)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        results.append([y.detach(), *(t.grad for t in leaves), *(p.grad.clone() for p in end.parameters())])
+    for one, two in zip(*results, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
 
 
 @pytest.mark.parametrize("activation", ["none", "clip", "rprelu"])
@@ -95,6 +124,8 @@ def test_layer_ends(activation, data):
     # No two numbers of a row are close, since the norm of a nearly constant row multiplies every rounding.
     rows = rng.permuted(np.tile(np.arange(outputs), (2, 3, 1)), axis=-1) - outputs // 2
     y = torch.tensor(rows + rng.uniform(-0.4, 0.4, rows.shape), dtype=torch.float32)
+    if fused.factor is not None:
+        y /= fused.factor.detach()  # which could bring two of them together
     x = torch.tensor(rng.standard_normal((2, 3, inputs)), dtype=torch.float32)
     if data.draw(st.booleans()):
         y[0, 0] = torch.nan

@@ -140,22 +140,32 @@ class LayerEnd(nn.Module):
             return x.unflatten(-1, (self.out_features, width // self.out_features)).mean(-1)
         return x if width == self.out_features else torch.cat([x] * (self.out_features // width), dim=-1)
 
+    @property
+    def kind(self) -> End:
+        """The end as the compiled training step takes it."""
+        norm = self.norm
+        activation = "rprelu" if self.activation is not None else "clip" if self.clips else "none"
+        return End(0 if norm is None else norm.parts, 0.0 if norm is None else norm.eps, activation)
+
+    @property
+    def vectors(self) -> list[Tensor | None]:
+        """The end's parameters as the compiled training step takes them."""
+        norm, act, scale = self.norm, self.activation, self.scale
+        vectors: list[Tensor | None] = [self.factor]
+        vectors += [None, None] if norm is None else [norm.weight, norm.bias]
+        vectors += [None] * 3 if act is None else [act.shift_in, act.slope, act.shift_out]
+        return vectors + ([None, None] if scale is None else [scale.alpha, scale.beta])
+
+    def is_compiled(self, *tensors: Tensor | None) -> bool:
+        """Tell whether the compiled training step computes this end for such tensors."""
+        known = self.norm is None or type(self.norm) is PartNorm
+        return self.training and known and elementwise.usable(*tensors)
+
     def forward(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """Map a product (..., out_features) and the layer's input x (..., in_features) to (..., out_features)."""
         own = x if self.own_input else None
-        known = self.norm is None or type(self.norm) is PartNorm
-        if self.training and known and elementwise.usable(y, own):
-            norm, act, scale = self.norm, self.activation, self.scale
-            end = End(
-                0 if norm is None else norm.parts,
-                0.0 if norm is None else norm.eps,
-                "rprelu" if act is not None else "clip" if self.clips else "none",
-            )
-            vectors: list[Tensor | None] = [self.factor]
-            vectors += [None, None] if norm is None else [norm.weight, norm.bias]
-            vectors += [None] * 3 if act is None else [act.shift_in, act.slope, act.shift_out]
-            vectors += [None, None] if scale is None else [scale.alpha, scale.beta]
-            return layer_end(y, own, end, vectors)
+        if self.is_compiled(y, own):
+            return layer_end(y, own, self.kind, self.vectors)
         if self.factor is not None:
             y = y * self.factor
         if self.norm is not None:

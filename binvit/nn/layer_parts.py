@@ -49,7 +49,9 @@ class Binarizer(nn.Module):
 
         In training mode they are set from the first batch, and clamped for good after a step has taken them too low.
         """
-        if not (self.training and self.rule.learned and self.rule.parameters):
+        if not self.rule.parameters:
+            return ()
+        if not (self.training and self.rule.learned):
             return self.limited()
         if not self.is_set:
             first = self._set(x if shift is None else x + shift) if self.sets_itself else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from binvit.nn.block_parts import LayerEnd
-from binvit.nn.fused.linear import Part, binary_linear, takes_linear
+from binvit.nn.fused.linear import Layer, binary_linear, takes_linear
 from binvit.nn.layer_parts import Binarizer
 from binvit.nn.products import ReplaceValue, binary_product
 from binvit.nn.rules import Rule
@@ -118,30 +118,44 @@ class BinaryLinear(nn.Module):
             self.weight.data.copy_(fixed.view_as(self.weight))
         return self.matrix
 
-    def products(self, x: Tensor) -> Tensor:
-        """Map normalized inputs x (..., in_features) to the products with their bias, (..., out_features)."""
-        weights: Sequence[Tensor] = [self.constrained()]
-        biases: Sequence[Tensor | None] = [self.bias] * self.parts
-        if self.parts > 1:  # one part needs no views, whose gradients would be copied
-            weights = weights[0].chunk(self.parts)
-            biases = biases if self.bias is None else self.bias.chunk(self.parts)
-        parts = [
-            Part(b_x.rule, b_w.rule, b_x.values(x, shift), b_w.values(w), w, shift, bias)
-            for b_x, b_w, w, shift, bias in zip(
-                self.input_binarizers, self.weight_binarizers, weights, self.shifts, biases, strict=True
-            )
-        ]
-        if self.training and all(takes_linear(p.rule_x, p.rule_w, x, p.w, p.shift, p.bias) for p in parts):
-            return binary_linear(x, parts)
-        products = [
-            binary_product(x, p.w, p.rule_x, p.rule_w, p.parameters_x, p.parameters_w, p.shift, p.bias) for p in parts
-        ]
-        return products[0] if self.parts == 1 else torch.cat(products, -1)
+    def _layer(self, x: Tensor) -> Layer:
+        inputs, weights = self.input_binarizers, self.weight_binarizers
+        w, shift = self.constrained(), self.shift
+        shifts, rows = [shift] * self.parts, [w]
+        if self.parts > 1:
+            rows = list(w.detach().chunk(self.parts))
+            shifts = shifts if shift is None else list(shift.detach())
+        of_x = [b.values(x, shift) for b, shift in zip(inputs, shifts, strict=True)]
+        of_w = [b.values(w) for b, w in zip(weights, rows, strict=True)]
+        return Layer(inputs[0].rule, weights[0].rule, of_x, of_w, w, shift, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
-        y = self.products(x if self.norm is None else self.norm(x))
-        return y if self.post is None else self.post(y, x)
+        inputs, post = x if self.norm is None else self.norm(x), self.post
+        layer = self._layer(inputs)
+        if self.training and takes_linear(layer.rule_x, layer.rule_w, inputs, layer.w, layer.shift, layer.bias):
+            if post is None:
+                return binary_linear(inputs, layer)
+            if post.is_compiled(x):
+                return binary_linear(inputs, layer, post.kind, x if post.own_input else None, post.vectors)
+            y = binary_linear(inputs, layer)
+        else:
+            y = self._by_parts(inputs, layer)
+        return y if post is None else post(y, x)
+
+    def _by_parts(self, x: Tensor, layer: Layer) -> Tensor:
+        weights: Sequence[Tensor] = [layer.w]
+        biases: Sequence[Tensor | None] = [self.bias] * self.parts
+        if self.parts > 1:  # one part needs no views, whose gradients would be copied
+            weights = layer.w.chunk(self.parts)
+            biases = biases if self.bias is None else self.bias.chunk(self.parts)
+        products = [
+            binary_product(x, w, layer.rule_x, layer.rule_w, of_x, of_w, shift, bias)
+            for w, of_x, of_w, shift, bias in zip(
+                weights, layer.parameters_x, layer.parameters_w, self.shifts, biases, strict=True
+            )
+        ]
+        return products[0] if self.parts == 1 else torch.cat(products, -1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

@@ -114,6 +114,11 @@ def _multiply_heads(a, b, out):
         for i in range(n):
             for c in range(k):
                 row[c] = a[h, i, c]
+            if count == 1:
+                word = signs_of_64(row, 0)
+                for j in range(m):
+                    out[h, i, j] = np.float32(k - 2 * np.int32(popcount(word ^ columns[0, j])))
+                continue
             for j in range(m):
                 differing[j] = 0
             for w in range(count):

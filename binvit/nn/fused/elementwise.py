@@ -17,7 +17,7 @@ from torch import Tensor
 
 from binvit.jit import JIT, kernel
 from binvit.nn.rules import Form
-from binvit.threads import get_threads, use_threads
+from binvit.threads import get_threads, start_threads, use_threads
 
 BLOCK = 32  # rows that are summed together
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -28,8 +28,12 @@ def usable(*tensors: Tensor | None) -> bool:
     """Tell whether the kernels can take these tensors: float32 on the CPU, and numba compiles."""
     if not JIT or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    get_threads()  # starts them: numba may take torch's OpenMP runtime over, and the number that torch uses with it
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel()) for t in tensors)
+    start_threads()  # numba may take torch's OpenMP runtime over, and the number that torch uses with it
+    return all(map(_fits, tensors))
+
+
+def _fits(t: Tensor | None) -> bool:
+    return t is None or (t.dtype == torch.float32 and t.is_cpu and t.numel() > 0)
 
 
 def parallel_kernel(function: Callable | None = None, *, reorder: bool = False) -> Callable:

@@ -6,7 +6,6 @@ It gives what `binvit.nn.products.binary_product` gives, up to float rounding, f
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from binvit.nn.fused import bit_products, elementwise
+from binvit.nn.fused import bit_products, elementwise, ends
+from binvit.nn.fused.ends import End
 from binvit.nn.fused.float_products import product, product_over_rows
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Rule
@@ -23,15 +23,15 @@ from binvit.nn.rules import Bwn, Rule
 _BWN = Bwn()
 
 
-class Part(NamedTuple):
-    """One of the layers whose outputs stand side by side: its rules, their parameters, weights, shift and bias."""
+class Layer(NamedTuple):
+    """A 1-bit linear layer, or several of equal width whose outputs stand side by side, in P parts of one input."""
 
     rule_x: Rule
     rule_w: Rule
-    parameters_x: Sequence[Tensor]
-    parameters_w: Sequence[Tensor]
-    w: Tensor  # (N, K)
-    shift: Tensor | None  # (K,)
+    parameters_x: Sequence[Sequence[Tensor]]  # of each part
+    parameters_w: Sequence[Sequence[Tensor]]
+    w: Tensor  # (N, K), the rows of all parts
+    shift: Tensor | None  # (K,) or (P, K)
     bias: Tensor | None  # (N,)
 
 
@@ -48,6 +48,10 @@ class _Weights(NamedTuple):
     gains: Tensor | None
     kept: tuple[Tensor, ...] = ()  # by the rule, for its gradient
 
+    def rows(self, of: slice) -> _Weights:
+        gains = self.gains if self.gains is None else self.gains[of]
+        return self._replace(levels=self.levels[of], gains=gains, kept=())
+
 
 def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     if rule == _BWN:
@@ -60,84 +64,158 @@ def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     return _Weights(levels, 1.0, scale, kept)
 
 
+class _Shape(NamedTuple):
+    """What of a layer is no tensor, and how its tensors stand in a row."""
+
+    rule_x: Rule
+    rule_w: Rule
+    parts: int
+    end: End | None
+    own: bool  # the end adds the layer's input itself
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list[Sequence[Any]], list[Sequence[Any]], Sequence[Any]]:
+        """Return the parameters of the inputs' and of the weights' rule, part by part, and the end's vectors."""
+        n_x, n_w = len(self.rule_x.parameters), len(self.rule_w.parameters)
+        middle, stop = self.parts * n_x, self.parts * (n_x + n_w)
+        of_x = [tensors[i * n_x : (i + 1) * n_x] for i in range(self.parts)]
+        of_w = [tensors[middle + i * n_w : middle + (i + 1) * n_w] for i in range(self.parts)]
+        return of_x, of_w, tensors[stop:]
+
+    def rows(self, w: Tensor) -> list[slice]:
+        """Return the rows of each part's weights."""
+        n = len(w) // self.parts
+        return [slice(i * n, (i + 1) * n) for i in range(self.parts)]
+
+    @property
+    def at_once(self) -> bool:
+        """Tell whether the weights of all parts are binarized together."""
+        return self.parts == 1 or self.rule_w.by_row
+
+
 class _BinaryLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layout: list[tuple[Rule, Rule, int]], x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        shape: _Shape,
+        x: Tensor,
+        own: Tensor | None,
+        w: Tensor,
+        shift: Tensor | None,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
         rows, k = elementwise.rows_of(x), x.shape[-1]
-        parts = _split(layout, tensors)
-        y = x.new_empty(len(rows), sum(len(part.w) for part in parts))
-        weights_of: list[_Weights] = []
-        ctx.forms, start = [], 0
-        for part in parts:
-            n = len(part.w)
-            form: Any = part.rule_x.form(*(p.item() for p in part.parameters_x))
-            weights = _weights(part.rule_w, part.w, part.parameters_w)
-            panels = bit_products.prepare_levels(weights.levels.numpy())
+        of_x, of_w, vectors = shape.split(tensors)
+        shifts = _shifts(shift, shape.parts, k)
+        if shape.at_once:
+            weights = [_weights(shape.rule_w, w, of_w[0])]
+            parts = weights if shape.parts == 1 else [weights[0].rows(of) for of in shape.rows(w)]
+        else:
+            parts = weights = [
+                _weights(shape.rule_w, w[of], given) for of, given in zip(shape.rows(w), of_w, strict=True)
+            ]
+        y = x.new_empty(len(rows), len(w))
+        ctx.forms = []
+        for part, of, parameters, moved in zip(parts, shape.rows(w), of_x, shifts, strict=True):
+            n = of.stop - of.start
+            form: Any = shape.rule_x.form(*(p.item() for p in parameters))
+            panels = bit_products.prepare_levels(part.levels.numpy())
             means = np.empty(len(rows) if form.mean == "row" else 0, np.float32)
-            gain = form.scale * weights.gain
+            gain = form.scale * part.gain
             bit_products.linear_products(
                 rows,
-                elementwise.vector(part.shift, k),
+                moved,
                 *elementwise.numbers(form)[3:],
                 panels.panels,
                 np.zeros(n, np.int32) if form.threshold is None else panels.sums(k),
-                elementwise.vector(_times(weights.gains, gain), n, gain),
-                elementwise.vector(part.bias, n),
-                start,
+                elementwise.vector(_times(part.gains, gain), n, gain),
+                elementwise.vector(None if bias is None else bias[of], n),
+                of.start,
                 means,
                 y.numpy(),
             )
-            ctx.forms.append((form, weights.gain, means))
-            weights_of.append(weights)
-            start += n
-        ctx.layout, ctx.counts = layout, [len(weights.kept) for weights in weights_of]
-        kept = [tensor for weights in weights_of for tensor in (weights.levels, weights.gains, *weights.kept)]
-        ctx.save_for_backward(x, *tensors, *kept)
-        return y.view(*x.shape[:-1], -1)
+            ctx.forms.append((form, part.gain, means))
+        ctx.shape, ctx.counts = shape, [len(given.kept) for given in weights]
+        kept = [tensor for given in weights for tensor in (given.levels, given.gains, *given.kept)]
+        out, products = y, None
+        if shape.end is not None:
+            products = y
+            own_rows = rows if shape.own else None if own is None else elementwise.rows_of(own)
+            out, ctx.tail = ends.end(shape.end, y, own_rows, vectors)
+        ctx.save_for_backward(x, own, w, shift, bias, products, *tensors, *kept)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, *tensors = ctx.saved_tensors
-        kept = iter(tensors[sum(count for _, _, count in ctx.layout) :])
+        shape: _Shape = ctx.shape
+        x, own, w, shift, bias, products, *rest = ctx.saved_tensors
+        count = len(rest) - sum(ctx.counts) - 2 * len(ctx.counts)
+        of_x, of_w, vectors = shape.split(rest[:count])
+        kept = iter(rest[count:])
+        weights = [(next(kept), next(kept), [next(kept) for _ in range(n)]) for n in ctx.counts]
         rows, k = elementwise.rows_of(x), x.shape[-1]
         g = g.reshape(len(rows), -1)
         dx: Any = None
-        gradients: list[Any] = []
-        start = 0
-        for i, part in enumerate(_split(ctx.layout, tensors)):
+        down: Any = None
+        dvectors: list[Any] = [None] * len(vectors)
+        if products is not None:
+            own_rows = rows if shape.own else None if own is None else elementwise.rows_of(own)
+            g, down, dvectors = ends.gradients(ctx.tail, products, own_rows, g)
+        levels = [levels_w if gains is None else levels_w * gains for levels_w, gains, _ in weights]
+        if shape.at_once and shape.parts > 1:
+            levels = [levels[0][of] for of in shape.rows(w)]
+        moved = _shifts(shift, shape.parts, k)
+        dshift, dws, dbiases, dpx = np.empty((shape.parts, k), np.float32), [], [], []
+        for i, of in enumerate(shape.rows(w)):
             form, gain, means = ctx.forms[i]
-            levels_w, gains, *of_rule = itertools.islice(kept, 2 + ctx.counts[i])
-            up, start = g[:, start : start + len(part.w)], start + len(part.w)
-            d = product(up, levels_w if gains is None else levels_w * gains)
-            dshift, binary = np.empty(k, np.float32), x.new_empty(rows.shape)
-            dx = d if dx is None else dx
+            up = g[:, of]
+            d, binary = product(up, levels[i]), x.new_empty(rows.shape)
+            if dx is None:  # the own input's gradient comes first where it is the only other term
+                dx = down if shape.own and shape.parts == 1 else d
             sums = elementwise.binary_backward(
                 rows,
-                elementwise.vector(part.shift, k),
+                moved[i],
                 d.numpy(),
                 np.float32(gain),
                 *elementwise.numbers(form),
                 np.float32(form.gain),
                 means,
-                i > 0,
+                dx is not d,
                 dx.numpy(),
-                dshift,
+                dshift[i],
                 binary.numpy(),
             )
-            dw = _times(product_over_rows(up, binary), form.scale)
+            dws.append(_times(product_over_rows(up, binary), form.scale))
+            dbiases.append(None if bias is None else up.sum(0))
+            numbers = [p.item() for p in of_x[i]]
+            found = shape.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
+            dpx += [None if value is None else x.new_tensor(float(value)) for value in found]
+        if shape.own and dx is not down:
+            dx.add_(down)
+        if shape.at_once and shape.parts > 1:
+            dws = [torch.cat(dws)]
+        dpw: list[Any] = []
+        for i, (_, _, of_rule) in enumerate(weights):
+            given = w if shape.at_once else w[shape.rows(w)[i]]
             if of_rule:
-                dw, *dpw = part.rule_w.backward_from(of_rule, dw, *part.parameters_w)
+                dws[i], *of_parameters = shape.rule_w.backward_from(of_rule, dws[i], *of_w[i])
             else:
-                dw, *dpw = part.rule_w.backward(part.w, dw, *part.parameters_w)
-            numbers = [p.item() for p in part.parameters_x]
-            dpx = part.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
-            gradients += [dw, None if part.shift is None else torch.from_numpy(dshift)]
-            gradients += [None if part.bias is None else up.sum(0)]
-            gradients += [None if d is None else x.new_tensor(float(d)) for d in dpx]
-            gradients += dpw
-        return None, dx.view(x.shape), *gradients
+                dws[i], *of_parameters = shape.rule_w.backward(given, dws[i], *of_w[i])
+            dpw += of_parameters
+        down = None if shape.own or down is None else down.view(own.shape)
+        of_shift = None if shift is None else torch.from_numpy(dshift).view(shift.shape)
+        return None, dx.view(x.shape), down, _joined(dws), of_shift, _joined(dbiases), *dpx, *dpw, *dvectors
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(list(parts))
+
+
+def _shifts(shift: Tensor | None, parts: int, k: int) -> list[np.ndarray]:
+    """Return the shift of each part, (K,), zeros for none."""
+    return [elementwise.vector(None, k)] * parts if shift is None else list(elementwise.rows_of(shift))
 
 
 def _times(x: Any, factor: float) -> Any:
@@ -145,35 +223,30 @@ def _times(x: Any, factor: float) -> Any:
     return x if x is None or factor == 1 else x * factor
 
 
-def _split(layout: list[tuple[Rule, Rule, int]], tensors: Sequence[Any]) -> list[Part]:
-    """Give each part the tensors that belong to it."""
-    parts, start = [], 0
-    for rule_x, rule_w, count in layout:
-        (w, shift, bias, *parameters), start = tensors[start : start + count], start + count
-        n = len(rule_x.parameters)
-        parts.append(Part(rule_x, rule_w, parameters[:n], parameters[n:], w, shift, bias))
-    return parts
-
-
 @torch.compiler.disable  # compiled by numba
 @full_precision
-def _binary_linear(x: Tensor, layout: list[tuple[Rule, Rule, int]], tensors: list[Tensor]) -> Tensor:
-    return _BinaryLinear.apply(layout, x, *tensors)
+def _binary_linear(
+    x: Tensor, own: Tensor | None, shape: _Shape, tensors: list[Tensor | None], more: list[Tensor | None]
+) -> Tensor:
+    return _BinaryLinear.apply(shape, x, own, *tensors, *more)
 
 
-def binary_linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
-    """Compute `binvit.nn.products.binary_product` for a linear layer, or for several of the same input.
+def binary_linear(
+    x: Tensor, layer: Layer, end: End | None = None, own: Tensor | None = None, vectors: Sequence[Tensor | None] = ()
+) -> Tensor:
+    """Compute `binvit.nn.products.binary_product` for a linear layer of one or several parts, and what follows it.
 
     Args:
         x: (..., K), float32 on the CPU.
-        parts: the layers, all of whose rules `takes_linear` accepts.
+        layer: the layer, whose rules `takes_linear` accepts.
+        end: what follows, as for `binvit.nn.fused.ends.layer_end`; None for nothing.
+        own: what the end adds, or None; it may be x.
+        vectors: the parameters of the end.
 
     Returns:
-        (..., sum of N).
+        (..., N).
     """
-    layout, tensors = [], []
-    for part in parts:
-        given = [part.w, part.shift, part.bias, *part.parameters_x, *part.parameters_w]
-        layout.append((part.rule_x, part.rule_w, len(given)))
-        tensors += given
-    return _binary_linear(x, layout, tensors)
+    shape = _Shape(layer.rule_x, layer.rule_w, len(layer.parameters_x), end, own is x)
+    more = [tensor for given in (*layer.parameters_x, *layer.parameters_w) for tensor in given]
+    tensors = [layer.w, layer.shift, layer.bias]
+    return _binary_linear(x, None if own is x else own, shape, tensors, [*more, *vectors])

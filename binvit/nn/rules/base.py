@@ -104,6 +104,7 @@ class Rule:
     highest: ClassVar[int] = 1
     groups: ClassVar[int] = 1  # number of planes
     is_float: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False  # no parameters, and each row (last dimension) is binarized by itself
     scale_per_token: ClassVar[bool] = False  # scales differ along the tokens, so tokens cannot be summed as integers
 
     def parameter_shape(self, *, channels: int = 1, heads: int = 1) -> tuple[int, ...]:

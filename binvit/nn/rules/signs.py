@@ -40,6 +40,10 @@ class Sign(Rule):
     def scale_per_token(self) -> bool:
         return self.scale == "row"
 
+    @property
+    def by_row(self) -> bool:
+        return self.scale != "head"
+
     def _scale(self, x: Tensor, c: Tensor) -> Tensor | None:
         if self.scale == "none":
             return None
