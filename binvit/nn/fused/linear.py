@@ -194,19 +194,25 @@ class _BinaryLinear(torch.autograd.Function):
             dpx += [None if value is None else x.new_tensor(float(value)) for value in found]
         if shape.own and dx is not down:
             dx.add_(down)
-        if shape.at_once and shape.parts > 1:
-            dws = [torch.cat(dws)]
-        dpw: list[Any] = []
-        for i, (_, _, of_rule) in enumerate(weights):
-            given = w if shape.at_once else w[shape.rows(w)[i]]
-            if of_rule:
-                dws[i], *of_parameters = shape.rule_w.backward_from(of_rule, dws[i], *of_w[i])
-            else:
-                dws[i], *of_parameters = shape.rule_w.backward(given, dws[i], *of_w[i])
-            dpw += of_parameters
+        dw, dpw = _weight_gradients(shape, w, [of_rule for _, _, of_rule in weights], dws, of_w)
         down = None if shape.own or down is None else down.view(own.shape)
         of_shift = None if shift is None else torch.from_numpy(dshift).view(shift.shape)
-        return None, dx.view(x.shape), down, _joined(dws), of_shift, _joined(dbiases), *dpx, *dpw, *dvectors
+        return None, dx.view(x.shape), down, dw, of_shift, _joined(dbiases), *dpx, *dpw, *dvectors
+
+
+def _weight_gradients(
+    shape: _Shape, w: Tensor, kept: Sequence[Sequence[Tensor]], binary: Sequence[Tensor], parameters: Sequence[Any]
+) -> tuple[Tensor, list[Any]]:
+    """Return the gradients of the weights and of their rule's parameters, for those of each part's binary weights."""
+    found: list[Any] = []
+    gradients, weights = ([_joined(binary)], [w]) if shape.at_once else (list(binary), [w[of] for of in shape.rows(w)])
+    for i, of_rule in enumerate(kept):
+        if of_rule:
+            gradients[i], *more = shape.rule_w.backward_from(of_rule, gradients[i], *parameters[i])
+        else:
+            gradients[i], *more = shape.rule_w.backward(weights[i], gradients[i], *parameters[i])
+        found += more
+    return _joined(gradients), found
 
 
 def _joined(parts: Sequence[Any]) -> Any:
