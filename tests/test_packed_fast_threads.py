@@ -117,6 +117,23 @@ def test_one_image_needs_none_of_the_threads_that_share_it(monkeypatch, order):
     assert torch.equal(packed(one, threads=2), expected)
 
 
+def test_few_small_images_are_left_to_one_thread_unless_the_caller_says_otherwise(monkeypatch):
+    class Counting:
+        def run(self, task, threads):
+            asked.append(threads)
+            task(0, 1)
+
+    asked: list[int] = []
+    packed = binvit.pack(trained("gsb"))
+    monkeypatch.setattr(path, "TEAM", Counting())
+    monkeypatch.setattr("binvit.packed.vit.torch_threads", lambda: 2)
+    monkeypatch.setattr("binvit.bits.get_threads", lambda: 2)
+    packed(images(1))
+    packed(images(100))
+    packed(images(1), threads=2)
+    assert asked == [1, 2, 2]
+
+
 # Every image is larger than what torch does with one thread of its own accord.
 _TORCH_SLEEPS = """
 import threading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,9 +52,12 @@ def on_cpu() -> Iterator[None]:
     """
     if forked():
         torch.set_num_threads(1)
-    # A device context leads every torch call through Python: it is entered only where the caller has another device.
-    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), device:
+    with torch.no_grad(), ExitStack() as stack:
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        # A device context leads every torch call through Python: it is entered only where the caller has another one.
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield
 
 

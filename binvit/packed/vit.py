@@ -87,8 +87,9 @@ class PackedViT:
 
         Args:
             images: float32 (B, C, H, W), a torch tensor or a numpy array.
-            threads: how many threads the kernels use; by default as many as torch, which follows OMP_NUM_THREADS, and
-                not more than `binvit.bits.set_threads` said.
+            threads: how many threads the kernels use; by default as many as torch, which follows OMP_NUM_THREADS, but
+                one where small images are so few that it takes longer to wake others. Not more than
+                `binvit.bits.set_threads` said.
 
         Returns:
             float32 (B, classes), of the same kind; NaN for an image with pixels that are not finite.
@@ -97,9 +98,9 @@ class PackedViT:
             ValueError: if the images have another shape or type.
         """
         with bits.use_threads(threads):
-            return self._logits(images, torch_threads() if threads is None else threads)
+            return self._logits(images, threads)
 
-    def _logits(self, images: Tensor | np.ndarray, threads: int) -> Tensor | np.ndarray:
+    def _logits(self, images: Tensor | np.ndarray, threads: int | None) -> Tensor | np.ndarray:
         is_tensor, given = isinstance(images, Tensor), images
         images = as_tensor(images)
         if images.device.type != "cpu" or images.layout != torch.strided:
@@ -111,10 +112,10 @@ class PackedViT:
                 f"{tuple(images.shape)}."
             )
         with torch.inference_mode(), on_cpu():
-            logits = self._run(images.detach().resolve_neg(), min(threads, bits.get_threads()))
+            logits = self._run(images.detach().resolve_neg(), threads)
         return logits.clone() if is_tensor else logits.numpy()
 
-    def _run(self, images: Tensor, threads: int) -> Tensor:
+    def _run(self, images: Tensor, threads: int | None) -> Tensor:
         if not len(images):
             vit: Any = self._model
             tokens = torch.zeros(1, vit.patch_embed.num_patches + vit.num_prefix_tokens, vit.embed_dim)
@@ -125,7 +126,8 @@ class PackedViT:
         with ONE_TORCH_THREAD:
             finite = math.isfinite(images.sum().item())  # one pass; a sum beyond float32 only takes the longer way
             clean = images if finite else images.nan_to_num(0, 0, 0)
-        logits = self._fast(clean, threads)
+        most = min(torch_threads() if threads is None else threads, bits.get_threads())
+        logits = self._fast(clean, self._fast.worth(len(images), most) if threads is None else most)
         if finite:
             return logits
         with ONE_TORCH_THREAD:

@@ -35,6 +35,7 @@ from binvit.packed.fast.softmax import torch_lanes
 from binvit.packed.fast.threads import TEAM, Pool
 
 _KEPT = 1 + (os.cpu_count() or 1)  # memory of passes: that of images which threads share, and a thread's own
+_HAND_OVER = 200.0  # microseconds of work from which on a second thread gains more than waking it takes
 _SHARED = ("shares", "inclusive", "value_shares", "proj_sums")
 
 
@@ -73,10 +74,17 @@ class FastPath:
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
         self.bias = Bias(**arrays, width=biases[0].width)
         self._scratch: Pool[tuple[Scratch, Workspace]] = Pool(_KEPT)
+        tokens, width = model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim
+        products = tokens * (4 * width**2 + 2 * width * self.layers.hidden + 2 * tokens * width)
+        self._microseconds = len(folded) * (20 + 1e-6 * products)  # of an image on one thread, a rough estimate
 
     def takes(self, images: int) -> bool:
         """Tell whether so many images can be run: a maximum over the batch needs all of them at once."""
         return images == 1 or not self.over_batch
+
+    def worth(self, images: int, threads: int) -> int:
+        """Return how many of the threads so many images are worth: one where they take less time than waking others."""
+        return threads if images * self._microseconds > _HAND_OVER else 1
 
     def __call__(self, images: Tensor, threads: int) -> Tensor:
         """Compute the logits of images (B, C, H, W) with a number of threads."""
