@@ -45,6 +45,9 @@ else:
 FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
 """Whether one instruction looks up 16 floats in a table of 32."""
 
+WIDE_VECTORS = JIT and "avx512f" in _FEATURES
+"""Whether sixteen floats are one vector, of which there are 32."""
+
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
 _REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane

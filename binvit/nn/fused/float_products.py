@@ -1,6 +1,7 @@
-"""Float products of a training step, by oneDNN where torch has it: on some processors twice as fast as torch's own.
+"""Float products of a training step: large ones by oneDNN where torch has it, small ones in register tiles.
 
-torch multiplies float32 matrices by MKL, whose kernels for processors of other makers are short of their vectors.
+torch multiplies float32 matrices by MKL, whose kernels for processors of other makers are short of their vectors: both
+ways are twice as fast there.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from binvit.config import show
+from binvit.nn.fused import small_products
 
 LIBRARIES = ("oneDNN", "torch")
-"""What can multiply: oneDNN itself, or what torch chooses."""
+"""What can multiply: oneDNN itself, with tiles for products that are not worth a call of it, or what torch chooses."""
 SWITCH = "BINVIT_PRODUCTS"
 """The environment variable that chooses one of them."""
 
 _LARGE = 2**24  # multiplications from which on a product gains more than the call of oneDNN costs
+_SMALLEST = 2**19  # from which on tiles are faster than torch
 
 
 def library() -> str:
@@ -54,18 +57,28 @@ def multiply_by(name: str) -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply two matrices, a (M, N) and b (N, K), outside autograd: (M, K), large ones by the library in use."""
-    return _product(a, b) if _is_for_onednn(a, b, len(a) * b.numel()) else a @ b
+    """Multiply two matrices, a (M, N) and b (N, K), outside autograd: (M, K), by what `library` says."""
+    way = _way(a, b, len(a) * b.numel())
+    if way == "tiles":
+        return small_products.multiply(a, b)
+    return _product(a, b) if way == "oneDNN" else a @ b
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply the transpose of a (M, N) by b (M, K), outside autograd: (N, K), large ones by the library in use."""
-    return _product_over_rows(a, b) if _is_for_onednn(a, b, a.shape[1] * b.numel()) else a.mT @ b
+    """Multiply the transpose of a (M, N) by b (M, K), outside autograd: (N, K), by what `library` says."""
+    way = _way(a, b, a.shape[1] * b.numel())
+    if way == "tiles":
+        return small_products.multiply_over_rows(a, b)
+    return _product_over_rows(a, b) if way == "oneDNN" else a.mT @ b
 
 
-def _is_for_onednn(a: Tensor, b: Tensor, multiplications: int) -> bool:
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (a, b))
-    return plain and multiplications >= _LARGE and library() == "oneDNN"
+def _way(a: Tensor, b: Tensor, multiplications: int) -> str:
+    plain = a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
+    if not plain or multiplications < _SMALLEST or library() == "torch":
+        return "torch"
+    if multiplications >= _LARGE:
+        return "oneDNN"
+    return "tiles" if small_products.takes(a, b) else "torch"
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
