@@ -98,35 +98,49 @@ def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, b
         _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out)
 
 
+@kernel(allocates=False)
+def _word(numbers, start, kept, rest):
+    # A word of the next `kept` signs, zeros behind them: the numbers there belong to the next row and are left out.
+    if start + WORD <= numbers.size:
+        word = signs_of_64(numbers, start)
+        return word if kept >= WORD else word & ((np.uint64(1) << np.uint64(kept)) - np.uint64(1))
+    for j in range(WORD):
+        rest[j] = numbers[start + j] if j < kept else np.float32(-1)
+    return signs_of_64(rest, 0)
+
+
+@kernel(allocates=False)
+def _multiply_matrices(left, right, k, columns, differing, rest, out):
+    # One head; left, right and out are its numbers, row by row.
+    m, count = columns.shape[1], columns.shape[0]
+    for j in range(m):
+        for w in range(count):
+            columns[w, j] = _word(right, j * k + w * WORD, k - w * WORD, rest)
+    for i in range(left.size // k):
+        row = out[i * m : (i + 1) * m]
+        word = _word(left, i * k, k, rest)
+        if count == 1:
+            for j in range(m):
+                row[j] = np.float32(k - 2 * np.int32(popcount(word ^ columns[0, j])))
+            continue
+        for j in range(m):
+            differing[j] = np.int32(popcount(word ^ columns[0, j]))
+        for w in range(1, count):
+            word = _word(left, i * k + w * WORD, k - w * WORD, rest)
+            for j in range(m):
+                differing[j] += np.int32(popcount(word ^ columns[w, j]))
+        for j in range(m):
+            row[j] = np.float32(k - 2 * differing[j])
+
+
 @kernel
 def _multiply_heads(a, b, out):
     heads, n, k = a.shape
-    m = b.shape[1]
-    row = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
-    count = row.size // WORD
-    columns, differing = np.empty((count, m), np.uint64), np.empty(m, np.int32)
+    m, count = b.shape[1], (k + WORD - 1) // WORD
+    columns, differing, rest = np.empty((count, m), np.uint64), np.empty(m, np.int32), np.empty(WORD, np.float32)
     for h in range(heads):
-        for j in range(m):
-            for c in range(k):
-                row[c] = b[h, j, c]
-            for w in range(count):
-                columns[w, j] = signs_of_64(row, w * WORD)
-        for i in range(n):
-            for c in range(k):
-                row[c] = a[h, i, c]
-            if count == 1:
-                word = signs_of_64(row, 0)
-                for j in range(m):
-                    out[h, i, j] = np.float32(k - 2 * np.int32(popcount(word ^ columns[0, j])))
-                continue
-            for j in range(m):
-                differing[j] = 0
-            for w in range(count):
-                word = signs_of_64(row, w * WORD)
-                for j in range(m):
-                    differing[j] += np.int32(popcount(word ^ columns[w, j]))
-            for j in range(m):
-                out[h, i, j] = np.float32(k - 2 * differing[j])
+        left, right, result = a[h].reshape(n * k), b[h].reshape(m * k), out[h].reshape(n * m)
+        _multiply_matrices(left, right, k, columns, differing, rest, result)
 
 
 def multiply_signs(a: Tensor, b: Tensor) -> Tensor:
