@@ -21,6 +21,7 @@ from binvit.nn.convert import set_progress
 from binvit.nn.fused import autograd, bit_products, elementwise, formed, linear
 from binvit.nn.products import binary_product
 from binvit.nn.rules import Elastic
+from binvit.nn.schemes import WEIGHT_RULES
 
 
 def trained(scheme: binvit.Scheme, width: int = 48, heads: int = 3) -> VisionTransformer:
@@ -51,7 +52,7 @@ def run_with_two_threads(code: str) -> None:
 
 
 # Schemes whose query, key, map and value all have rules with a form.
-FORMED = "bnn", "xnor++", "bireal", "irnet", "reactnet", "bibert", "bivit", "binaryvit", "bit"
+FORMED = "bnn", "xnor++", "bireal", "irnet", "reactnet", "bibert", "bivit", "binaryvit", "bhvit-qd", "bit"
 
 
 @pytest.mark.parametrize(
@@ -147,9 +148,9 @@ def test_counted_bits_are_the_integers_of_the_levels(shape, kind, start, seed):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 if kind == "rows" else 0)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 64), (3, 7, 65), (1, 17, 24), (4, 66, 130)])
-def test_products_of_signs_are_exact(shape):
-    heads, n, k = shape
+@settings(max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 140))
+def test_products_of_signs_are_exact(heads, n, k):
     a, b = torch.randn(2, heads, n, k).sign(), torch.randn(2, heads, n + 3, k).sign()
     assert torch.equal(bit_products.multiply_signs(a, b), a @ b.mT)
 
@@ -159,7 +160,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 import numba
 import numpy as np
 import torch
-from binvit.nn.fused import bit_products, elementwise
+from binvit.nn.fused import bit_products, elementwise, small_products
 from binvit.nn.fused.end_kernels import end_backward, end_forward
 from binvit.nn.rules import Form
 draw = np.random.default_rng(0).standard_normal
@@ -182,7 +183,8 @@ for threads in (1, 2):
     scales = np.tile(shift, 10)[:633]
     zeros = np.zeros(633, np.int32)
     bit_products.linear_products(x, shift, *form[3:], panels.panels, zeros, scales, scales, 0, sizes, y)
-    results[-1] += y, sizes
+    product = small_products.multiply_over_rows(torch.from_numpy(x), torch.from_numpy(g)[:, :64]).numpy()
+    results[-1] += y, sizes, product
 assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 """)
 
@@ -222,6 +224,24 @@ def test_double_precision_and_exotic_rules_take_the_formulas():
     assert not linear.takes_linear(signed, binvit.scheme("elastic").rule("head_weight"))
     for gsb in (binvit.scheme("gsb", reduce="batch"), binvit.scheme("gsb", gradient="masked")):
         assert not autograd.takes_attention(*(gsb.rule(p) for p in ("query", "key", "attention", "value")))
+
+
+GSB = binvit.scheme("gsb")
+
+
+@pytest.mark.parametrize("weight", [name for name, make in WEIGHT_RULES.items() if linear._takes_signs(make(GSB))])
+def test_signs_of_weights_are_the_rules_to_the_last_bit(weight):
+    rule = WEIGHT_RULES[weight](GSB)
+    w, g = torch.randn(7, 33), torch.randn(7, 33)
+    w[0, :4] = torch.tensor([torch.nan, 0.0, -0.0, 1.0])
+    w[1] = 0
+    w[2, :2] = torch.tensor([1.0, -1.0])
+    (ours,), (theirs,) = linear._sign_planes(rule, w), rule.planes(w)
+    pairs = [(ours.levels, theirs.levels), *zip(ours.kept, theirs.kept, strict=True)]
+    pairs.append((linear._sign_gradient(rule, ours.kept, g), rule.backward_from(theirs.kept, g)[0]))
+    assert (ours.scale is None) == (theirs.scale is None)
+    for one, other in [*pairs, (ours.scale, theirs.scale)]:
+        assert one is other or torch.equal(one.view(torch.int32), other.contiguous().view(torch.int32))
 
 
 STARTS = {

@@ -125,9 +125,10 @@ class BinaryLinear(nn.Module):
         if self.parts > 1:
             rows = list(w.detach().chunk(self.parts))
             shifts = shifts if shift is None else list(shift.detach())
-        of_x = [b.values(x, shift) for b, shift in zip(inputs, shifts, strict=True)]
-        of_w = [b.values(w) for b, w in zip(weights, rows, strict=True)]
-        return Layer(inputs[0].rule, weights[0].rule, of_x, of_w, w, shift, self.bias)
+        rule_x, rule_w, none = inputs[0].rule, weights[0].rule, [()] * self.parts
+        of_x = [b.values(x, shift) for b, shift in zip(inputs, shifts, strict=True)] if rule_x.parameters else none
+        of_w = [b.values(w) for b, w in zip(weights, rows, strict=True)] if rule_w.parameters else none
+        return Layer(rule_x, rule_w, of_x, of_w, w, shift, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""

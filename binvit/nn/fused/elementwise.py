@@ -114,6 +114,35 @@ def centred_signs(w, out):
     return np.float32(sizes.sum() / w.size)
 
 
+@parallel_kernel
+def signs_of_rows(w, means, centred, levels):
+    """Write the signs of w (N, K), less its rows' means (N,) if there are any, and what they are the signs of."""
+    for r in prange(w.shape[0]):
+        if means.size:
+            for j in range(w.shape[1]):
+                centred[r, j] = w[r, j] - means[r]
+            for j in range(w.shape[1]):
+                levels[r, j] = ONE if centred[r, j] >= ZERO else -ONE
+        else:
+            for j in range(w.shape[1]):
+                levels[r, j] = ONE if w[r, j] >= ZERO else -ONE
+
+
+@parallel_kernel
+def slopes_of_rows(c, g, window, scales, out):
+    """Write g times the window's slope at c (N, K), times the rows' scales (N,) if there are any."""
+    for r in prange(c.shape[0]):
+        if window == 0:
+            for j in range(c.shape[1]):
+                out[r, j] = g[r, j] * (ONE if abs(c[r, j]) <= ONE else ZERO)
+        else:
+            for j in range(c.shape[1]):
+                out[r, j] = g[r, j] * (ONE if abs(c[r, j]) < ONE else ZERO)
+        if scales.size:
+            for j in range(c.shape[1]):
+                out[r, j] *= scales[r]
+
+
 @kernel(reorder=True)
 def ede_slope(x, t):
     """Return IR-Net's slope k t (1 - tanh^2(t x)), k = max(1 / t, 1), written so that it becomes vector code."""

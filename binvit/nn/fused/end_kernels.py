@@ -14,7 +14,8 @@ from binvit.nn.fused import elementwise
 
 BLOCK = 128  # rows whose gradients of vectors are summed together
 ZERO, ONE = np.float32(0), np.float32(1)
-FACTOR, WEIGHT, BIAS, SHIFT_IN, SLOPE, SHIFT_OUT, ALPHA, BETA = range(8)
+VECTORS = 8
+FACTOR, WEIGHT, BIAS, SHIFT_IN, SLOPE, SHIFT_OUT, ALPHA, BETA = range(VECTORS)
 
 
 @kernel(allocates=False)

@@ -6,7 +6,6 @@ first-level cache.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from binvit.jit import aligned_empty
 from binvit.nn.fused import elementwise
-from binvit.nn.fused.end_kernels import ALPHA, FACTOR, end_backward, end_forward
+from binvit.nn.fused.end_kernels import ALPHA, BIAS, FACTOR, VECTORS, WEIGHT, end_backward, end_forward
 from binvit.nn.precision import full_precision
 
 TILE = 1024  # numbers that a loop goes over: few enough for the first-level cache, enough to be worth its start
-_DEFAULTS = (1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
 ACTIVATIONS = {"none": 0, "clip": 1, "rprelu": 2}
 
 
@@ -35,19 +33,13 @@ class End(NamedTuple):
 
 def _table(vectors: Sequence[Tensor | None], width: int) -> np.ndarray:
     """Return the vectors (8, R N), each as many times as fill a tile of a power of two of rows."""
-    table = aligned_empty((defaults := _defaults(width)).shape, np.float32)
-    table[:] = defaults
+    table = aligned_empty((VECTORS, 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
     for rows, value in zip(table, vectors, strict=True):
         if value is not None:
             rows[:] = value.detach().numpy()
+    if vectors[WEIGHT] is None:  # the kernels ask for nothing else that is not there
+        table[WEIGHT], table[BIAS] = 1, 0
     return table.reshape(len(table), -1)
-
-
-@functools.lru_cache(maxsize=64)
-def _defaults(width: int) -> np.ndarray:
-    table = np.empty((len(_DEFAULTS), 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
-    table[:] = np.array(_DEFAULTS, np.float32)[:, None, None]
-    return table
 
 
 class Tail(NamedTuple):
@@ -76,7 +68,7 @@ def gradients(
     tail: Tail, y: Tensor, own: np.ndarray | None, g: Tensor
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """Return the gradients of products (M, N), of own inputs (M, K) and of the vectors, for g (M, N)."""
-    dy, summed = y.new_empty(y.shape), y.new_empty(len(_DEFAULTS), y.shape[1])
+    dy, summed = y.new_empty(y.shape), y.new_empty(VECTORS, y.shape[1])
     down = y.new_empty(len(y), 0 if own is None else own.shape[1])
     how = tail.table, tail.given[FACTOR], tail.given[ALPHA], tail.size, tail.activation, tail.moments
     rows = _no_rows(len(y)) if own is None else own

@@ -74,7 +74,7 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 def _way(a: Tensor, b: Tensor, multiplications: int) -> str:
     plain = a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
-    if not plain or multiplications < _SMALLEST or library() == "torch":
+    if not plain or multiplications < min(_SMALLEST, _LARGE) or library() == "torch":
         return "torch"
     if multiplications >= _LARGE:
         return "oneDNN"

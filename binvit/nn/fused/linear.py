@@ -18,9 +18,11 @@ from binvit.nn.fused import bit_products, elementwise, ends
 from binvit.nn.fused.ends import End
 from binvit.nn.fused.float_products import product, product_over_rows
 from binvit.nn.precision import full_precision
-from binvit.nn.rules import Bwn, Rule
+from binvit.nn.rules import Bwn, Plane, Rule, Sign
 
 _BWN = Bwn()
+_WINDOWS = {"closed": 0, "open": 1}
+_NONE = np.empty(0, np.float32)
 
 
 class Layer(NamedTuple):
@@ -57,11 +59,36 @@ def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     if rule == _BWN:
         levels = w.new_empty(w.shape)
         return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
-    ((levels, scale, _, kept),) = rule.planes(w.detach(), *parameters)
+    ((levels, scale, _, kept),) = _sign_planes(rule, w) if _takes_signs(rule) else rule.planes(w.detach(), *parameters)
     levels = levels.contiguous()
     if scale is not None and scale.numel() == 1:
         return _Weights(levels, scale.item(), None, kept)
     return _Weights(levels, 1.0, scale, kept)
+
+
+def _takes_signs(rule: Rule) -> bool:
+    if not isinstance(rule, Sign):
+        return False
+    return rule.by_row and rule.factor in ("constant", "bare") and rule.window in _WINDOWS
+
+
+def _sign_planes(rule: Any, w: Tensor) -> list[Plane]:
+    """Return what `rule.planes(w)` does, to the last bit: means stay torch's, in its order."""
+    w = w.detach().contiguous()
+    levels, c, means = torch.empty_like(w), w, _NONE
+    if rule.center:
+        means, c = w.mean(-1).numpy(), torch.empty_like(w)
+    elementwise.signs_of_rows(w.numpy(), means, c.numpy(), levels.numpy())
+    scale = w.abs().mean(-1, keepdim=True) if rule.scale == "row" else None
+    return [Plane(levels, scale, kept=(c,) if scale is None or rule.factor == "bare" else (c, scale))]
+
+
+def _sign_gradient(rule: Any, kept: Sequence[Tensor], g: Tensor) -> Tensor:
+    """Return what `rule.backward_from(kept, g)` does, to the last bit."""
+    (c, *scales), dx = kept, torch.empty_like(g)
+    gains = scales[0].view(-1).numpy() if scales else _NONE
+    elementwise.slopes_of_rows(c.numpy(), elementwise.rows_of(g), _WINDOWS[rule.window], gains, dx.numpy())
+    return dx.sub_(dx.mean(-1, keepdim=True)) if rule.center else dx
 
 
 class _Shape(NamedTuple):
@@ -207,7 +234,9 @@ def _weight_gradients(
     found: list[Any] = []
     gradients, weights = ([_joined(binary)], [w]) if shape.at_once else (list(binary), [w[of] for of in shape.rows(w)])
     for i, of_rule in enumerate(kept):
-        if of_rule:
+        if of_rule and _takes_signs(shape.rule_w):
+            gradients[i], more = _sign_gradient(shape.rule_w, of_rule, gradients[i]), []
+        elif of_rule:
             gradients[i], *more = shape.rule_w.backward_from(of_rule, gradients[i], *parameters[i])
         else:
             gradients[i], *more = shape.rule_w.backward(weights[i], gradients[i], *parameters[i])
