@@ -160,7 +160,7 @@ def test_logits_do_not_depend_on_batch_and_threads(reduce):
 def test_threads_follow_torch_and_bits():
     packed, seen = binvit.pack(trained("gsb")), []
     packed._fast = lambda x, threads: seen.append(threads) or torch.zeros(len(x), 5)
-    packed._fast.takes = lambda count: True
+    packed._fast.takes, packed._fast.worth = lambda count: True, lambda images, threads: threads
     packed(X)
     with bits.use_threads(1):
         packed(X)
