@@ -42,11 +42,8 @@ if config.CPU_FEATURES is None:
 else:
     _FEATURES = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
 
-FLOAT_PERMUTE = JIT and "avx512f" in _FEATURES
-"""Whether one instruction looks up 16 floats in a table of 32."""
-
 WIDE_VECTORS = JIT and "avx512f" in _FEATURES
-"""Whether sixteen floats are one vector, of which there are 32."""
+"""Whether 16 floats are one vector, of which there are 32, and one instruction looks up 16 floats in a table of 32."""
 
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 

@@ -229,10 +229,14 @@ def test_double_precision_and_exotic_rules_take_the_formulas():
 GSB = binvit.scheme("gsb")
 
 
-@pytest.mark.parametrize("weight", [name for name, make in WEIGHT_RULES.items() if linear._takes_signs(make(GSB))])
-def test_signs_of_weights_are_the_rules_to_the_last_bit(weight):
+TAKEN = [name for name, make in WEIGHT_RULES.items() if linear._takes_signs(make(GSB), torch.zeros(2, 8))]
+
+
+@pytest.mark.parametrize("k", [8, 33, 96, 521, 2100])
+@pytest.mark.parametrize("weight", TAKEN)
+def test_signs_of_weights_are_the_rules_to_the_last_bit(weight, k):
     rule = WEIGHT_RULES[weight](GSB)
-    w, g = torch.randn(7, 33), torch.randn(7, 33)
+    w, g = torch.randn(7, k), torch.randn(7, k)
     w[0, :4] = torch.tensor([torch.nan, 0.0, -0.0, 1.0])
     w[1] = 0
     w[2, :2] = torch.tensor([1.0, -1.0])
@@ -242,6 +246,26 @@ def test_signs_of_weights_are_the_rules_to_the_last_bit(weight):
     assert (ours.scale is None) == (theirs.scale is None)
     for one, other in [*pairs, (ours.scale, theirs.scale)]:
         assert one is other or torch.equal(one.view(torch.int32), other.contiguous().view(torch.int32))
+
+
+@pytest.mark.skipif(not elementwise.sums_like_torch(), reason="this torch sums in another order")
+@given(n=st.integers(2, 40), k=st.integers(elementwise.LEAST, 3000), sizes=st.booleans())
+def test_rows_are_summed_in_the_order_of_torch(n, k, sizes):
+    x, out = torch.randn(n, k), torch.empty(n)
+    elementwise.sums_of_rows(x.numpy(), sizes, out.numpy())
+    assert torch.equal(out, (x.abs() if sizes else x).sum(-1))
+
+
+@pytest.mark.parametrize("scheme", ["reactnet", "bireal"])
+def test_weights_whose_sums_have_another_order_take_the_formulas(scheme, monkeypatch):
+    """What a machine does whose torch sums otherwise: the rule's own steps, to the last bit on this one."""
+    model, x = trained(binvit.scheme(scheme)), torch.randn(4, 3, 15, 15)
+    (y, grads), rule = gradients(model, x), model.blocks[0].mlp.fc1.weight_binarizer.rule
+    monkeypatch.setattr(elementwise, "sums_like_torch", lambda: False)
+    assert not linear._takes_signs(rule, model.blocks[0].mlp.fc1.weight)
+    other, others = gradients(model, x)
+    assert torch.equal(y, other)
+    assert all(torch.equal(grads[name], value) for name, value in others.items())
 
 
 STARTS = {

@@ -51,7 +51,7 @@ def test_products_are_chains_in_every_shape(m, k, vectors, gap, seed):
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 3])
-def test_a_tile_in_numpy_is_the_compiled_one(vectors):
+def test_a_tile_in_numpy_is_the_same_chain(vectors):
     """What runs without a compiler: a short tile that repeats its last row, and sums that go on."""
     rng = np.random.default_rng(0)
     a, b, n = numbers(rng, 5, 9), numbers(rng, 9, vectors * LANES), vectors * LANES

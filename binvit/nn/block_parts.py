@@ -149,7 +149,7 @@ class LayerEnd(nn.Module):
 
     @property
     def vectors(self) -> list[Tensor | None]:
-        """The end's parameters as the compiled training step takes them."""
+        """The end's eight parameters as the compiled training step takes them, each (out_features,) or None."""
         norm, act, scale = self.norm, self.activation, self.scale
         vectors: list[Tensor | None] = [self.factor]
         vectors += [None, None] if norm is None else [norm.weight, norm.bias]

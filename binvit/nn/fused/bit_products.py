@@ -17,6 +17,7 @@ from binvit.bits.tile import PANEL, TILE, steps_of, tile_of_signs
 from binvit.jit import aligned_empty, kernel
 from binvit.nn.fused.elementwise import ONE, ZERO, parallel_kernel, share_of_largest
 
+_HEADS = 8  # that a thread takes together
 _ROWS = 8 * TILE  # whose words and products stay in the core's own cache
 
 
@@ -133,18 +134,19 @@ def _multiply_matrices(left, right, k, columns, differing, rest, out):
             row[j] = np.float32(k - 2 * differing[j])
 
 
-@kernel
+@parallel_kernel
 def _multiply_heads(a, b, out):
     heads, n, k = a.shape
     m, count = b.shape[1], (k + WORD - 1) // WORD
-    columns, differing, rest = np.empty((count, m), np.uint64), np.empty(m, np.int32), np.empty(WORD, np.float32)
-    for h in range(heads):
-        left, right, result = a[h].reshape(n * k), b[h].reshape(m * k), out[h].reshape(n * m)
-        _multiply_matrices(left, right, k, columns, differing, rest, result)
+    for block in prange((heads + _HEADS - 1) // _HEADS):
+        columns, differing, rest = np.empty((count, m), np.uint64), np.empty(m, np.int32), np.empty(WORD, np.float32)
+        for h in range(block * _HEADS, min(heads, (block + 1) * _HEADS)):
+            left, right, result = a[h].reshape(n * k), b[h].reshape(m * k), out[h].reshape(n * m)
+            _multiply_matrices(left, right, k, columns, differing, rest, result)
 
 
 def multiply_signs(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply signs (..., N, K) with signs (..., M, K) over K, all contiguous, on one thread: (..., N, M)."""
+    """Multiply signs (..., N, K) with signs (..., M, K) over K, all contiguous: (..., N, M)."""
     out = a.new_empty(*a.shape[:-1], b.shape[-2])
     matrices = (x.numpy().reshape(-1, *x.shape[-2:]) for x in (a, b, out))
     _multiply_heads(*matrices)

@@ -22,6 +22,8 @@ from binvit.threads import get_threads, start_threads, use_threads
 BLOCK = 32  # rows that are summed together
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 SLOPES = {"step": 0, "approx": 1, "ede": 2}
+WINDOWS = {"closed": 0, "open": 1}
+LEAST = 8  # numbers of a row whose sum has torch's order
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -114,33 +116,108 @@ def centred_signs(w, out):
     return np.float32(sizes.sum() / w.size)
 
 
+@kernel(allocates=False)
+def _sum_of_row(x, sizes, sums):
+    # The sum of x (K,), of |x| if `sizes`, in the order in which torch sums a contiguous last dimension: four vectors
+    # of eight side by side, folded into the next level after every sixteenth. sums (4, 32) is overwritten.
+    chunks, i = x.size // 32, 0
+    for level in range(4):
+        for j in range(32):
+            sums[level, j] = ZERO
+    while i + 16 <= chunks:
+        for start in range(32 * i, 32 * (i + 16), 32):
+            for j in range(32):
+                sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+        i += 16
+        for level in range(1, 4):
+            for j in range(32):
+                sums[level, j] += sums[level - 1, j]
+                sums[level - 1, j] = ZERO
+            if i & (15 << (4 * level)):
+                break
+    for start in range(32 * i, 32 * chunks, 32):
+        for j in range(32):
+            sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+    for level in range(1, 4):
+        for j in range(32):
+            sums[0, j] += sums[level, j]
+    for start in range(32 * chunks, x.size - 7, 8):
+        for j in range(8):
+            sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+    for start in range(8, 32, 8):
+        for j in range(8):
+            sums[0, j] += sums[0, start + j]
+    total = ZERO
+    for j in range(x.size // 8 * 8, x.size):
+        total += abs(x[j]) if sizes else x[j]
+    for j in range(8):
+        total += sums[0, j]
+    return total
+
+
 @parallel_kernel
-def signs_of_rows(w, means, centred, levels):
-    """Write the signs of w (N, K), less its rows' means (N,) if there are any, and what they are the signs of."""
+def sums_of_rows(x, sizes, out):
+    """Write the sums of x (N, K), K at least `LEAST`, of |x| if `sizes`, into out (N,); see `sums_like_torch`."""
+    for r in prange(x.shape[0]):
+        out[r] = _sum_of_row(x[r], sizes, np.empty((4, 32), np.float32))
+
+
+@functools.cache
+def sums_like_torch() -> bool:
+    """Tell whether the kernels sum several rows as this torch does on this machine, to the last bit."""
+    for k in (LEAST, 48, 100, 1111, 20000):
+        x = torch.linspace(-1, 3, 3 * k, dtype=torch.float32, device="cpu").mul_(7).cos_().view(3, k)
+        own = np.empty(3, np.float32)
+        sums_of_rows(x.numpy(), False, own)
+        if not np.array_equal(own, x.sum(-1).numpy()):
+            return False
+    return True
+
+
+@parallel_kernel
+def signs_of_rows(w, center, centred, levels, sizes):
+    """Write the signs of w (N, K), and each row's mean size unless `sizes` (N,) is empty.
+
+    If `center`, the signs are those of w less its rows' means, which is written to `centred` (N, K).
+    """
+    k = w.shape[1]
     for r in prange(w.shape[0]):
-        if means.size:
-            for j in range(w.shape[1]):
-                centred[r, j] = w[r, j] - means[r]
-            for j in range(w.shape[1]):
+        sums = np.empty((4, 32), np.float32)
+        if center:
+            mean = _sum_of_row(w[r], False, sums) / np.float32(k)
+            for j in range(k):
+                centred[r, j] = w[r, j] - mean
+            for j in range(k):
                 levels[r, j] = ONE if centred[r, j] >= ZERO else -ONE
         else:
-            for j in range(w.shape[1]):
+            for j in range(k):
                 levels[r, j] = ONE if w[r, j] >= ZERO else -ONE
+        if sizes.size:
+            sizes[r] = _sum_of_row(w[r], True, sums) / np.float32(k)
 
 
 @parallel_kernel
-def slopes_of_rows(c, g, window, scales, out):
-    """Write g times the window's slope at c (N, K), times the rows' scales (N,) if there are any."""
+def slopes_of_rows(c, g, window, scales, center, out):
+    """Write g times the slope of a window, a value of `WINDOWS`, at c (N, K), times the rows' scales (N,) if any.
+
+    If `center`, each row's mean is taken off.
+    """
+    k = c.shape[1]
     for r in prange(c.shape[0]):
+        row = out[r]
         if window == 0:
-            for j in range(c.shape[1]):
-                out[r, j] = g[r, j] * (ONE if abs(c[r, j]) <= ONE else ZERO)
+            for j in range(k):
+                row[j] = g[r, j] * (ONE if abs(c[r, j]) <= ONE else ZERO)
         else:
-            for j in range(c.shape[1]):
-                out[r, j] = g[r, j] * (ONE if abs(c[r, j]) < ONE else ZERO)
+            for j in range(k):
+                row[j] = g[r, j] * (ONE if abs(c[r, j]) < ONE else ZERO)
         if scales.size:
-            for j in range(c.shape[1]):
-                out[r, j] *= scales[r]
+            for j in range(k):
+                row[j] *= scales[r]
+        if center:
+            mean = _sum_of_row(row, False, np.empty((4, 32), np.float32)) / np.float32(k)
+            for j in range(k):
+                row[j] -= mean
 
 
 @kernel(reorder=True)
@@ -229,7 +306,12 @@ def rows_of(x: Tensor) -> np.ndarray:
 def vector(values: Tensor | None, size: int, default: float = 0.0) -> np.ndarray:
     """Return float32 values for `size` columns as an array: a vector, one number for all, None for the default."""
     if values is None:
-        return np.full(size, default, np.float32)
+        return np.full(size, default, np.float32) if default else _zeros(size)
     if values.numel() == 1:
         return np.full(size, values.item(), np.float32)
     return values.detach().reshape(size).contiguous().numpy()
+
+
+@functools.lru_cache(256)
+def _zeros(size: int) -> np.ndarray:
+    return np.zeros(size, np.float32)  # shared: the kernels only read it

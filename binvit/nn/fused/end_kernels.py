@@ -13,6 +13,7 @@ from binvit.jit import kernel
 from binvit.nn.fused import elementwise
 
 BLOCK = 128  # rows whose gradients of vectors are summed together
+_SHARE = 32  # rows of which a thread takes a whole number, where nothing is summed
 ZERO, ONE = np.float32(0), np.float32(1)
 VECTORS = 8
 FACTOR, WEIGHT, BIAS, SHIFT_IN, SLOPE, SHIFT_OUT, ALPHA, BETA = range(VECTORS)
@@ -22,6 +23,21 @@ FACTOR, WEIGHT, BIAS, SHIFT_IN, SLOPE, SHIFT_OUT, ALPHA, BETA = range(VECTORS)
 def _copy(given, out):
     for j in range(out.size):  # numba lets an assignment of slices copy twice, as they might overlap
         out[j] = given[j]
+
+
+@kernel(allocates=False)
+def fill_table(factor, weight, bias, shift_in, slope, shift_out, alpha, beta, table):
+    """Write the vectors (N,), each R times, into table (8, R, N); one without numbers is left out.
+
+    Without a weight, the norm's weight is 1 and its bias 0: the kernels ask for nothing else that is not there.
+    """
+    for i, given in enumerate((factor, weight, bias, shift_in, slope, shift_out, alpha, beta)):
+        for row in table[i]:
+            for j in range(given.size):
+                row[j] = given[j]
+    if not weight.size:
+        table[WEIGHT] = ONE
+        table[BIAS] = ZERO
 
 
 @kernel(reorder=True, allocates=False)
@@ -166,8 +182,8 @@ def end_forward(y, x, vectors, factored, scaled, size, eps, activation, out, mom
     activation: a value of `ACTIVATIONS`. moments (2, M N / size) takes the means and inverse deviations of the norm.
     """
     rows = y.shape[0]
-    for block in prange((rows + BLOCK - 1) // BLOCK):
-        first, last = block * BLOCK, min(rows, (block + 1) * BLOCK)
+    for block in prange((rows + _SHARE - 1) // _SHARE):
+        first, last = block * _SHARE, min(rows, (block + 1) * _SHARE)
         _rows_forward(first, last, y, x, vectors, factored, scaled, size, eps, activation, out, moments)
 
 
@@ -267,7 +283,8 @@ def end_backward(y, x, g, vectors, factored, scaled, size, activation, moments, 
     rows, n = y.shape
     blocks = (rows + BLOCK - 1) // BLOCK
     sums = np.zeros((blocks, 8, n), np.float32)
-    for block in prange(blocks):
+    for place in prange(blocks):
+        block = (place + blocks - 1) % blocks  # the last, short one goes to the thread that has one more
         space = np.zeros(11 * vectors.shape[1] + 16, np.float32)
         start = -(space.ctypes.data // 4) % 16  # vectors that cross a cache line take a quarter longer
         space = space[start : start + 11 * vectors.shape[1]].reshape((11, vectors.shape[1]))

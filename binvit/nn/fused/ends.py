@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from binvit.jit import aligned_empty
 from binvit.nn.fused import elementwise
-from binvit.nn.fused.end_kernels import ALPHA, BIAS, FACTOR, VECTORS, WEIGHT, end_backward, end_forward
+from binvit.nn.fused.end_kernels import ALPHA, FACTOR, VECTORS, end_backward, end_forward, fill_table
 from binvit.nn.precision import full_precision
 
 TILE = 1024  # numbers that a loop goes over: few enough for the first-level cache, enough to be worth its start
+_NONE = np.empty(0, np.float32)
 ACTIVATIONS = {"none": 0, "clip": 1, "rprelu": 2}
 
 
@@ -34,12 +35,8 @@ class End(NamedTuple):
 def _table(vectors: Sequence[Tensor | None], width: int) -> np.ndarray:
     """Return the vectors (8, R N), each as many times as fill a tile of a power of two of rows."""
     table = aligned_empty((VECTORS, 1 << max(0, (TILE // width).bit_length() - 1), width), np.float32)
-    for rows, value in zip(table, vectors, strict=True):
-        if value is not None:
-            rows[:] = value.detach().numpy()
-    if vectors[WEIGHT] is None:  # the kernels ask for nothing else that is not there
-        table[WEIGHT], table[BIAS] = 1, 0
-    return table.reshape(len(table), -1)
+    fill_table(*[_NONE if value is None else value.detach().contiguous().numpy() for value in vectors], table)
+    return table.reshape(VECTORS, -1)
 
 
 class Tail(NamedTuple):
@@ -52,7 +49,7 @@ class Tail(NamedTuple):
     moments: np.ndarray
 
 
-def end(kind: End, y: Tensor, own: np.ndarray | None, vectors: Sequence[Tensor | None]) -> tuple[Tensor, Tail]:
+def apply_end(kind: End, y: Tensor, own: np.ndarray | None, vectors: Sequence[Tensor | None]) -> tuple[Tensor, Tail]:
     """Compute an end of products (M, N) and own inputs (M, K) outside autograd: (M, N), and what `gradients` takes."""
     out, own = y.new_empty(y.shape), _no_rows(len(y)) if own is None else own
     rows, width = y.shape
@@ -88,7 +85,7 @@ def _flat(x: Tensor) -> Tensor:
 class _LayerEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: End, y: Tensor, x: Tensor | None, *vectors: Tensor | None) -> Tensor:
-        out, ctx.tail = end(kind, _flat(y), None if x is None else elementwise.rows_of(x), vectors)
+        out, ctx.tail = apply_end(kind, _flat(y), None if x is None else elementwise.rows_of(x), vectors)
         ctx.save_for_backward(y, x)
         return out.view(y.shape)
 

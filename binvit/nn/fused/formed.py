@@ -123,8 +123,7 @@ class _AttentionByForms(torch.autograd.Function):
         ctx.rules, ctx.forms, ctx.softmax, ctx.has_bias = rules, forms, softmax, bias is not None
         ctx.save_for_backward(joint, q, k, v, map_, probability, a, *parameters)
         y = map_ @ v
-        scale = form_v.scale if form_a is None else form_a.scale * form_v.scale
-        y = y if scale == 1 else y.mul_(scale)
+        y = _times(y, form_v.scale if form_a is None else form_a.scale * form_v.scale)
         return y.transpose(1, 2).reshape(b, n, count * d)
 
     @staticmethod

@@ -21,7 +21,6 @@ from binvit.nn.precision import full_precision
 from binvit.nn.rules import Bwn, Plane, Rule, Sign
 
 _BWN = Bwn()
-_WINDOWS = {"closed": 0, "open": 1}
 _NONE = np.empty(0, np.float32)
 
 
@@ -59,27 +58,27 @@ def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
     if rule == _BWN:
         levels = w.new_empty(w.shape)
         return _Weights(levels, float(elementwise.centred_signs(elementwise.rows_of(w), levels.numpy())), None)
-    ((levels, scale, _, kept),) = _sign_planes(rule, w) if _takes_signs(rule) else rule.planes(w.detach(), *parameters)
+    taken = _takes_signs(rule, w)
+    ((levels, scale, _, kept),) = _sign_planes(rule, w) if taken else rule.planes(w.detach(), *parameters)
     levels = levels.contiguous()
     if scale is not None and scale.numel() == 1:
         return _Weights(levels, scale.item(), None, kept)
     return _Weights(levels, 1.0, scale, kept)
 
 
-def _takes_signs(rule: Rule) -> bool:
-    if not isinstance(rule, Sign):
+def _takes_signs(rule: Rule, w: Tensor) -> bool:
+    if not isinstance(rule, Sign) or w.shape[1] < elementwise.LEAST or len(w) < 2 or not elementwise.sums_like_torch():
         return False
-    return rule.by_row and rule.factor in ("constant", "bare") and rule.window in _WINDOWS
+    return rule.by_row and rule.factor in ("constant", "bare") and rule.window in elementwise.WINDOWS
 
 
 def _sign_planes(rule: Any, w: Tensor) -> list[Plane]:
-    """Return what `rule.planes(w)` does, to the last bit: means stay torch's, in its order."""
+    """Return what `rule.planes(w)` does, to the last bit."""
     w = w.detach().contiguous()
-    levels, c, means = torch.empty_like(w), w, _NONE
-    if rule.center:
-        means, c = w.mean(-1).numpy(), torch.empty_like(w)
-    elementwise.signs_of_rows(w.numpy(), means, c.numpy(), levels.numpy())
-    scale = w.abs().mean(-1, keepdim=True) if rule.scale == "row" else None
+    levels, c = torch.empty_like(w), torch.empty_like(w) if rule.center else w
+    scale = w.new_empty(len(w), 1) if rule.scale == "row" else None
+    sizes = _NONE if scale is None else scale.view(-1).numpy()
+    elementwise.signs_of_rows(w.numpy(), rule.center, c.numpy(), levels.numpy(), sizes)
     return [Plane(levels, scale, kept=(c,) if scale is None or rule.factor == "bare" else (c, scale))]
 
 
@@ -87,11 +86,12 @@ def _sign_gradient(rule: Any, kept: Sequence[Tensor], g: Tensor) -> Tensor:
     """Return what `rule.backward_from(kept, g)` does, to the last bit."""
     (c, *scales), dx = kept, torch.empty_like(g)
     gains = scales[0].view(-1).numpy() if scales else _NONE
-    elementwise.slopes_of_rows(c.numpy(), elementwise.rows_of(g), _WINDOWS[rule.window], gains, dx.numpy())
-    return dx.sub_(dx.mean(-1, keepdim=True)) if rule.center else dx
+    window = elementwise.WINDOWS[rule.window]
+    elementwise.slopes_of_rows(c.numpy(), elementwise.rows_of(g), window, gains, rule.center, dx.numpy())
+    return dx
 
 
-class _Shape(NamedTuple):
+class _Layout(NamedTuple):
     """What of a layer is no tensor, and how its tensors stand in a row."""
 
     rule_x: Rule
@@ -113,6 +113,10 @@ class _Shape(NamedTuple):
         n = len(w) // self.parts
         return [slice(i * n, (i + 1) * n) for i in range(self.parts)]
 
+    def own_rows(self, x: np.ndarray, own: Tensor | None) -> np.ndarray | None:
+        """Return the rows that the end adds: those of the layer's input, of another tensor, or none."""
+        return x if self.own else None if own is None else elementwise.rows_of(own)
+
     @property
     def at_once(self) -> bool:
         """Tell whether the weights of all parts are binarized together."""
@@ -123,7 +127,7 @@ class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        shape: _Shape,
+        layout: _Layout,
         x: Tensor,
         own: Tensor | None,
         w: Tensor,
@@ -132,20 +136,20 @@ class _BinaryLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         rows, k = elementwise.rows_of(x), x.shape[-1]
-        of_x, of_w, vectors = shape.split(tensors)
-        shifts = _shifts(shift, shape.parts, k)
-        if shape.at_once:
-            weights = [_weights(shape.rule_w, w, of_w[0])]
-            parts = weights if shape.parts == 1 else [weights[0].rows(of) for of in shape.rows(w)]
+        of_x, of_w, vectors = layout.split(tensors)
+        shifts = _shifts(shift, layout.parts, k)
+        if layout.at_once:
+            weights = [_weights(layout.rule_w, w, of_w[0])]
+            parts = weights if layout.parts == 1 else [weights[0].rows(of) for of in layout.rows(w)]
         else:
             parts = weights = [
-                _weights(shape.rule_w, w[of], given) for of, given in zip(shape.rows(w), of_w, strict=True)
+                _weights(layout.rule_w, w[of], given) for of, given in zip(layout.rows(w), of_w, strict=True)
             ]
         y = x.new_empty(len(rows), len(w))
         ctx.forms = []
-        for part, of, parameters, moved in zip(parts, shape.rows(w), of_x, shifts, strict=True):
+        for part, of, parameters, moved in zip(parts, layout.rows(w), of_x, shifts, strict=True):
             n = of.stop - of.start
-            form: Any = shape.rule_x.form(*(p.item() for p in parameters))
+            form: Any = layout.rule_x.form(*(p.item() for p in parameters))
             panels = bit_products.prepare_levels(part.levels.numpy())
             means = np.empty(len(rows) if form.mean == "row" else 0, np.float32)
             gain = form.scale * part.gain
@@ -162,13 +166,12 @@ class _BinaryLinear(torch.autograd.Function):
                 y.numpy(),
             )
             ctx.forms.append((form, part.gain, means))
-        ctx.shape, ctx.counts = shape, [len(given.kept) for given in weights]
+        ctx.layout, ctx.counts = layout, [len(given.kept) for given in weights]
         kept = [tensor for given in weights for tensor in (given.levels, given.gains, *given.kept)]
         out, products = y, None
-        if shape.end is not None:
+        if layout.end is not None:
             products = y
-            own_rows = rows if shape.own else None if own is None else elementwise.rows_of(own)
-            out, ctx.tail = ends.end(shape.end, y, own_rows, vectors)
+            out, ctx.tail = ends.apply_end(layout.end, y, layout.own_rows(rows, own), vectors)
         ctx.save_for_backward(x, own, w, shift, bias, products, *tensors, *kept)
         return out.view(*x.shape[:-1], -1)
 
@@ -176,31 +179,30 @@ class _BinaryLinear(torch.autograd.Function):
     @once_differentiable
     @full_precision
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        shape: _Shape = ctx.shape
+        layout: _Layout = ctx.layout
         x, own, w, shift, bias, products, *rest = ctx.saved_tensors
         count = len(rest) - sum(ctx.counts) - 2 * len(ctx.counts)
-        of_x, of_w, vectors = shape.split(rest[:count])
+        of_x, of_w, vectors = layout.split(rest[:count])
         kept = iter(rest[count:])
         weights = [(next(kept), next(kept), [next(kept) for _ in range(n)]) for n in ctx.counts]
         rows, k = elementwise.rows_of(x), x.shape[-1]
         g = g.reshape(len(rows), -1)
         dx: Any = None
-        down: Any = None
+        of_own: Any = None
         dvectors: list[Any] = [None] * len(vectors)
         if products is not None:
-            own_rows = rows if shape.own else None if own is None else elementwise.rows_of(own)
-            g, down, dvectors = ends.gradients(ctx.tail, products, own_rows, g)
+            g, of_own, dvectors = ends.gradients(ctx.tail, products, layout.own_rows(rows, own), g)
         levels = [levels_w if gains is None else levels_w * gains for levels_w, gains, _ in weights]
-        if shape.at_once and shape.parts > 1:
-            levels = [levels[0][of] for of in shape.rows(w)]
-        moved = _shifts(shift, shape.parts, k)
-        dshift, dws, dbiases, dpx = np.empty((shape.parts, k), np.float32), [], [], []
-        for i, of in enumerate(shape.rows(w)):
+        if layout.at_once and layout.parts > 1:
+            levels = [levels[0][of] for of in layout.rows(w)]
+        moved = _shifts(shift, layout.parts, k)
+        dshift, dws, dbiases, dpx = np.empty((layout.parts, k), np.float32), [], [], []
+        for i, of in enumerate(layout.rows(w)):
             form, gain, means = ctx.forms[i]
             up = g[:, of]
             d, binary = product(up, levels[i]), x.new_empty(rows.shape)
             if dx is None:  # the own input's gradient comes first where it is the only other term
-                dx = down if shape.own and shape.parts == 1 else d
+                dx = of_own if layout.own and layout.parts == 1 else d
             sums = elementwise.binary_backward(
                 rows,
                 moved[i],
@@ -217,29 +219,31 @@ class _BinaryLinear(torch.autograd.Function):
             dws.append(_times(product_over_rows(up, binary), form.scale))
             dbiases.append(None if bias is None else up.sum(0))
             numbers = [p.item() for p in of_x[i]]
-            found = shape.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
+            found = layout.rule_x.parameter_gradients(*sums, x.numel(), *numbers)
             dpx += [None if value is None else x.new_tensor(float(value)) for value in found]
-        if shape.own and dx is not down:
-            dx.add_(down)
-        dw, dpw = _weight_gradients(shape, w, [of_rule for _, _, of_rule in weights], dws, of_w)
-        down = None if shape.own or down is None else down.view(own.shape)
+        if layout.own and dx is not of_own:
+            dx.add_(of_own)
+        dw, dpw = _weight_gradients(layout, w, [of_rule for _, _, of_rule in weights], dws, of_w)
+        of_own = None if layout.own or of_own is None else of_own.view(own.shape)
         of_shift = None if shift is None else torch.from_numpy(dshift).view(shift.shape)
-        return None, dx.view(x.shape), down, dw, of_shift, _joined(dbiases), *dpx, *dpw, *dvectors
+        return None, dx.view(x.shape), of_own, dw, of_shift, _joined(dbiases), *dpx, *dpw, *dvectors
 
 
 def _weight_gradients(
-    shape: _Shape, w: Tensor, kept: Sequence[Sequence[Tensor]], binary: Sequence[Tensor], parameters: Sequence[Any]
+    layout: _Layout, w: Tensor, kept: Sequence[Sequence[Tensor]], binary: Sequence[Tensor], parameters: Sequence[Any]
 ) -> tuple[Tensor, list[Any]]:
     """Return the gradients of the weights and of their rule's parameters, for those of each part's binary weights."""
     found: list[Any] = []
-    gradients, weights = ([_joined(binary)], [w]) if shape.at_once else (list(binary), [w[of] for of in shape.rows(w)])
+    gradients, weights = [_joined(binary)], [w]
+    if not layout.at_once:
+        gradients, weights = list(binary), [w[of] for of in layout.rows(w)]
     for i, of_rule in enumerate(kept):
-        if of_rule and _takes_signs(shape.rule_w):
-            gradients[i], more = _sign_gradient(shape.rule_w, of_rule, gradients[i]), []
+        if of_rule and _takes_signs(layout.rule_w, weights[i]):
+            gradients[i], more = _sign_gradient(layout.rule_w, of_rule, gradients[i]), []
         elif of_rule:
-            gradients[i], *more = shape.rule_w.backward_from(of_rule, gradients[i], *parameters[i])
+            gradients[i], *more = layout.rule_w.backward_from(of_rule, gradients[i], *parameters[i])
         else:
-            gradients[i], *more = shape.rule_w.backward(weights[i], gradients[i], *parameters[i])
+            gradients[i], *more = layout.rule_w.backward(weights[i], gradients[i], *parameters[i])
         found += more
     return _joined(gradients), found
 
@@ -261,9 +265,9 @@ def _times(x: Any, factor: float) -> Any:
 @torch.compiler.disable  # compiled by numba
 @full_precision
 def _binary_linear(
-    x: Tensor, own: Tensor | None, shape: _Shape, tensors: list[Tensor | None], more: list[Tensor | None]
+    x: Tensor, own: Tensor | None, layout: _Layout, tensors: list[Tensor | None], more: list[Tensor | None]
 ) -> Tensor:
-    return _BinaryLinear.apply(shape, x, own, *tensors, *more)
+    return _BinaryLinear.apply(layout, x, own, *tensors, *more)
 
 
 def binary_linear(
@@ -281,7 +285,7 @@ def binary_linear(
     Returns:
         (..., N).
     """
-    shape = _Shape(layer.rule_x, layer.rule_w, len(layer.parameters_x), end, own is x)
+    layout = _Layout(layer.rule_x, layer.rule_w, len(layer.parameters_x), end, own is x)
     more = [tensor for given in (*layer.parameters_x, *layer.parameters_w) for tensor in given]
     tensors = [layer.w, layer.shift, layer.bias]
-    return _binary_linear(x, None if own is x else own, shape, tensors, [*more, *vectors])
+    return _binary_linear(x, None if own is x else own, layout, tensors, [*more, *vectors])

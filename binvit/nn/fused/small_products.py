@@ -73,7 +73,7 @@ def _make_tile(vectors: int) -> Callable:
             targets = [
                 builder.gep(emit.address(10, r, column), [constant(v * LANES)]) for r in rows for v in range(vectors)
             ]
-            with builder.if_else(context.cast(builder, add, types.boolean, types.boolean)) as (more, anew):
+            with builder.if_else(add) as (more, anew):
                 with more:  # all are read before any is written: a short tile repeats its last row
                     totals = [builder.fadd(emit.load(t, lane, LANES), s) for t, s in zip(targets, sums, strict=True)]
                     for total, target in zip(totals, targets, strict=True):
@@ -97,15 +97,16 @@ def _columns(row, last, a, across, along, b, width, depth, out):
     column, first = np.int64(0), np.int64(0)
     while column < out.shape[1]:
         left = (out.shape[1] - column) // LANES
+        vectors = left if left < 3 else 2 if left == 4 else 3
         for first in range(0, depth, CHAIN):
             steps = min(depth - first, CHAIN)
-            if left == 1:
+            if vectors == 1:
                 _one(a, row, last, across, along, b, width, column, first, steps, out, first > 0)
-            elif left == 2 or left == 4:
+            elif vectors == 2:
                 _two(a, row, last, across, along, b, width, column, first, steps, out, first > 0)
             else:
                 _three(a, row, last, across, along, b, width, column, first, steps, out, first > 0)
-        column += LANES * (1 if left == 1 else 2 if left == 2 or left == 4 else 3)
+        column += LANES * vectors
 
 
 @parallel_kernel

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.jit import FLOAT_PERMUTE, kernel, vector_code
+from binvit.jit import WIDE_VECTORS, kernel, vector_code
 
 WIDTHS = (16, 8, 4)
 """Lanes of torch's vectors: AVX-512, AVX2, NEON."""
@@ -173,7 +173,7 @@ def _by_permutation(counts, smallest, table, lanes, tokens, reciprocals, attenti
         reciprocals[row] = np.float32(1) / total
 
 
-exponentiate = _by_permutation if FLOAT_PERMUTE else _by_loop
+exponentiate = _by_permutation if WIDE_VECTORS else _by_loop
 """Looks up the exponentials of each row and sums them: the softmax of popcount p is exponential * reciprocal.
 
 ``(counts, smallest, table, lanes, tokens, reciprocals, attention, start, stop)`` with counts and smallest from
