@@ -47,12 +47,12 @@ def prepare_levels(levels: np.ndarray) -> PreparedWeights:
     return PreparedWeights(panels, columns)
 
 
-@kernel(reorder=True)
-def _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out):
+@kernel(reorder=True, allocates=False)
+def _multiply_block(
+    first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out, levels, words, products
+):
+    # levels (64 W,) are -1 behind the first K, words (_ROWS, W) zero; products (_ROWS, columns of all panels).
     k, last = x.shape[1], min(x.shape[0], first + _ROWS)
-    levels = np.full(WORD * ((k + WORD - 1) // WORD), np.float32(-1))
-    words = np.zeros((_ROWS, levels.size // WORD), np.uint64)
-    products = np.empty((_ROWS, PANEL * panels.shape[0]), np.int32)
     for r in range(first, last):
         limit = share_of_largest(x[r], shift, share)
         if unsigned:
@@ -94,9 +94,12 @@ def linear_products(x, shift, threshold, unsigned, share, panels, sums, scale, b
     panels of bits with the sums of its rows, `PreparedWeights.sums`, or zeros if signed; scale and bias are (N,). means
     (M,), which may be empty for a mean of 1, takes the mean size of every row.
     """
+    count = (x.shape[1] + WORD - 1) // WORD
     for block in prange((x.shape[0] + _ROWS - 1) // _ROWS):
-        first = block * _ROWS
-        _multiply_block(first, x, shift, threshold, unsigned, share, panels, sums, scale, bias, start, means, out)
+        levels, words = np.full(WORD * count, np.float32(-1)), np.zeros((_ROWS, count), np.uint64)
+        work = levels, words, np.empty((_ROWS, PANEL * panels.shape[0]), np.int32)
+        how = threshold, unsigned, share, panels, sums, scale, bias, start
+        _multiply_block(block * _ROWS, x, shift, *how, means, out, *work)
 
 
 @kernel(allocates=False)

@@ -72,7 +72,7 @@ def numbers(form: Form) -> tuple[int, np.float32, np.float32, np.float32, bool, 
     return SLOPES[form.slope], low, high, threshold, form.threshold is not None, share
 
 
-@kernel(reorder=True)
+@kernel(reorder=True, allocates=False)
 def share_of_largest(x, shift, share):
     """Return the share of the largest x + shift, both (K,)."""
     if share == 0:
@@ -83,19 +83,26 @@ def share_of_largest(x, shift, share):
     return share * top
 
 
+@kernel(reorder=True, allocates=False)
+def _levels_of_rows(first, last, x, shift, threshold, unsigned, share, out):
+    k = x.shape[1]
+    for r in range(first, last):
+        limit = share_of_largest(x[r], shift, share)
+        if unsigned:
+            for j in range(k):
+                out[r, j] = 1 if x[r, j] + shift[j] - limit > threshold else 0
+        else:
+            for j in range(k):
+                out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
+
+
 @parallel_kernel(reorder=True)
 def binary_levels(x, shift, threshold, unsigned, share, out):
     """Write the levels of x + shift, (M, K) with a shift of (K,): {0, 1} by the threshold if unsigned, else signs."""
-    rows, k = x.shape
+    rows = x.shape[0]
     for block in prange((rows + BLOCK - 1) // BLOCK):
-        for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            limit = share_of_largest(x[r], shift, share)
-            if unsigned:
-                for j in range(k):
-                    out[r, j] = 1 if x[r, j] + shift[j] - limit > threshold else 0
-            else:
-                for j in range(k):
-                    out[r, j] = 1 if x[r, j] + shift[j] >= 0 else -1
+        first, last = block * BLOCK, min(rows, (block + 1) * BLOCK)
+        _levels_of_rows(first, last, x, shift, threshold, unsigned, share, out)
 
 
 @parallel_kernel(reorder=True)
@@ -232,6 +239,58 @@ def ede_slope(x, t):
     return max(ONE, t) * np.float32(4) * e / ((ONE + e) * (ONE + e))
 
 
+@kernel(reorder=True, allocates=False)
+def _backward_of_rows(
+    first, last, x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, sums, row,
+    binary, columns,
+):  # fmt: skip
+    # The rows of a block: adds to sums (2,) and columns (K,); row (K,) is overwritten.
+    k = x.shape[1]
+    total, ramped = 0.0, 0.0
+    for r in range(first, last):
+        level, ramp = ZERO, ZERO
+        limit = share_of_largest(x[r], shift, share)
+        factor = passed * means[r] if means.size else passed
+        if slope == 0:
+            for j in range(k):
+                v = x[r, j] + shift[j] - limit
+                row[j] = g[r, j] * gain * factor if (v >= low) and (v <= high) else ZERO
+            for j in range(k):
+                v = x[r, j] + shift[j] - limit
+                up = g[r, j] * gain
+                if unsigned:
+                    level += up if v > threshold else ZERO
+                else:
+                    level += up if v >= 0 else -up
+                ramp += v * row[j]
+        elif slope == 1:
+            for j in range(k):
+                size = abs(x[r, j] + shift[j] - limit)
+                row[j] = g[r, j] * gain * factor * (TWO - TWO * size) if size <= ONE else ZERO
+        else:
+            for j in range(k):
+                row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j] - limit, high)
+        if binary.size:
+            mean = means[r] if means.size else ONE
+            if unsigned:
+                for j in range(k):
+                    binary[r, j] = mean if x[r, j] + shift[j] - limit > threshold else ZERO
+            else:
+                for j in range(k):
+                    binary[r, j] = mean if x[r, j] + shift[j] >= 0 else -mean
+        for j in range(k):
+            columns[j] += row[j]
+        if add:
+            for j in range(k):
+                out[r, j] += row[j]
+        else:
+            for j in range(k):
+                out[r, j] = row[j]
+        total += level
+        ramped += ramp
+    sums[0], sums[1] = total, ramped
+
+
 @parallel_kernel(reorder=True)
 def binary_backward(
     x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, dshift, binary
@@ -245,57 +304,17 @@ def binary_backward(
     """
     rows, k = x.shape
     blocks = (rows + BLOCK - 1) // BLOCK
-    levels, ramps, columns = np.empty(blocks), np.empty(blocks), np.zeros((blocks, k), np.float32)
+    sums, columns = np.empty((blocks, 2)), np.zeros((blocks, k), np.float32)
     for block in prange(blocks):
-        total, ramped = 0.0, 0.0
         row = np.empty(k, np.float32)
-        for r in range(block * BLOCK, min(rows, (block + 1) * BLOCK)):
-            level, ramp = ZERO, ZERO
-            limit = share_of_largest(x[r], shift, share)
-            factor = passed * means[r] if means.size else passed
-            if slope == 0:
-                for j in range(k):
-                    v = x[r, j] + shift[j] - limit
-                    row[j] = g[r, j] * gain * factor if (v >= low) and (v <= high) else ZERO
-                for j in range(k):
-                    v = x[r, j] + shift[j] - limit
-                    up = g[r, j] * gain
-                    if unsigned:
-                        level += up if v > threshold else ZERO
-                    else:
-                        level += up if v >= 0 else -up
-                    ramp += v * row[j]
-            elif slope == 1:
-                for j in range(k):
-                    size = abs(x[r, j] + shift[j] - limit)
-                    row[j] = g[r, j] * gain * factor * (TWO - TWO * size) if size <= ONE else ZERO
-            else:
-                for j in range(k):
-                    row[j] = g[r, j] * gain * factor * ede_slope(x[r, j] + shift[j] - limit, high)
-            if binary.size:
-                mean = means[r] if means.size else ONE
-                if unsigned:
-                    for j in range(k):
-                        binary[r, j] = mean if x[r, j] + shift[j] - limit > threshold else ZERO
-                else:
-                    for j in range(k):
-                        binary[r, j] = mean if x[r, j] + shift[j] >= 0 else -mean
-            for j in range(k):
-                columns[block, j] += row[j]
-            if add:
-                for j in range(k):
-                    out[r, j] += row[j]
-            else:
-                for j in range(k):
-                    out[r, j] = row[j]
-            total += level
-            ramped += ramp
-        levels[block], ramps[block] = total, ramped
+        first, last = block * BLOCK, min(rows, (block + 1) * BLOCK)
+        how = gain, slope, low, high, threshold, unsigned, share, passed
+        _backward_of_rows(first, last, x, shift, g, *how, means, add, out, sums[block], row, binary, columns[block])
     dshift[:] = 0
     for block in range(blocks):
         for j in range(k):
             dshift[j] += columns[block, j]
-    return levels.sum(), ramps.sum()
+    return sums[:, 0].sum(), sums[:, 1].sum()
 
 
 def rows_of(x: Tensor) -> np.ndarray:

@@ -15,6 +15,7 @@ from numba import prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from binvit.jit import kernel
 from binvit.nn.fused import heads, planes
 from binvit.nn.fused.bit_products import multiply_signs
 from binvit.nn.fused.elementwise import parallel_kernel, rows_of, usable
@@ -32,38 +33,48 @@ def takes_forms(rules: Sequence[Rule], parameters: Sequence[Sequence[Tensor]], q
     return all(planes.form_of(rule, qkv, values) is not None for rule, values in (*given, (rule_a, of_a)))
 
 
+@kernel(allocates=False)
+def _split_image(image, qkv, shifted, shifts, out):
+    _, _, count, tokens, d = out.shape
+    for part in range(3):
+        for head in range(count):
+            start = head * d
+            shift = shifts[part, start : start + d]
+            for t in range(tokens):
+                row = qkv[image, t, part * count * d + start : part * count * d + start + d]
+                target = out[part, image, head, t]
+                if shifted[part]:
+                    for j in range(d):
+                        target[j] = row[j] + shift[j]
+                else:
+                    for j in range(d):
+                        target[j] = row[j]
+
+
 @parallel_kernel
 def _split_heads(qkv, shifted, shifts, out):
     """Write qkv (B, N, 3 H d) into out (3, B, H, N, d), each part that is `shifted` (3,) by shifts (3, H d)."""
-    _, images, count, tokens, d = out.shape
-    for image in prange(images):
-        for part in range(3):
-            for head in range(count):
-                start = head * d
-                shift = shifts[part, start : start + d]
-                for t in range(tokens):
-                    row = qkv[image, t, part * count * d + start : part * count * d + start + d]
-                    target = out[part, image, head, t]
-                    if shifted[part]:
-                        for j in range(d):
-                            target[j] = row[j] + shift[j]
-                    else:
-                        for j in range(d):
-                            target[j] = row[j]
+    for image in prange(out.shape[1]):
+        _split_image(image, qkv, shifted, shifts, out)
+
+
+@kernel(allocates=False)
+def _join_image(image, parts, out):
+    _, _, count, tokens, d = parts.shape
+    for part in range(3):
+        for head in range(count):
+            start = (part * count + head) * d
+            for t in range(tokens):
+                target, row = out[image, t, start : start + d], parts[part, image, head, t]
+                for j in range(d):
+                    target[j] = row[j]
 
 
 @parallel_kernel
 def _join_heads(parts, out):
     """Write parts (3, B, H, N, d) into out (B, N, 3 H d)."""
-    _, images, count, tokens, d = parts.shape
-    for image in prange(images):
-        for part in range(3):
-            for head in range(count):
-                start = (part * count + head) * d
-                for t in range(tokens):
-                    target, row = out[image, t, start : start + d], parts[part, image, head, t]
-                    for j in range(d):
-                        target[j] = row[j]
+    for image in prange(parts.shape[1]):
+        _join_image(image, parts, out)
 
 
 def _joint(qkv: Tensor, count: int, shifts: Sequence[Tensor | None]) -> Tensor:
