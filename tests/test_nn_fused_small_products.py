@@ -50,6 +50,39 @@ def test_products_are_chains_in_every_shape(m, k, vectors, gap, seed):
     assert torch.equal(small_products.multiply_over_rows(turned, b), expected)
 
 
+@needs_vectors
+@settings(max_examples=60)
+@given(
+    count=st.integers(1, 5),
+    m=st.integers(1, 20),
+    k=st.integers(1, CHAIN),
+    vectors=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_of_many_matrices_are_chains(count, m, k, vectors, seed):
+    rng, n = np.random.default_rng(seed), vectors * LANES
+    a, b = numbers(rng, count, m, k), numbers(rng, count, k, n)
+    expected = torch.stack([chain(*pair) for pair in zip(a, b, strict=True)])
+    turned = a.mT.contiguous().mT
+    assert small_products.takes_each(a, b)
+    assert small_products.takes_each(turned, b)
+    assert torch.equal(small_products.multiply_each(a, b), expected)
+    assert torch.equal(small_products.multiply_each(turned, b), expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 65, 65, 32), (20, 3, 40, 100, 64), (30, 30, 200, 32), (30, 30, 60, 24)])
+def test_products_of_heads_are_those_of_torch(shape):
+    """Also of what tiles leave to torch: longer chains, and widths that are no whole vectors."""
+    torch.manual_seed(0)
+    *many, m, k, n = shape
+    a, b = torch.randn(*many, m, k), torch.randn(*many, k, n)
+    for left in (a, a.mT.contiguous().mT):
+        close = {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(float_products.products(left, b), left @ b, **close)
+    assert not small_products.takes_each(a[..., ::2], b[..., ::2, :])
+    assert not small_products.takes_each(a, b.mT.contiguous().mT)
+
+
 @pytest.mark.parametrize("vectors", [1, 2, 3])
 def test_a_tile_in_numpy_is_the_same_chain(vectors):
     """What runs without a compiler: a short tile that repeats its last row, and sums that go on."""

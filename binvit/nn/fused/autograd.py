@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from binvit.nn.fused import attention, elementwise
 from binvit.nn.fused.bit_products import multiply_signs
+from binvit.nn.fused.float_products import products
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Elastic, GsbAttention, GsbValue, Rule
 
@@ -81,7 +82,7 @@ class _AttentionCore(torch.autograd.Function):
         ctx.sizes = np.float32(size_q), np.float32(size_k)
         ctx.has_shift = [shift is not None for shift in (shift_q, shift_k, shift_v)]
         ctx.save_for_backward(qkv, signs_q, signs_k, value, map_, probability)
-        return torch.bmm(map_, value).view(b, heads, n, d).transpose(1, 2).reshape(b, n, heads * d)
+        return products(map_, value).view(b, heads, n, d).transpose(1, 2).reshape(b, n, heads * d)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +96,7 @@ class _AttentionCore(torch.autograd.Function):
         d = value.shape[2]
         joint = elementwise.rows_of(qkv).reshape(b, n, 3, heads, d)
         g = g.view(b, n, heads, d).transpose(1, 2).reshape(value.shape)
-        up_v = torch.bmm(map_.mT, g)
+        up_v = products(map_.mT, g)
         ds = torch.bmm(g, value.mT)
         dbias = np.zeros_like(extra)
         sums_a = np.zeros((heads * n, len(scales_a)))
@@ -103,7 +104,7 @@ class _AttentionCore(torch.autograd.Function):
         up = ds.numpy().reshape(probability.shape)
         factor = np.float32(d**-0.5)
         attention.map_backward(probability, extra, up, scales_a, thresholds_a, factor, dbias, sums_a, counts_a)
-        ups = [u.numpy().reshape(b, heads, n, d) for u in (torch.bmm(ds, signs_k), torch.bmm(ds.mT, signs_q), up_v)]
+        ups = [u.numpy().reshape(b, heads, n, d) for u in (products(ds, signs_k), products(ds.mT, signs_q), up_v)]
         dqkv = qkv.new_empty(qkv.shape)
         sums = np.zeros((b * heads, 2 + len(scales_v)))
         counts = np.zeros((b * heads, len(thresholds_v)))

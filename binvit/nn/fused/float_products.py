@@ -72,6 +72,14 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     return _product_over_rows(a, b) if way == "oneDNN" else a.mT @ b
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices a (..., M, K) and b (..., K, N), outside autograd: (..., M, N), by tiles or torch."""
+    plain = a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
+    if not plain or a.numel() * b.shape[-1] < _SMALLEST or library() == "torch" or not small_products.takes_each(a, b):
+        return a @ b
+    return small_products.multiply_each(a, b)
+
+
 def _way(a: Tensor, b: Tensor, multiplications: int) -> str:
     plain = a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
     if not plain or multiplications < min(_SMALLEST, _LARGE) or library() == "torch":

@@ -19,6 +19,7 @@ from binvit.jit import kernel
 from binvit.nn.fused import heads, planes
 from binvit.nn.fused.bit_products import multiply_signs
 from binvit.nn.fused.elementwise import parallel_kernel, rows_of, usable
+from binvit.nn.fused.float_products import products
 from binvit.nn.precision import full_precision
 from binvit.nn.rules import Rule, ThreeMaps
 
@@ -133,7 +134,7 @@ class _AttentionByForms(torch.autograd.Function):
         map_ = heads.binarized(rules[2], a, *given[2]) if form_a is None else planes.levels(form_a, a)
         ctx.rules, ctx.forms, ctx.softmax, ctx.has_bias = rules, forms, softmax, bias is not None
         ctx.save_for_backward(joint, q, k, v, map_, probability, a, *parameters)
-        y = map_ @ v
+        y = products(map_, v)
         y = _times(y, form_v.scale if form_a is None else form_a.scale * form_v.scale)
         return y.transpose(1, 2).reshape(b, n, count * d)
 
@@ -150,7 +151,7 @@ class _AttentionByForms(torch.autograd.Function):
         split = torch.empty_like(joint)
         dq, dk, dv = split
         scale_a, scale = 1.0 if form_a is None else form_a.scale, d**-0.5
-        dpv = planes.gradients(rule_v, form_v, joint[2], map_.mT @ g, scale_a, dv, *given_v)
+        dpv = planes.gradients(rule_v, form_v, joint[2], products(map_.mT, g), scale_a, dv, *given_v)
         if form_a is None:
             da, *more = heads.gradients(rule_a, a, _times(g @ v.mT, form_v.scale), *given_a)
             dpa = tuple(more)
@@ -161,8 +162,8 @@ class _AttentionByForms(torch.autograd.Function):
         ds = torch._softmax_backward_data(da, probability, -1, da.dtype) if ctx.softmax else da
         if form_a is None:  # in the order of the layer's own steps
             ds, scale = ds * scale, 1.0
-        dpq = planes.gradients(rule_q, form_q, joint[0], ds @ k, scale * form_k.scale, dq, *given_q)
-        dpk = planes.gradients(rule_k, form_k, joint[1], ds.mT @ q, scale * form_q.scale, dk, *given_k)
+        dpq = planes.gradients(rule_q, form_q, joint[0], products(ds, k), scale * form_k.scale, dq, *given_q)
+        dpk = planes.gradients(rule_k, form_k, joint[1], products(ds.mT, q), scale * form_q.scale, dk, *given_k)
         dqkv = g.new_empty(b, n, 3 * count * d)
         _join_heads(split.numpy(), dqkv.numpy())
         dshifts = [None if s is None else x.sum_to_size(s) for x, s in zip((dq, dk, dv), ctx.shifts, strict=True)]

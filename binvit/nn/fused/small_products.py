@@ -121,6 +121,19 @@ def _multiply(a, across, along, b, width, depth, out):
         _columns(tile * _ROWS, rows - 1, a, across, along, b, width, depth, out)
 
 
+@kernel(allocates=False)
+def _matrix(a, across, along, b, width, depth, out):
+    for row in range(0, out.shape[0], _ROWS):
+        _columns(row, out.shape[0] - 1, a, across, along, b, width, depth, out)
+
+
+@parallel_kernel
+def _multiply_each(a, across, along, b, depth, out):
+    """Write the products of a (B, M K) and b (B, K N), matrices in memory as for `_multiply`, into out (B, M, N)."""
+    for i in prange(out.shape[0]):
+        _matrix(a[i], across, along, b[i], out.shape[2], depth, out[i])
+
+
 def takes(a: Tensor, b: Tensor) -> bool:
     """Tell whether tiles pay for two matrices of float32: whole vectors, as wide as this machine's, side by side."""
     return WIDE_VECTORS and b.shape[1] % LANES == 0 and a.stride(1) == b.stride(1) == 1 and a.numel() > 0
@@ -137,6 +150,23 @@ def multiply_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """Multiply the transpose of a (K, M) by b (K, N), both accepted by `takes`, outside autograd: (M, N)."""
     out = a.new_empty(a.shape[1], b.shape[1])
     _multiply(_memory(a), 1, a.stride(0), _memory(b), b.stride(0), len(b), out.numpy())
+    return out
+
+
+def takes_each(a: Tensor, b: Tensor) -> bool:
+    """Tell whether tiles pay for matrices (..., M, K) and (..., K, N): in memory one behind the other, one chain."""
+    fits = WIDE_VECTORS and b.shape[-1] % LANES == 0 and b.shape[-2] <= CHAIN and a.numel() > 0
+    return fits and b.is_contiguous() and (a.is_contiguous() or a.mT.is_contiguous())
+
+
+def multiply_each(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices a (..., M, K) and b (..., K, N) that `takes_each` accepts, outside autograd: (..., M, N)."""
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    out, memory, (across, along) = a.new_empty(*a.shape[:-1], n), a, (k, 1)
+    if not a.is_contiguous():
+        memory, (across, along) = a.mT, (1, m)
+    parts = memory.numpy().reshape(-1, m * k), across, along, b.numpy().reshape(-1, k * n)
+    _multiply_each(*parts, k, out.numpy().reshape(-1, m, n))
     return out
 
 
