@@ -45,6 +45,9 @@ else:
 WIDE_VECTORS = JIT and "avx512f" in _FEATURES
 """Whether 16 floats are one vector, of which there are 32, and one instruction looks up 16 floats in a table of 32."""
 
+HALF_FLOATS = JIT and "f16c" in _FEATURES
+"""Whether instructions turn float16 numbers into float32; elsewhere LLVM would call a library that is not there."""
+
 ALIGNMENT = 64  # one 512-bit vector: an unaligned one crosses a cache line at every load, 15 % of a product's time
 
 _REORDERED_SUMS = {"reassoc", "contract", "nsz"}  # lets LLVM keep one partial sum per lane

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from binvit import bits
 from binvit.bits import linear
-from binvit.bits.attention import bias, head, scores, value
+from binvit.bits.attention import bias, combine, extrema, head, scores, value
 
 FLOAT = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -69,12 +69,64 @@ def test_sparse_groups_are_listed_and_dense_ones_multiplied():
     values = np.full((4, 64), 0.1, FLOAT)
     values[0, 3], values[2, 5], values[:, 6:20] = 9, -9, 3
     planes, kinds = np.zeros((24, 2), np.uint32), np.zeros(3, np.int64)
-    starts, entries = np.zeros((3, 5), np.int32), np.zeros((3, value.entry_capacity(4, 40)), np.int32)
+    starts, entries = np.zeros((3, 5), np.int32), np.zeros((3, value.entry_capacity(4, 40) + 1), np.int32)
     lower, upper = np.array([np.inf, -2, -8], FLOAT), np.array([-np.inf, 2, 8], FLOAT)
     value.value_planes(values, 40, lower, upper, planes, kinds, starts, entries)
     assert list(kinds) == [value.EVERYTHING, value.MASKED, value.LISTED]
     np.testing.assert_array_equal(starts[2], [0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(entries[2, :2], [2 * 3 + 1, 2 * 5])
+    np.testing.assert_array_equal(entries[2, :3] >> combine.CHANNEL, [0, 2, 4])  # the last is of no channel
+    np.testing.assert_array_equal(entries[2, :2] & ((1 << combine.CHANNEL) - 1), [2 * 3 + 1, 2 * 5])
+
+
+@pytest.mark.parametrize("thresholds", [(2, 8, 4), (8, 2, 4), (4, 4, 0), (9.5, 9.5, 2)])
+def test_groups_are_packed_in_any_order_of_their_thresholds(thresholds):
+    values = np.random.default_rng(0).normal(scale=3, size=(70, 128)).astype(FLOAT)
+    upper = np.array([-np.inf, *thresholds], FLOAT)
+    planes, kinds = np.zeros((8 * 70, 4), np.uint32), np.zeros(4, np.int64)
+    starts, entries = np.zeros((4, 71), np.int32), np.zeros((4, value.entry_capacity(70, 100) + 1), np.int32)
+    value.value_planes(values, 100, -upper, upper, planes, kinds, starts, entries)
+    masks = np.unpackbits(planes.view(np.uint8), axis=1, bitorder="little")[:, :100].reshape(4, 2, 70, 100).astype(bool)
+    present = np.abs(values[:, :100]) > upper[:, None, None]
+    np.testing.assert_array_equal(masks[:, 1], present)
+    np.testing.assert_array_equal(masks[:, 0], present & (values[:, :100] >= 0))
+    for group in np.flatnonzero(kinds == value.LISTED):
+        channels, tokens = np.nonzero(present[group])
+        signs = values[channels, tokens] >= 0
+        listed = entries[group, : len(channels)]
+        np.testing.assert_array_equal(listed, (channels << combine.CHANNEL) + 2 * tokens + signs)
+        np.testing.assert_array_equal(starts[group], np.searchsorted(channels, np.arange(71)))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 128, 198])
+def test_extrema_of_rows_leave_out_what_lies_behind_them(length):
+    values = np.random.default_rng(length).normal(size=(9, 256)).astype(FLOAT)
+    values[0::2, length:], values[1::2, length:] = np.inf, -np.inf
+    part = values[2:7, :length]
+    assert extrema.least_of_rows(values, 2, 5, length) == part.min()
+    assert extrema.largest_of_rows(values, 2, 5, length) == part.max()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (3, 2, 70, 70)])
+def test_a_bias_is_kept_in_halves_only_if_all_its_numbers_are(shape):
+    rounded = np.random.default_rng(0).normal(size=shape).astype(np.float16).astype(FLOAT)
+    rounded.flat[0], rounded.flat[1] = -0.0, 65504
+    layers = rounded.reshape(-1, *shape[-3:])
+
+    def stacked(values):
+        biases = [bias.full_bias(layer) for layer in values]
+        full = biases[0].full if len(shape) == 3 else np.stack([layer.full for layer in biases])
+        return biases[0]._replace(full=full, halves=np.zeros((*shape[:-3], 0, 0, 0), np.uint16))
+
+    halves = bias.in_halves(stacked(layers))
+    assert halves.full.size == 0
+    kept = halves.halves.view(np.float16)[..., : shape[-1]].astype(FLOAT)
+    np.testing.assert_array_equal(kept.view(np.uint32), rounded.view(np.uint32))
+    assert halves.full.ndim == halves.halves.ndim == len(shape)
+    for other in (0.1, 70000, 1e-9, np.inf, np.nan):
+        layers.flat[-1] = other
+        whole = stacked(layers)
+        assert bias.in_halves(whole) is whole
+    assert bias.in_halves(bias.no_bias()).halves.size == 0
 
 
 def test_impossible_heads_and_biases_are_refused():
@@ -82,6 +134,8 @@ def test_impossible_heads_and_biases_are_refused():
         head.make_workspace(1, 5, 255, 1, 1, False)
     with pytest.raises(ValueError, match=r"1 to 254 channels wide .* not 0"):
         head.make_workspace(1, 5, 0, 1, 1, False)
+    with pytest.raises(ValueError, match=r"1 to 524287 tokens, not 524288"):
+        value.entry_capacity(64, 2**19)
     with pytest.raises(ValueError, match=r"\(heads, tokens, tokens\), not \(2, 3, 4\)"):
         bias.full_bias(np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"2 x 3 patches and 1 prefix .* \(heads, 23\), not \(2, 17\)"):

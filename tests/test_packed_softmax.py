@@ -35,6 +35,9 @@ def make_bias(rng, kind, grid, prefix):
     if kind == "full":
         values = rng.normal(scale=0.01, size=(2, tokens, tokens)).astype(FLOAT)
         return bias.full_bias(values), values
+    if kind == "halves":
+        values = rng.normal(scale=0.01, size=(2, tokens, tokens)).astype(np.float16).astype(FLOAT)
+        return bias.in_halves(bias.full_bias(values)), values
     if kind == "relative":
         entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + prefix * (tokens + 1)
         values = rng.normal(scale=0.01, size=(2, entries)).astype(FLOAT)
@@ -55,12 +58,14 @@ def count(q, k):
 
 def fill_map(counts, smallest, table, lanes, tokens, prepared, head):
     """Popcounts -> the map (without a bias an empty one), the reciprocal sums and the maximum of each row."""
-    biased = prepared.full.shape[0] + prepared.runs.shape[0] > 0
+    biased = prepared.full.shape[0] + prepared.halves.shape[0] + prepared.runs.shape[0] > 0
     map_ = np.full(counts.shape if biased else (0, counts.shape[1]), -np.inf, FLOAT)
     reciprocals, largest = np.zeros(tokens, FLOAT), np.zeros(tokens, FLOAT)
     softmax.exponentiate(counts, smallest, table, lanes, tokens, reciprocals, map_, 0, tokens)
     if prepared.full.shape[0]:
         softmax.add_bias(map_, reciprocals, prepared.full[head], 0, largest, 0, tokens)
+    elif prepared.halves.shape[0]:
+        softmax.add_half_bias(map_, reciprocals, prepared.halves[head], 0, largest, 0, tokens)
     elif biased:
         rows = np.zeros((16, counts.shape[1] + 16), FLOAT)
         tables = prepared.runs[head], prepared.prefix_rows[head], prepared.prefix_keys[head]
@@ -92,7 +97,7 @@ def pack_groups(counts, smallest, table, map_, reciprocals, cuts):
     st.tuples(st.integers(1, 9), st.integers(1, 18)),
     st.integers(0, 2),
     st.integers(1, 140),
-    st.sampled_from(["none", "full", "relative"]),
+    st.sampled_from(["none", "full", "halves", "relative"]),
     st.booleans(),
     st.sampled_from(softmax.WIDTHS),
     SEEDS,

@@ -96,6 +96,17 @@ class Emitter:
         """
         self.builder.store(vector, self.builder.bitcast(address, vector.type.as_pointer()), align=1)
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for the cache line of an address that will be read, which may lie outside of any array.
+
+        Args:
+            address: what will be read.
+        """
+        lane = ir.IntType(32)
+        read, near, data = lane(0), lane(3), lane(1)
+        place = self.builder.bitcast(address, ir.IntType(8).as_pointer())
+        self.call("llvm.prefetch.p0i8", ir.VoidType(), place, read, near, data)
+
     def splat(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
         """Fill a vector with one number.
 
@@ -196,7 +207,7 @@ class Emitter:
                 phi.add_incoming(again, last_block)
         return totals
 
-    def fold(self, first: int, steps: ir.Value, value: ir.Value, step: Callable[..., ir.Value]) -> ir.Value:
+    def fold(self, first: int | ir.Value, steps: ir.Value, value: ir.Value, step: Callable[..., ir.Value]) -> ir.Value:
         """Emit a loop over any number of steps that carries one value in a register.
 
         Args:
@@ -206,15 +217,16 @@ class Emitter:
             step: called with the step's index and the value so far; emits one step and returns the new value.
         """
         builder = self.builder
+        first = ir.Constant(_INDEX, first) if isinstance(first, int) else first
         before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
-        builder.cbranch(builder.icmp_signed(">", steps, ir.Constant(_INDEX, first)), loop, end)
+        builder.cbranch(builder.icmp_signed(">", steps, first), loop, end)
         builder.position_at_end(loop)
         k, carried = builder.phi(_INDEX), builder.phi(value.type)
         following = step(k, carried)
         next_k = builder.add(k, ir.Constant(_INDEX, 1))
         last_block = builder.block
         builder.cbranch(builder.icmp_signed("<", next_k, steps), loop, end)
-        k.add_incoming(ir.Constant(_INDEX, first), before)
+        k.add_incoming(first, before)
         k.add_incoming(next_k, last_block)
         carried.add_incoming(value, before)
         carried.add_incoming(following, last_block)
@@ -225,9 +237,9 @@ class Emitter:
         return result
 
     def word(self, mask: ir.Value) -> ir.Value:
-        """Turn 64 comparisons into one word, lane 0 in the lowest bit.
+        """Turn comparisons into one word of as many bits, lane 0 in the lowest.
 
         Args:
-            mask: vector of 64 bits.
+            mask: vector of bits.
         """
-        return self.builder.bitcast(mask, ir.IntType(LANES))
+        return self.builder.bitcast(mask, ir.IntType(mask.type.count))

@@ -129,7 +129,9 @@ def _tile_to_bits(typing_context, a, row, last, panels, panel, steps, length, lo
         lane, lanes = ir.IntType(32), 16
         rows = clamped_rows(emit, row, last)
         page = emit.address(3, panel, 0, 0)
-        differing = emit_tile(emit, True, PANEL // lanes, [emit.address(0, i, 0) for i in rows], page, steps)
+        differing = emit_tile(
+            emit, True, PANEL // lanes, [emit.address(0, i, 0) for i in rows], page, steps, follows=True
+        )
         flipped = builder.load(emit.address(9, panel))
         words = [ir.IntType(64)(0)] * TILE
         for v in range(PANEL // lanes):
@@ -176,7 +178,7 @@ def _tile_to_floats(
         vectors = PANEL // lanes
         rows = clamped_rows(emit, row, last)
         page = emit.address(3, panel, 0, 0)
-        differing = emit_tile(emit, True, vectors, [emit.address(0, i, 0) for i in rows], page, steps)
+        differing = emit_tile(emit, True, vectors, [emit.address(0, i, 0) for i in rows], page, steps, follows=True)
         starts = [
             builder.add(builder.mul(panel, ir.IntType(64)(PANEL)), ir.IntType(64)(v * lanes)) for v in range(vectors)
         ]

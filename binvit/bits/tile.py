@@ -21,23 +21,30 @@ PANEL = 64
 """Columns of a panel of prepared weights; also the bits of one word, so that a panel's signs are one output word."""
 TILE = 6
 """Rows of the register tile: 3 to 6 rows are equally fast at K = 384, 6 are 3 % faster at K = 1536."""
-_LANES = 16
-_VECTORS = PANEL // _LANES
+TILE_LANES = 16
+"""Columns of a vector of the tile."""
+_VECTORS = PANEL // TILE_LANES
 
 
-def _tile_twin(signed: bool, vectors: int) -> Callable:
-    columns = vectors * _LANES
-
+def _tile_twin(signed: bool) -> Callable:
     def tile(a, row, last, panels, panel, steps, length, out, out_row, out_column):
         rows = np.minimum(np.arange(row, row + TILE), last)
-        left, right = a[rows, :steps, None], panels[panel, :steps, :columns]
+        left, right = a[rows, :steps, None], panels[panel, :steps]
         counts = np.bitwise_count(left ^ right if signed else left & right).sum(axis=1, dtype=np.int32)
-        out[out_row : out_row + TILE, out_column : out_column + columns] = length - 2 * counts if signed else counts
+        out[out_row : out_row + TILE, out_column : out_column + PANEL] = length - 2 * counts if signed else counts
 
     return tile
 
 
-def emit_tile(emit: Emitter, signed: bool, vectors: int, rows: list[ir.Value], page: ir.Value, steps: ir.Value) -> list:
+def emit_tile(
+    emit: Emitter,
+    signed: bool,
+    vectors: int,
+    rows: list[ir.Value],
+    page: ir.Value,
+    steps: ir.Value,
+    follows: bool = False,
+) -> list:
     """Emit the counts of one register tile: xor (or and), population count, add, over all steps.
 
     Args:
@@ -47,6 +54,7 @@ def emit_tile(emit: Emitter, signed: bool, vectors: int, rows: list[ir.Value], p
         rows: addresses of the rows of the left operand.
         page: address of the panel of the right operand.
         steps: number of 32-bit steps, at least 1.
+        follows: whether the next panel will be read soon, and maybe from afar.
 
     Returns:
         A vector of sixteen counts per row and vector, row by row.
@@ -56,11 +64,16 @@ def emit_tile(emit: Emitter, signed: bool, vectors: int, rows: list[ir.Value], p
     def step(k, counts):
         base = builder.mul(k, index(PANEL))
         columns = [
-            emit.load(builder.gep(page, [builder.add(base, index(v * _LANES))]), lane, _LANES) for v in range(vectors)
+            emit.load(builder.gep(page, [builder.add(base, index(v * TILE_LANES))]), lane, TILE_LANES)
+            for v in range(vectors)
         ]
+        if follows:
+            for v in range(vectors):
+                place = builder.add(builder.mul(builder.add(k, steps), index(PANEL)), index(v * TILE_LANES))
+                emit.prefetch(builder.gep(page, [place]))
         result = []
         for r, row in enumerate(rows):
-            activation = emit.splat(builder.load(builder.gep(row, [k])), _LANES)
+            activation = emit.splat(builder.load(builder.gep(row, [k])), TILE_LANES)
             for v in range(vectors):
                 count = emit.popcount((builder.xor if signed else builder.and_)(activation, columns[v]))
                 result.append(count if counts is None else builder.add(counts[r * vectors + v], count))
@@ -84,8 +97,8 @@ def clamped_rows(emit: Emitter, row: ir.Value, last: ir.Value) -> list[ir.Value]
     return [emit.builder.select(emit.builder.icmp_signed("<", r, last), r, last) for r in rows]
 
 
-def _make_tile(signed: bool, vectors: int) -> Callable:
-    @vector_code(twin=_tile_twin(signed, vectors))
+def _make_tile(signed: bool) -> Callable:
+    @vector_code(twin=_tile_twin(signed))
     def tile(typing_context, a, row, last, panels, panel, steps, length, out, out_row, out_column):
         check_arrays("a register tile", {"a": (a, types.uint32, 2), "w": (panels, types.uint32, 3)})
         check_arrays("a register tile", {"out": (out, types.int32, 2)})
@@ -96,14 +109,14 @@ def _make_tile(signed: bool, vectors: int) -> Callable:
             emit = Emitter(context, builder, signature, arguments)
             _, row, last, _, panel, steps, length, _, out_row, out_column = arguments
             rows = [emit.address(0, i, 0) for i in clamped_rows(emit, row, last)]
-            totals = emit_tile(emit, signed, vectors, rows, emit.address(3, panel, 0, 0), steps)
+            totals = emit_tile(emit, signed, _VECTORS, rows, emit.address(3, panel, 0, 0), steps)
             for r in range(TILE):
                 target = emit.address(7, builder.add(out_row, ir.IntType(64)(r)), out_column)
-                for v in range(vectors):
-                    total = totals[r * vectors + v]
+                for v in range(_VECTORS):
+                    total = totals[r * _VECTORS + v]
                     if signed:
-                        total = builder.sub(emit.splat(length, _LANES), builder.add(total, total))
-                    emit.store(total, builder.gep(target, [ir.IntType(64)(v * _LANES)]))
+                        total = builder.sub(emit.splat(length, TILE_LANES), builder.add(total, total))
+                    emit.store(total, builder.gep(target, [ir.IntType(64)(v * TILE_LANES)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -111,14 +124,10 @@ def _make_tile(signed: bool, vectors: int) -> Callable:
     return tile
 
 
-tile_of_signs = _make_tile(signed=True, vectors=_VECTORS)
+tile_of_signs = _make_tile(signed=True)
 """Writes K - 2 popcount(a xor w) of six rows (repeating the last) and 64 columns to an int32 array."""
-narrow_tile_of_signs = _make_tile(signed=True, vectors=1)
-"""The same for the first 16 columns of a panel: 197 tokens are three panels and a bit."""
-tile_of_common_bits = _make_tile(signed=False, vectors=_VECTORS)
+tile_of_common_bits = _make_tile(signed=False)
 """Writes popcount(a and w) of six rows (repeating the last) and 64 columns to an int32 array."""
-narrow_tile_of_common_bits = _make_tile(signed=False, vectors=1)
-"""The same for the first 16 columns of a panel."""
 
 
 @kernel

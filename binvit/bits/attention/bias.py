@@ -24,6 +24,7 @@ class Bias(NamedTuple):
 
     Attributes:
         full: float32 (H, T, 64 ceil(T / 64)), one number per head and pair of tokens.
+        halves: uint16 (H, T, 16 ceil(T / 16)), the bits of the same numbers as float16, from `in_halves`.
         runs: float32 (H, (2 h - 1)(2 w - 1) + 16), relative positions in falling order: the key's minus the query's.
         prefix_rows: float32 (H, prefix, 64 ceil(T / 64)), the rows of queries that are no patches.
         prefix_keys: float32 (H, prefix), the bias between any patch and a key that is none.
@@ -31,6 +32,7 @@ class Bias(NamedTuple):
     """
 
     full: np.ndarray
+    halves: np.ndarray
     runs: np.ndarray
     prefix_rows: np.ndarray
     prefix_keys: np.ndarray
@@ -62,6 +64,28 @@ def full_bias(values: np.ndarray) -> Bias:
     if values.ndim != 3 or values.shape[1] != values.shape[2]:
         raise ValueError(f"A full attention bias has the shape (heads, tokens, tokens), not {values.shape}.")
     return _bias(full=_padded(values))
+
+
+def in_halves(bias: Bias) -> Bias:
+    """Keep a full bias as float16 if that changes none of its numbers: it is read once an image, from far away.
+
+    Args:
+        bias: of one layer, or of some with a leading axis.
+
+    Returns:
+        The same bias, with `halves` in the place of `full`; unchanged if a number is no finite float16 number.
+    """
+    if not bias.full.size:
+        return bias
+    tokens = bias.full.shape[-2]
+    numbers = bias.full[..., : -(-tokens // _RUN) * _RUN]
+    halves = aligned_empty(numbers.shape, np.uint16)
+    with np.errstate(over="ignore"):
+        halves.view(np.float16)[...] = numbers
+    back = halves.view(np.float16).astype(np.float32)
+    if not (np.isfinite(back).all() and np.array_equal(back.view(np.uint32), numbers.view(np.uint32))):
+        return bias
+    return bias._replace(full=bias.full[..., :0, :, :], halves=halves)
 
 
 def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bias:
@@ -106,6 +130,7 @@ def _bias(
     nothing, flat = np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.float32)
     return Bias(
         nothing if full is None else full,
+        np.zeros((0, 0, 0), np.uint16),
         flat if runs is None else runs,
         nothing if prefix_rows is None else prefix_rows,
         flat if prefix_keys is None else prefix_keys,

@@ -8,14 +8,14 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from binvit.bits.emitter import Emitter, check_arrays
+from binvit.bits.emitter import LANES, Emitter, check_arrays
 from binvit.jit import kernel, vector_code
 
 _INDEX = ir.IntType(64)
 
 
-def _make_extremum(predicate: str, twin: Callable) -> Callable:
-    """Make the intrinsic that returns the least or largest of the first `length` >= 16 floats of each of some rows."""
+def _make_extremum(predicate: str, lanes: int, twin: Callable) -> Callable:
+    """Make the intrinsic that returns the least or largest of the first `length` >= `lanes` floats of some rows."""
 
     @vector_code(twin=lambda array, row, rows, length: twin(array[row : row + rows, :length]))
     def extremum(typing_context, array, row, rows, length):
@@ -25,22 +25,22 @@ def _make_extremum(predicate: str, twin: Callable) -> Callable:
         def codegen(context, builder, signature, arguments):
             emit = Emitter(context, builder, signature, arguments)
             _, first, rows, length = arguments
-            sixteen = ir.Constant(_INDEX, 16)
-            last = builder.sub(length, sixteen)
-            steps = builder.udiv(builder.add(length, ir.Constant(_INDEX, 15)), sixteen)
+            size = ir.Constant(_INDEX, lanes)
+            last = builder.sub(length, size)
+            steps = builder.udiv(builder.add(length, ir.Constant(_INDEX, lanes - 1)), size)
 
             def row_step(r, best):
                 row = builder.add(first, r)
 
                 def step(k, inner):
                     # The last vector overlaps the one before it instead of reading past the end.
-                    start = builder.mul(k, sixteen)
+                    start = builder.mul(k, size)
                     start = builder.select(builder.icmp_signed("<", start, last), start, last)
-                    lanes = emit.load(emit.address(0, row, start), ir.FloatType(), 16)
+                    numbers = emit.load(emit.address(0, row, start), ir.FloatType(), lanes)
                     before = best if inner is None else inner
                     if before is None:
-                        return [lanes]
-                    return [builder.select(builder.fcmp_ordered(predicate, lanes, before[0]), lanes, before[0])]
+                        return [numbers]
+                    return [builder.select(builder.fcmp_ordered(predicate, numbers, before[0]), numbers, before[0])]
 
                 return emit.accumulate(steps, step)
 
@@ -51,8 +51,8 @@ def _make_extremum(predicate: str, twin: Callable) -> Callable:
     return extremum
 
 
-_least = _make_extremum("<", np.min)
-_largest = _make_extremum(">", np.max)
+_least, _largest = _make_extremum("<", 16, np.min), _make_extremum(">", 16, np.max)
+_least_of_many, _largest_of_many = _make_extremum("<", LANES, np.min), _make_extremum(">", LANES, np.max)
 
 
 @kernel
@@ -68,6 +68,8 @@ def least_of_rows(array, row, rows, length):
     Returns:
         float32.
     """
+    if length >= LANES:  # four vectors at a time do not wait for each other
+        return _least_of_many(array, row, rows, length)
     if length >= 16:
         return _least(array, row, rows, length)
     least = array[row, 0]
@@ -90,6 +92,8 @@ def largest_of_rows(array, row, rows, length):
     Returns:
         float32.
     """
+    if length >= LANES:  # four vectors at a time do not wait for each other
+        return _largest_of_many(array, row, rows, length)
     if length >= 16:
         return _largest(array, row, rows, length)
     largest = array[row, 0]

@@ -17,7 +17,8 @@ from binvit.bits.attention.value import attend, entry_capacity, extrema, linear_
 from binvit.bits.packing import word_count
 from binvit.jit import aligned_empty, kernel
 
-_BIAS_ROWS = 16
+BIAS_ROWS = 16
+"""Rows of the map that get their bias at once, as they lie in the nearest cache."""
 
 
 class Workspace(NamedTuple):
@@ -39,7 +40,7 @@ class Workspace(NamedTuple):
         value_planes: uint32 (S, 2 G_v d, 2 P).
         kinds: int64 (S, G_v).
         starts: int32 (S, G_v, d + 1).
-        entries: int32 (S, G_v, capacity).
+        entries: int32 (S, G_v, capacity + 1).
         signs: uint64 (S, d, P).
     """
 
@@ -85,7 +86,7 @@ def make_workspace(
         raise ValueError(f"A head must be 1 to {MAX_HEAD_WIDTH} channels wide for popcounts in bytes, not {width}.")
     panels = word_count(tokens)
     padded = 64 * panels
-    map_rows, bias_rows = (tokens, _BIAS_ROWS) if biased else (0, 0)
+    map_rows, bias_rows = (tokens, BIAS_ROWS) if biased else (0, 0)
     attention = aligned_empty((slots, map_rows, padded), np.float32)
     attention[:] = -np.inf  # padding is in no group, and nothing ever overwrites it
     return Workspace(
@@ -104,7 +105,7 @@ def make_workspace(
         value_planes=aligned_empty((slots, 2 * value_groups * width, 2 * panels), np.uint32),
         kinds=aligned_empty((slots, value_groups), np.int64),
         starts=aligned_empty((slots, value_groups, width + 1), np.int32),
-        entries=aligned_empty((slots, value_groups, entry_capacity(width, tokens)), np.int32),
+        entries=aligned_empty((slots, value_groups, entry_capacity(width, tokens) + 1), np.int32),
         signs=aligned_empty((slots, width, panels), np.uint64),
     )
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from binvit.bits.emitter import LANES, Emitter, check_arrays
+from binvit.bits.tile import TILE, TILE_LANES, clamped_rows, emit_tile
 from binvit.jit import vector_code
 
-_INDEX = ir.IntType(64)
+_INDEX, _STEP = ir.IntType(64), 32
 
 
 def _word(mask: np.ndarray) -> np.uint64:
@@ -58,18 +58,14 @@ def _make_plane_writer(dtype: types.Type, predicate: str, compare: Callable) -> 
         def codegen(context, builder, signature, arguments):
             emit = Emitter(context, builder, signature, arguments)
             _, row, number, _, panel, column, steps = arguments
-            lanes = 16 if isinstance(dtype, types.Float) else 32  # what one comparison of 512 bits has, or a step needs
-            limits = emit.splat(number, lanes)
+            limits = emit.splat(number, _STEP)
             function = builder.fcmp_ordered if isinstance(dtype, types.Float) else builder.icmp_unsigned
 
             def step(k, _):
-                target = emit.address(3, panel, k, column)
-                for part in range(0, 32, lanes):
-                    start = builder.add(builder.mul(k, ir.Constant(_INDEX, 32)), ir.Constant(_INDEX, part))
-                    numbers = emit.load(emit.address(0, row, start), number.type, lanes)
-                    bits = builder.bitcast(function(predicate, numbers, limits), ir.IntType(lanes))
-                    place = cgutils.pointer_add(builder, target, ir.Constant(_INDEX, part // 8))
-                    builder.store(bits, builder.bitcast(place, bits.type.as_pointer()), align=1)
+                start = builder.mul(k, ir.Constant(_INDEX, _STEP))
+                numbers = emit.load(emit.address(0, row, start), number.type, _STEP)
+                bits = builder.bitcast(function(predicate, numbers, limits), ir.IntType(_STEP))
+                builder.store(bits, emit.address(3, panel, k, column))
                 return []
 
             emit.accumulate(steps, step)
@@ -131,28 +127,61 @@ def column_sizes(typing_context, panels, panel, steps, sizes):
     return signature, codegen
 
 
-def _affine_twin(numbers, row, factor, offset, shift, out, out_row, start):
-    y = numbers[row, :LANES].astype(np.float32) * np.float32(factor) + np.float32(offset)
-    out[out_row, start : start + LANES] = y + np.float32(shift)
+def _values_twin(vectors: int) -> Callable:
+    lanes = TILE_LANES * vectors
+
+    def tile(weights, row, last, panels, panel, steps, length, scale, bias, shift, out, out_row, start):
+        for r in range(row, min(row + TILE, last + 1)):
+            counts = np.bitwise_count(weights[r, :steps, None] ^ panels[panel, :steps, :lanes]).sum(
+                axis=0, dtype=np.int32
+            )
+            y = (np.int32(length) - 2 * counts).astype(np.float32) * scale[r] + bias[r]
+            out[out_row + r - row, start : start + lanes] = y + shift[r]
+
+    return tile
 
 
-@vector_code(twin=_affine_twin)
-def affine(typing_context, numbers, row, factor, offset, shift, out, out_row, start):
-    """Write (numbers * factor + offset) + shift for 64 columns of one channel."""
-    check_arrays("affine", {"numbers": (numbers, types.int32, 2), "out": (out, types.float32, 2)})
-    index, real = types.intp, types.float32
-    signature = types.void(numbers, index, real, real, real, out, index, index)
+def _make_tile_of_values(vectors: int) -> Callable:
+    @vector_code(twin=_values_twin(vectors))
+    def tile(typing_context, weights, row, last, panels, panel, steps, length, scale, bias, shift, out, out_row, start):
+        check_arrays("a tile of values", {"w": (weights, types.uint32, 2), "panels": (panels, types.uint32, 3)})
+        numbers = {"scale": scale, "bias": bias, "shift": shift}
+        check_arrays("a tile of values", {name: (array, types.float32, 1) for name, array in numbers.items()})
+        check_arrays("a tile of values", {"out": (out, types.float32, 2)})
+        n = types.intp
+        signature = types.void(weights, n, n, panels, n, n, types.int32, scale, bias, shift, out, n, n)
 
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, factor, offset, shift, _, out_row, start = arguments
-        numbers = emit.load(emit.address(0, row, 0), ir.IntType(32))
-        y = builder.fmul(builder.sitofp(numbers, ir.VectorType(ir.FloatType(), LANES)), emit.splat(factor))
-        y = builder.fadd(builder.fadd(y, emit.splat(offset)), emit.splat(shift))
-        emit.store(y, emit.address(5, out_row, start))
-        return context.get_dummy_value()
+        def codegen(context, builder, signature, arguments):
+            emit = Emitter(context, builder, signature, arguments)
+            _, row, last, _, panel, steps, length, _, _, _, _, out_row, start = arguments
+            floats = ir.VectorType(ir.FloatType(), TILE_LANES)
+            indices = clamped_rows(emit, row, last)
+            counts = emit_tile(
+                emit, True, vectors, [emit.address(0, i, 0) for i in indices], emit.address(3, panel, 0, 0), steps
+            )
+            length = emit.splat(length, TILE_LANES)
+            for r, index in enumerate(indices):
+                scale, bias, shift = (
+                    emit.splat(builder.load(emit.address(position, index)), TILE_LANES) for position in (7, 8, 9)
+                )
+                target_row = builder.add(out_row, builder.sub(index, row))
+                for v in range(vectors):
+                    twice = builder.add(counts[r * vectors + v], counts[r * vectors + v])
+                    y = builder.fmul(builder.sitofp(builder.sub(length, twice), floats), scale)
+                    y = builder.fadd(builder.fadd(y, bias), shift)
+                    place = builder.add(start, ir.Constant(_INDEX, TILE_LANES * v))
+                    emit.store(y, emit.address(10, target_row, place))
+            return context.get_dummy_value()
 
-    return signature, codegen
+        return signature, codegen
+
+    return tile
+
+
+tile_of_values = _make_tile_of_values(LANES // TILE_LANES)
+"""Writes ((K - 2 popcount(w xor a)) * scale + bias) + shift of six rows (at most to the last) and 64 columns."""
+narrow_tile_of_values = _make_tile_of_values(1)
+"""The same for the first 16 columns of a panel."""
 
 
 def _popcount_twin(word):

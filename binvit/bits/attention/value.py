@@ -9,25 +9,36 @@ product of tiles, and an element of a sparse higher group is one row of bits to 
   mask
 * kinds: int64 (G,), how a group is multiplied: EVERYTHING (mask of ones), MASKED (both planes) or LISTED (its few
   elements)
-* starts: int32 (G, d + 1) and entries: int32 (G, capacity): the elements of a listed group, channel by channel, each as
-  2 token + sign
+* starts: int32 (G, d + 1) and entries: int32 (G, capacity + 1): the elements of a listed group, channel by channel,
+  each as 2 token + sign with its channel in the bits above, and one behind the last that belongs to no channel
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from binvit.bits.attention.combine import add_counts, combine_row, count_entries
+from binvit.bits.attention.combine import (
+    CHANNEL,
+    add_counts,
+    add_lists,
+    narrow_add_lists,
+    narrow_tile_of_terms,
+    tile_of_terms,
+)
 from binvit.bits.attention.extrema import largest_of_rows, least_of_rows
-from binvit.bits.attention.lanes import affine, floats_not_below, floats_outside, lowest_bit, popcount
+from binvit.bits.attention.lanes import (
+    floats_not_below,
+    floats_outside,
+    lowest_bit,
+    narrow_tile_of_values,
+    popcount,
+    tile_of_values,
+)
 from binvit.bits.tile import (
     PANEL,
     TILE,
-    narrow_tile_of_common_bits,
-    narrow_tile_of_signs,
     steps_of,
     tile_of_common_bits,
-    tile_of_signs,
 )
 from binvit.jit import kernel
 
@@ -43,8 +54,13 @@ def entry_capacity(width: int, tokens: int) -> int:
         tokens: T.
 
     Returns:
-        The length of `entries`: one element in 24, where both ways take the same time.
+        One element in 24, where both ways take the same time.
+
+    Raises:
+        ValueError: if there are too many tokens for an entry of 32 bits.
     """
+    if not 0 < tokens < 1 << (CHANNEL - 1):
+        raise ValueError(f"Attention on bits takes 1 to {(1 << (CHANNEL - 1)) - 1} tokens, not {tokens}.")
     return max(1, width * tokens // 24)
 
 
@@ -66,18 +82,18 @@ def linear_transposed(weights, first, width, panels, tokens, length, scale, bias
     """
     halves = weights.view(np.uint32)
     steps = steps_of(length)
-    counts = np.empty((TILE, PANEL), np.int32)
     for panel in range(panels.shape[0]):
-        narrow = tokens - panel * PANEL <= _NARROW
+        narrow, start = tokens - panel * PANEL <= _NARROW, panel * PANEL
         for channel in range(0, width, TILE):
-            row = first + channel
+            row, last = first + channel, first + width - 1
             if narrow:
-                narrow_tile_of_signs(halves, row, first + width - 1, panels, panel, steps, length, counts, 0, 0)
+                narrow_tile_of_values(
+                    halves, row, last, panels, panel, steps, length, scale, bias, shift, values, channel, start
+                )
             else:
-                tile_of_signs(halves, row, first + width - 1, panels, panel, steps, length, counts, 0, 0)
-            for r in range(min(TILE, width - channel)):
-                n = row + r
-                affine(counts, r, scale[n], bias[n], shift[n], values, channel + r, panel * PANEL)
+                tile_of_values(
+                    halves, row, last, panels, panel, steps, length, scale, bias, shift, values, channel, start
+                )
 
 
 @kernel(allocates=False)
@@ -108,12 +124,16 @@ def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
         planes: uint32 (2 G d, 2 P), overwritten.
         kinds: int64 (G,), overwritten.
         starts: int32 (G, d + 1), overwritten.
-        entries: int32 (G, capacity), overwritten, see `entry_capacity`.
+        entries: int32 (G, capacity + 1), overwritten, see `entry_capacity`.
     """
     width, words = values.shape[0], values.shape[1] // 64
-    groups, capacity = lower.shape[0], entries.shape[1]
+    groups, capacity = lower.shape[0], entries.shape[1] - 1
     totals = np.zeros(groups, np.int64)
-    low_half = np.uint64(0xFFFFFFFF)
+    pairs = planes.view(np.uint64)
+    plain = lower[0] == np.inf and upper[0] == -np.inf  # the first group is everything
+    nested = True  # as groups of rising thresholds are: where one has no element, the next has none
+    for g in range(2, groups):
+        nested = nested and lower[g] <= lower[g - 1] and upper[g] >= upper[g - 1]
     for c in range(width):
         for g in range(groups):
             starts[g, c] = min(totals[g], capacity)
@@ -121,25 +141,28 @@ def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
             rest = tokens - 64 * w
             valid = ~np.uint64(0) if rest >= 64 else (np.uint64(1) << np.uint64(rest)) - np.uint64(1)
             positive = floats_not_below(values, c, 64 * w, np.float32(0)) & valid
+            mask = valid
             for g in range(groups):
-                mask = floats_outside(values, c, 64 * w, lower[g], upper[g]) & valid
+                whole = plain and g == 0
+                if not (whole or (g > 1 and nested and mask == np.uint64(0))):
+                    mask = floats_outside(values, c, 64 * w, lower[g], upper[g]) & valid
                 sign = positive & mask
-                sign_row, mask_row = 2 * g * width + c, (2 * g + 1) * width + c
-                planes[sign_row, 2 * w] = np.uint32(sign & low_half)
-                planes[sign_row, 2 * w + 1] = np.uint32(sign >> np.uint64(32))
-                planes[mask_row, 2 * w] = np.uint32(mask & low_half)
-                planes[mask_row, 2 * w + 1] = np.uint32(mask >> np.uint64(32))
+                pairs[2 * g * width + c, w] = sign
+                pairs[(2 * g + 1) * width + c, w] = mask
                 before = totals[g]
                 totals[g] = before + popcount(mask)
-                if totals[g] <= capacity:
-                    while mask != np.uint64(0):
-                        bit = lowest_bit(mask)
-                        entries[g, before] = 2 * (64 * w + bit) + np.int64(sign >> np.uint64(bit) & np.uint64(1))
+                if totals[g] <= capacity and not whole:
+                    left = mask
+                    while left != np.uint64(0):
+                        bit = lowest_bit(left)
+                        place = 2 * (64 * w + bit) + np.int64(sign >> np.uint64(bit) & np.uint64(1))
+                        entries[g, before] = (c << CHANNEL) + place
                         before += 1
-                        mask &= mask - np.uint64(1)
+                        left &= left - np.uint64(1)
     for g in range(groups):
         total = totals[g]
         starts[g, width] = min(total, capacity)
+        entries[g, min(total, capacity)] = width << CHANNEL
         kinds[g] = EVERYTHING if total == width * tokens else LISTED if total <= capacity else MASKED
 
 
@@ -153,7 +176,7 @@ def attend(panels, sizes, planes, kinds, starts, entries, tokens, coefficients, 
         planes: uint32 (2 G_v d, 2 P), from `value_planes`.
         kinds: int64 (G_v,), from `value_planes`.
         starts: int32 (G_v, d + 1), from `value_planes`.
-        entries: int32 (G_v, capacity), from `value_planes`.
+        entries: int32 (G_v, capacity + 1), from `value_planes`.
         tokens: T.
         coefficients: float32 (G_a, G_v), the products a_i c_j.
         shift: float32 (d,), added before the sign.
@@ -164,62 +187,52 @@ def attend(panels, sizes, planes, kinds, starts, entries, tokens, coefficients, 
     attention_groups, value_groups = coefficients.shape
     width, query_panels = signs.shape
     steps = steps_of(tokens)
-    # Six rows of counts for every pair of groups: common bits with the sign plane, then with the mask plane.
-    counts = np.empty((attention_groups * value_groups * 2 * TILE, PANEL), np.int32)
-    listed = np.empty((1, PANEL), np.int32)
+    # Six rows of counts of a masked group: common bits with the sign plane, then with the mask plane.
+    counts = np.empty((2 * TILE, PANEL), np.int32)
     total = np.empty((TILE, PANEL), np.float32)
-    simple = kinds[0] == EVERYTHING
-    for j in range(1, value_groups):
-        simple = simple and kinds[j] == LISTED
     for channel in range(0, width, TILE):
         rows = min(TILE, width - channel)
         for query_panel in range(query_panels):
             start_query = query_panel * PANEL
             queries = min(PANEL, tokens - start_query)
-            for pair in range(attention_groups * value_groups):
-                i, j = pair // value_groups, pair % value_groups
+            if kinds[0] == LISTED:
+                total[:] = 0
+            for i in range(attention_groups):
                 panel = i * query_panels + query_panel
-                for mask in range(2):
-                    if kinds[j] == LISTED or (kinds[j] == EVERYTHING and mask == 1):
-                        continue
-                    first = (2 * j + mask) * width
-                    row, last, place = first + channel, first + width - 1, (2 * pair + mask) * TILE
-                    if queries <= _NARROW:
-                        narrow_tile_of_common_bits(planes, row, last, panels, panel, steps, 0, counts, place, 0)
-                    else:
-                        tile_of_common_bits(planes, row, last, panels, panel, steps, 0, counts, place, 0)
-            for r in range(rows):
-                if simple:
-                    combine_row(
-                        counts,
-                        r,
-                        2 * TILE * value_groups,
-                        sizes,
-                        start_query,
-                        coefficients,
-                        starts,
-                        channel + r,
-                        entries,
-                        panels,
-                        query_panel,
-                        query_panels,
-                        total,
-                        r,
-                    )
-                else:
-                    for pair in range(attention_groups * value_groups):
-                        i, j = pair // value_groups, pair % value_groups
-                        factor, place, begins = coefficients[i, j], 2 * pair * TILE + r, pair == 0
-                        if kinds[j] == EVERYTHING:
-                            add_counts(total, r, counts, place, sizes, i, start_query, factor, begins)
-                        elif kinds[j] == MASKED:
-                            add_counts(total, r, counts, place, counts, place + TILE, 0, factor, begins)
+                for j in range(value_groups):
+                    factor, begins = coefficients[i, j], i + j == 0
+                    row, last = 2 * j * width + channel, (2 * j + 1) * width - 1
+                    if kinds[j] == LISTED:
+                        start, stop = starts[j, channel], starts[j, channel + rows]
+                        if queries <= _NARROW:
+                            narrow_add_lists(total, channel, panels, panel, entries, j, start, stop, factor)
                         else:
-                            start, stop = starts[j, channel + r], starts[j, channel + r + 1]
-                            if begins or start < stop:
-                                panel = i * query_panels + query_panel
-                                count_entries(listed, 0, panels, panel, entries, j, start, stop)
-                                add_counts(total, r, listed, 0, listed, 0, 0, factor, begins)
+                            add_lists(total, channel, panels, panel, entries, j, start, stop, factor)
+                    elif kinds[j] == MASKED:
+                        for mask in range(2):
+                            tile_of_common_bits(
+                                planes,
+                                row + mask * width,
+                                last + mask * width,
+                                panels,
+                                panel,
+                                steps,
+                                0,
+                                counts,
+                                mask * TILE,
+                                0,
+                            )
+                        for r in range(rows):
+                            add_counts(total, r, counts, r, counts, TILE + r, 0, factor, begins)
+                    elif queries <= _NARROW:
+                        narrow_tile_of_terms(
+                            planes, row, last, panels, panel, steps, sizes, i, start_query, factor, begins, total
+                        )
+                    else:
+                        tile_of_terms(
+                            planes, row, last, panels, panel, steps, sizes, i, start_query, factor, begins, total
+                        )
+            for r in range(rows):
                 signs[channel + r, query_panel] = floats_not_below(total, r, 0, -shift[channel + r])
             if floats.shape[0]:
                 for r in range(rows):

@@ -23,7 +23,7 @@ BLOCK = 32  # rows that are summed together
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 SLOPES = {"step": 0, "approx": 1, "ede": 2}
 WINDOWS = {"closed": 0, "open": 1}
-LEAST = 8  # numbers of a row whose sum has torch's order
+SHORTEST_ROW = 8  # numbers; torch sums shorter rows in another order
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -124,9 +124,9 @@ def centred_signs(w, out):
 
 
 @kernel(allocates=False)
-def _sum_of_row(x, sizes, sums):
-    # The sum of x (K,), of |x| if `sizes`, in the order in which torch sums a contiguous last dimension: four vectors
-    # of eight side by side, folded into the next level after every sixteenth. sums (4, 32) is overwritten.
+def _sum_of_row(x, absolute, sums):
+    # The sum of x (K,), of |x| if `absolute`, in the order in which torch sums a contiguous last dimension: four
+    # vectors of eight side by side, folded into the next level after every sixteenth. sums (4, 32) is overwritten.
     chunks, i = x.size // 32, 0
     for level in range(4):
         for j in range(32):
@@ -134,7 +134,7 @@ def _sum_of_row(x, sizes, sums):
     while i + 16 <= chunks:
         for start in range(32 * i, 32 * (i + 16), 32):
             for j in range(32):
-                sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+                sums[0, j] += abs(x[start + j]) if absolute else x[start + j]
         i += 16
         for level in range(1, 4):
             for j in range(32):
@@ -144,40 +144,42 @@ def _sum_of_row(x, sizes, sums):
                 break
     for start in range(32 * i, 32 * chunks, 32):
         for j in range(32):
-            sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+            sums[0, j] += abs(x[start + j]) if absolute else x[start + j]
     for level in range(1, 4):
         for j in range(32):
             sums[0, j] += sums[level, j]
     for start in range(32 * chunks, x.size - 7, 8):
         for j in range(8):
-            sums[0, j] += abs(x[start + j]) if sizes else x[start + j]
+            sums[0, j] += abs(x[start + j]) if absolute else x[start + j]
     for start in range(8, 32, 8):
         for j in range(8):
             sums[0, j] += sums[0, start + j]
     total = ZERO
     for j in range(x.size // 8 * 8, x.size):
-        total += abs(x[j]) if sizes else x[j]
+        total += abs(x[j]) if absolute else x[j]
     for j in range(8):
         total += sums[0, j]
     return total
 
 
 @parallel_kernel
-def sums_of_rows(x, sizes, out):
-    """Write the sums of x (N, K), K at least `LEAST`, of |x| if `sizes`, into out (N,); see `sums_like_torch`."""
+def sums_of_rows(x, absolute, out):
+    """Write the sums of x (N, K), of |x| if `absolute`, into out (N,); K is at least `SHORTEST_ROW`."""
     for r in prange(x.shape[0]):
-        out[r] = _sum_of_row(x[r], sizes, np.empty((4, 32), np.float32))
+        out[r] = _sum_of_row(x[r], absolute, np.empty((4, 32), np.float32))
 
 
 @functools.cache
 def sums_like_torch() -> bool:
-    """Tell whether the kernels sum several rows as this torch does on this machine, to the last bit."""
-    for k in (LEAST, 48, 100, 1111, 20000):
+    """Tell whether the kernels sum several rows and take their means as this torch does here, to the last bit."""
+    for k in (SHORTEST_ROW, 48, 100, 1111, 20000):
         x = torch.linspace(-1, 3, 3 * k, dtype=torch.float32, device="cpu").mul_(7).cos_().view(3, k)
         own = np.empty(3, np.float32)
-        sums_of_rows(x.numpy(), False, own)
-        if not np.array_equal(own, x.sum(-1).numpy()):
-            return False
+        for absolute in (False, True):
+            sums_of_rows(x.numpy(), absolute, own)
+            expected = x.abs() if absolute else x
+            if not (np.array_equal(own, expected.sum(-1)) and np.array_equal(own / np.float32(k), expected.mean(-1))):
+                return False
     return True
 
 
@@ -244,7 +246,7 @@ def _backward_of_rows(
     first, last, x, shift, g, gain, slope, low, high, threshold, unsigned, share, passed, means, add, out, sums, row,
     binary, columns,
 ):  # fmt: skip
-    # The rows of a block: adds to sums (2,) and columns (K,); row (K,) is overwritten.
+    # The rows of a block: sums (2,) and row (K,) are overwritten, columns (K,) are added to.
     k = x.shape[1]
     total, ramped = 0.0, 0.0
     for r in range(first, last):

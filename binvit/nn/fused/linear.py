@@ -67,7 +67,12 @@ def _weights(rule: Rule, w: Tensor, parameters: Sequence[Tensor]) -> _Weights:
 
 
 def _takes_signs(rule: Rule, w: Tensor) -> bool:
-    if not isinstance(rule, Sign) or w.shape[1] < elementwise.LEAST or len(w) < 2 or not elementwise.sums_like_torch():
+    if (
+        not isinstance(rule, Sign)
+        or w.shape[1] < elementwise.SHORTEST_ROW
+        or len(w) < 2
+        or not elementwise.sums_like_torch()
+    ):
         return False
     return rule.by_row and rule.factor in ("constant", "bare") and rule.window in elementwise.WINDOWS
 

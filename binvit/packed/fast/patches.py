@@ -26,6 +26,7 @@ TILE = 6
 PANEL = 64
 BLOCKS = (384, 256, 192, 320, 336, 512)
 _LANES = 16
+_GROUP = 4 * TILE  # patches that meet a block of weights one after the other: all weights are too many for a near cache
 _LARGEST_TRIAL = 2**24  # numbers of the image that is tried; a small file may be for images of gigabytes
 
 
@@ -104,30 +105,31 @@ def _with_block(folded: Patches, model: VisionTransformer) -> Patches:
     return _nothing()
 
 
-def _tile_twin(patches, weights, panel, first, steps, out):
-    total = np.zeros((TILE, PANEL), np.float32)
+def _tile_twin(patches, row, weights, panel, first, steps, out):
+    total, rows = np.zeros((TILE, PANEL), np.float32), slice(row, row + TILE)
     for k in range(first, first + steps):
-        exact = patches[:TILE, k, None].astype(np.float64) * weights[panel, k].astype(np.float64) + total
+        exact = patches[rows, k, None].astype(np.float64) * weights[panel, k].astype(np.float64) + total
         total = exact.astype(np.float32)
-    out[:TILE] += total
+    out[rows] += total
 
 
 @vector_code(twin=_tile_twin)
-def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
-    """Add the product of six rows and 64 columns over some inputs to a float32 array; the sums stay in registers."""
+def _tile_of_floats(typing_context, patches, row, weights, panel, first, steps, out):
+    """Add the product of six rows and 64 columns over some inputs to the same rows of `out`; sums stay in registers."""
     floats = types.float32
     check_arrays("tile_of_floats", {"patches": (patches, floats, 2), "weights": (weights, floats, 3)})
     check_arrays("tile_of_floats", {"out": (out, floats, 2)})
     index = types.intp
-    signature = types.void(patches, weights, index, index, index, out)
+    signature = types.void(patches, index, weights, index, index, index, out)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, _, panel, first, steps, _ = arguments
+        _, row, _, panel, first, steps, _ = arguments
         position, real = ir.IntType(64), ir.FloatType()
         vector, vectors = ir.VectorType(real, _LANES), PANEL // _LANES
-        rows = [emit.address(0, ir.Constant(position, r), first) for r in range(TILE)]
-        page = emit.address(1, panel, first, ir.Constant(position, 0))
+        indices = [builder.add(row, ir.Constant(position, r)) for r in range(TILE)]
+        rows = [emit.address(0, i, first) for i in indices]
+        page = emit.address(2, panel, first, ir.Constant(position, 0))
 
         def step(k, sums):
             base = builder.mul(k, ir.Constant(position, PANEL))
@@ -146,7 +148,7 @@ def _tile_of_floats(typing_context, patches, weights, panel, first, steps, out):
         totals = emit.accumulate(steps, step)
         for r in range(TILE):
             for v in range(vectors):
-                target = emit.address(5, ir.Constant(position, r), ir.Constant(position, v * _LANES))
+                target = emit.address(6, indices[r], ir.Constant(position, v * _LANES))
                 emit.store(builder.fadd(emit.load(target, real, _LANES), totals[r * vectors + v]), target)
         return context.get_dummy_value()
 
@@ -198,13 +200,13 @@ def embed_patches(p, image, x, start, stop):
     prefix, width, length = p.prefix.shape[0], x.shape[1], p.weights.shape[1]
     height, wide = p.size[0], p.size[1]
     columns = image.shape[2] // wide
-    patches, out = np.zeros((TILE, length), np.float32), np.empty((TILE, PANEL), np.float32)
+    patches, out = np.zeros((_GROUP, length), np.float32), np.empty((_GROUP, PANEL), np.float32)
     if start == 0:
         for t in range(prefix):  # assigning a slice compiles the text of numba's error about shapes: three seconds
             for n in range(width):
                 x[t, n] = p.prefix[t, n]
-    for first in range(start, stop, TILE):
-        rows = min(TILE, stop - first)
+    for first in range(start, stop, _GROUP):
+        rows = min(_GROUP, stop - first)
         k = 0
         for channel in range(image.shape[0]):  # along rows of the image, which neighbouring patches share
             for i in range(height):
@@ -215,7 +217,8 @@ def embed_patches(p, image, x, start, stop):
         for panel in range(p.weights.shape[0]):
             out[:] = 0
             for k in range(0, length, p.block):
-                _tile_of_floats(patches, p.weights, panel, k, min(p.block, length - k), out)
+                for row in range(0, rows, TILE):
+                    _tile_of_floats(patches, row, p.weights, panel, k, min(p.block, length - k), out)
             column = panel * PANEL
             for r in range(rows):
                 patch = first + r

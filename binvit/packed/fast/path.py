@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from binvit import bits
-from binvit.bits.attention.bias import Bias
+from binvit.bits.attention.bias import Bias, in_halves
 from binvit.bits.attention.head import Workspace
 from binvit.packed.fast.fold import NotFoldable, fold_block, over_batch
 from binvit.packed.fast.forward import run_whole_images, share_image, shared_counters
@@ -72,7 +72,7 @@ class FastPath:
         self.layers = Layers(**entries, lanes=torch_lanes())
         biases = [block["bias"] for block in folded]
         arrays = {name: _stack([getattr(bias, name) for bias in biases]) for name in Bias._fields if name != "width"}
-        self.bias = Bias(**arrays, width=biases[0].width)
+        self.bias = in_halves(Bias(**arrays, width=biases[0].width))
         self._scratch: Pool[tuple[Scratch, Workspace]] = Pool(_KEPT)
         tokens, width = model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim
         products = tokens * (4 * width**2 + 2 * width * self.layers.hidden + 2 * tokens * width)
@@ -138,7 +138,7 @@ class FastPath:
             TEAM.run(run, threads)
 
     def _borrow(self, *key: int) -> AbstractContextManager[tuple[Scratch, Workspace]]:
-        biased = self.bias.full.size + self.bias.runs.size > 0
+        biased = self.bias.full.size + self.bias.halves.size + self.bias.runs.size > 0
         return self._scratch.borrow(key, lambda: make_scratch(self.layers, biased, *key))
 
     def _finish(self, x: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.jit import WIDE_VECTORS, kernel, vector_code
+from binvit.jit import HALF_FLOATS, WIDE_VECTORS, kernel, vector_code
 
 WIDTHS = (16, 8, 4)
 """Lanes of torch's vectors: AVX-512, AVX2, NEON."""
 _LANES, _LEVELS = 16, 64
+_AHEAD = 8  # rows of the bias: an image needs more numbers of it than a cache holds, and the CPU foresees too few
 _POLYNOMIAL = (0.00139304355252534151, 0.00833336077630519867, 0.0416664853692054749, 0.166666671633720398, 0.5)
 
 
@@ -189,37 +190,75 @@ def _add_bias_twin(attention, row, tokens, reciprocal, bias, bias_row):
     return values.max()
 
 
-@vector_code(twin=_add_bias_twin)
-def _add_bias(typing_context, attention, row, tokens, reciprocal, bias, bias_row):
-    """Turn a row of exponentials into softmax + bias, set its padding to minus infinity, return the maximum."""
-    check_arrays("add_bias", {"attention": (attention, types.float32, 2), "bias": (bias, types.float32, 2)})
-    index, real = types.intp, types.float32
-    signature = types.float32(attention, index, index, real, bias, index)
+def _add_half_bias_twin(attention, row, tokens, reciprocal, bias, bias_row):
+    return _add_bias_twin(attention, row, tokens, reciprocal, bias.view(np.float16).astype(np.float32), bias_row)
 
-    def codegen(context, builder, signature, arguments):
-        emit = Emitter(context, builder, signature, arguments)
-        _, row, tokens, reciprocal, _, bias_row = arguments
-        position, integer, lane = ir.IntType(64), ir.IntType(32), ir.FloatType()
-        integers, floats = ir.VectorType(integer, _LANES), ir.VectorType(lane, _LANES)
-        factor, end = emit.splat(reciprocal, _LANES), builder.trunc(tokens, integer)
 
-        def step(k, largest):
-            start = builder.mul(k, ir.Constant(position, _LANES))
-            target = emit.address(0, row, start)
-            values = builder.fmul(emit.load(target, lane, _LANES), factor)
-            values = builder.fadd(values, emit.load(emit.address(4, bias_row, start), lane, _LANES))
-            left = emit.splat(builder.sub(end, builder.trunc(start, integer)), _LANES)
-            inside = builder.icmp_signed("<", ir.Constant(integers, list(range(_LANES))), left)
-            values = builder.select(inside, values, ir.Constant(floats, [float("-inf")] * _LANES))
-            emit.store(values, target)
-            if largest is None:
-                return [values]
-            return [builder.select(builder.fcmp_ordered(">", values, largest[0]), values, largest[0])]
+def _load_floats(emit: Emitter, address: ir.Value) -> ir.Value:
+    return emit.load(address, ir.FloatType(), _LANES)
 
-        vectors = builder.udiv(builder.add(tokens, ir.Constant(position, _LANES - 1)), ir.Constant(position, _LANES))
-        return emit.extremum(">", emit.accumulate(vectors, step)[0])
 
-    return signature, codegen
+def _load_halves(emit: Emitter, address: ir.Value) -> ir.Value:
+    builder, floats = emit.builder, ir.VectorType(ir.FloatType(), _LANES)
+    numbers = emit.load(address, ir.IntType(16), _LANES)
+    if HALF_FLOATS:
+        return builder.fpext(builder.bitcast(numbers, ir.VectorType(ir.HalfType(), _LANES)), floats)
+    integers = ir.VectorType(ir.IntType(32), _LANES)
+
+    def same(number):
+        return ir.Constant(integers, [number] * _LANES)
+
+    # Exponent and mantissa where float32 has them, the exponent 112 too small: exact for finite numbers.
+    wide = builder.zext(numbers, integers)
+    small = builder.shl(builder.and_(wide, same(0x7FFF)), same(13))
+    size = builder.fmul(builder.bitcast(small, floats), ir.Constant(floats, [2.0**112] * _LANES))
+    sign = builder.shl(builder.and_(wide, same(0x8000)), same(16))
+    return builder.bitcast(builder.or_(builder.bitcast(size, integers), sign), floats)
+
+
+def _make_add_bias(half: bool) -> Callable:
+    load_bias = _load_halves if half else _load_floats
+
+    @vector_code(twin=_add_half_bias_twin if half else _add_bias_twin)
+    def add_bias(typing_context, attention, row, tokens, reciprocal, bias, bias_row):
+        """Turn a row of exponentials into softmax + bias, set its padding to minus infinity, return the maximum."""
+        number = types.uint16 if half else types.float32
+        check_arrays("add_bias", {"attention": (attention, types.float32, 2), "bias": (bias, number, 2)})
+        index, real = types.intp, types.float32
+        signature = types.float32(attention, index, index, real, bias, index)
+
+        def codegen(context, builder, signature, arguments):
+            emit = Emitter(context, builder, signature, arguments)
+            _, row, tokens, reciprocal, _, bias_row = arguments
+            position, integer, lane = ir.IntType(64), ir.IntType(32), ir.FloatType()
+            integers, floats = ir.VectorType(integer, _LANES), ir.VectorType(lane, _LANES)
+            factor, end = emit.splat(reciprocal, _LANES), builder.trunc(tokens, integer)
+
+            def step(k, largest):
+                start = builder.mul(k, ir.Constant(position, _LANES))
+                target = emit.address(0, row, start)
+                values = builder.fmul(emit.load(target, lane, _LANES), factor)
+                emit.prefetch(emit.address(4, builder.add(bias_row, ir.Constant(position, _AHEAD)), start))
+                values = builder.fadd(values, load_bias(emit, emit.address(4, bias_row, start)))
+                left = emit.splat(builder.sub(end, builder.trunc(start, integer)), _LANES)
+                inside = builder.icmp_signed("<", ir.Constant(integers, list(range(_LANES))), left)
+                values = builder.select(inside, values, ir.Constant(floats, [float("-inf")] * _LANES))
+                emit.store(values, target)
+                if largest is None:
+                    return [values]
+                return [builder.select(builder.fcmp_ordered(">", values, largest[0]), values, largest[0])]
+
+            vectors = builder.udiv(
+                builder.add(tokens, ir.Constant(position, _LANES - 1)), ir.Constant(position, _LANES)
+            )
+            return emit.extremum(">", emit.accumulate(vectors, step)[0])
+
+        return signature, codegen
+
+    return add_bias
+
+
+_add_bias, _add_half_bias = _make_add_bias(half=False), _make_add_bias(half=True)
 
 
 @kernel(allocates=False)
@@ -238,6 +277,24 @@ def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
     tokens = reciprocals.shape[0]
     for row in range(start, stop):
         largest[row] = _add_bias(attention, row, tokens, reciprocals[row], bias, row - bias_start)
+
+
+@kernel(allocates=False)
+def add_half_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
+    """Turn exponentials into the attention map, softmax + bias, with a bias whose numbers are float16.
+
+    Args:
+        attention: as for `add_bias`.
+        reciprocals: as for `add_bias`.
+        bias: uint16 (rows, at least 16 ceil(T / 16)), bits of float16 numbers; row 0 belongs to query bias_start.
+        bias_start: see there.
+        largest: as for `add_bias`.
+        start: first query.
+        stop: one past the last query.
+    """
+    tokens = reciprocals.shape[0]
+    for row in range(start, stop):
+        largest[row] = _add_half_bias(attention, row, tokens, reciprocals[row], bias, row - bias_start)
 
 
 @kernel(allocates=False)
