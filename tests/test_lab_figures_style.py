@@ -147,3 +147,11 @@ def test_drawing_leaves_the_callers_settings_alone(trials):
     before = dict(plt.rcParams)
     charts.dots(statistics.summarize(trials[trials["samples_per_class"] == 5]))
     assert dict(plt.rcParams) == before
+
+
+@pytest.mark.parametrize(("size", "dots"), [((6, 4), 150), ((12, 40), (2.5e6 / 480) ** 0.5)])
+def test_large_figures_have_fewer_dots_in_a_notebook_but_not_in_files(tmp_path, size, dots):
+    fig = style.styled(lambda: plt.figure(figsize=size))()
+    assert fig.get_dpi() == pytest.approx(dots)
+    style.save_figure(fig, "large", tmp_path)
+    assert plt.imread(tmp_path / "large.png").shape[:2] == (200 * size[1], 200 * size[0])
