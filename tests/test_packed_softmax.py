@@ -1,5 +1,6 @@
 """The attention map on bits: exponentials from a table, bias, groups, against torch and against double precision."""
 
+import numba
 import numpy as np
 import pytest
 import reference
@@ -158,3 +159,24 @@ def test_equal_elements_are_in_an_inclusive_group_only():
         _set_cuts(cut, FLOAT(0), FLOAT(1), inclusive, largest)
     _, sizes = pack_groups(counts, smallest, table, map_, reciprocals, cuts)
     np.testing.assert_array_equal(sizes, [[0] * 5, [5] * 5])
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_every_finite_float16_number_is_read_exactly(instructions, monkeypatch):
+    if instructions and not softmax.HALF_FLOATS:
+        pytest.skip("this CPU, or this test run, has no instructions for float16")
+    monkeypatch.setattr(softmax, "HALF_FLOATS", instructions)
+    add = softmax._make_add_bias(half=True)
+    numbers = np.arange(2**16, dtype=np.uint16)
+    bias = numbers[np.isfinite(numbers.view(np.float16))].reshape(-1, 64)
+    attention = np.zeros((len(bias), 64), FLOAT)
+
+    def run(attention, bias, largest):
+        for row in range(len(bias)):
+            largest[row] = add(attention, row, 64, FLOAT(1), bias, row)
+
+    largest = np.zeros(len(bias), FLOAT)
+    numba.njit(run)(attention, bias, largest)
+    expected = bias.view(np.float16).astype(FLOAT)
+    np.testing.assert_array_equal(attention, expected)
+    np.testing.assert_array_equal(largest, expected.max(axis=1))
