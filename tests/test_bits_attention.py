@@ -31,7 +31,9 @@ def test_superposed_product_equals_its_exact_integers_combined_in_order(
     offset[rng.random(2 * width) < 0.5] = shift[rng.random(2 * width) < 0.5] = 0  # exact zeros among the values
     values = ((reference.integer_product(x, w).astype(FLOAT) * scale + offset) + shift)[:, width:]
 
-    workspace = head.make_workspace(1, tokens, width, attention_groups, value_groups, True)
+    workspace = head.make_workspace(
+        1, tokens, width, attention_groups, value_groups, bias.full_bias(np.zeros((1, tokens, tokens)))
+    )
     workspace.attention[0] = -np.inf
     workspace.attention[0][:, :tokens] = rng.random((tokens, tokens)) ** 2
     offsets = np.sort(rng.random(attention_groups)).astype(FLOAT)
@@ -131,9 +133,9 @@ def test_a_bias_is_kept_in_halves_only_if_all_its_numbers_are(shape):
 
 def test_impossible_heads_and_biases_are_refused():
     with pytest.raises(ValueError, match=r"1 to 254 channels wide .* not 255"):
-        head.make_workspace(1, 5, 255, 1, 1, False)
+        head.make_workspace(1, 5, 255, 1, 1, bias.no_bias())
     with pytest.raises(ValueError, match=r"1 to 254 channels wide .* not 0"):
-        head.make_workspace(1, 5, 0, 1, 1, False)
+        head.make_workspace(1, 5, 0, 1, 1, bias.no_bias())
     with pytest.raises(ValueError, match=r"1 to 524287 tokens, not 524288"):
         value.entry_capacity(64, 2**19)
     with pytest.raises(ValueError, match=r"\(heads, tokens, tokens\), not \(2, 3, 4\)"):

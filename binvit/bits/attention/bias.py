@@ -1,7 +1,8 @@
 """The learned bias of the attention map, in full or by relative positions on a grid of patches, as rows of floats.
 
-A relative bias of 14 x 14 patches is a table of 729 floats a head, which stays in the first-level cache; a row of the
-map takes from it one run of consecutive entries for every row of patches.
+A relative bias of 14 x 14 patches is a table of 729 floats a head; a row of the map takes from it one run of
+consecutive entries for every row of patches. Queries of one column take the same runs, so that these are laid end to
+end once for each column, and each row of the map is a piece of that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Bias(NamedTuple):
         halves: uint16 (H, T, 16 ceil(T / 16)), the bits of the same numbers as float16, from `in_halves`.
         runs: float32 (H, (2 h - 1)(2 w - 1) + 16), relative positions in falling order: the key's minus the query's.
         prefix_rows: float32 (H, prefix, 64 ceil(T / 64)), the rows of queries that are no patches.
-        prefix_keys: float32 (H, prefix), the bias between any patch and a key that is none.
+        prefix_keys: float32 (H, 16 ceil(prefix / 16), at least 16), the bias between any patch and a key that is none.
         width: w, patches in a row of the grid.
     """
 
@@ -113,11 +114,13 @@ def relative_bias(values: np.ndarray, grid: tuple[int, int], prefix: int) -> Bia
             f"(heads, {wanted}), not {values.shape}."
         )
     heads = len(values)
-    runs = np.zeros((heads, positions + _RUN), np.float32)  # a run is copied in whole vectors
+    runs = np.zeros((heads, positions + _RUN), np.float32)  # runs are copied in whole vectors
     runs[:, :positions] = values[:, positions - 1 :: -1] if positions else 0
     rows, keys = np.split(values[:, positions:], [prefix * tokens], axis=1)
     rows = rows.reshape(heads, prefix, tokens)
-    return _bias(runs=runs, prefix_rows=_padded(rows), prefix_keys=np.ascontiguousarray(keys), width=w)
+    padded_keys = np.zeros((heads, max(_RUN, -(-prefix // _RUN) * _RUN)), np.float32)
+    padded_keys[:, :prefix] = keys
+    return _bias(runs=runs, prefix_rows=_padded(rows), prefix_keys=padded_keys, width=w)
 
 
 def _bias(
@@ -145,26 +148,25 @@ def _padded(rows: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _copy_runs_twin(source, start, stride, target, row, column, length, count):
-    for k in range(count):
-        target[row, column + k * length : column + k * length + _RUN] = source[start + k * stride :][:_RUN]
+def _copy_vectors_twin(source, start, target, row, column, count):
+    target[row, column : column + _RUN * count] = source[start : start + _RUN * count]
 
 
-@vector_code(twin=_copy_runs_twin)
-def _copy_runs(typing_context, source, start, stride, target, row, column, length, count):
-    """Copy sixteen floats `count` times, from places `stride` apart to places `length` apart."""
-    check_arrays("copy_runs", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
+@vector_code(twin=_copy_vectors_twin)
+def _copy_vectors(typing_context, source, start, target, row, column, count):
+    """Copy sixteen floats `count` times."""
+    check_arrays("copy_vectors", {"source": (source, types.float32, 1), "target": (target, types.float32, 2)})
     index = types.intp
-    signature = types.void(source, index, index, target, index, index, index, index)
+    signature = types.void(source, index, target, index, index, index)
 
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
-        _, start, stride, _, row, column, length, count = arguments
-        source, target = emit.address(0, start), emit.address(3, row, column)
+        _, start, _, row, column, count = arguments
+        source, target = emit.address(0, start), emit.address(2, row, column)
 
         def step(k, _):
-            run = emit.load(builder.gep(source, [builder.mul(k, stride)]), ir.FloatType(), _RUN)
-            emit.store(run, builder.gep(target, [builder.mul(k, length)]))
+            place = [builder.mul(k, ir.Constant(ir.IntType(64), _RUN))]
+            emit.store(emit.load(builder.gep(source, place), ir.FloatType(), _RUN), builder.gep(target, place))
             return []
 
         emit.accumulate(count, step)
@@ -174,36 +176,27 @@ def _copy_runs(typing_context, source, start, stride, target, row, column, lengt
 
 
 @kernel(allocates=False)
-def relative_rows(runs, prefix_rows, prefix_keys, width, tokens, rows, start, stop):
-    """Expand a relative bias for some queries of one head.
+def unfold_runs(runs, front, width, unfolded):
+    """Lay the runs of queries of one column end to end, so that the bias of a query and all patches is one piece.
 
     Args:
         runs: float32, `Bias.runs` of the head.
-        prefix_rows: float32, `Bias.prefix_rows` of the head.
-        prefix_keys: float32, `Bias.prefix_keys` of the head.
+        front: numbers before the first run, at least those of the keys that are no patches.
         width: w, patches in a row of the grid.
-        tokens: T.
-        rows: float32 (at least stop - start, at least 64 ceil(T / 64) + 16), row 0 is that of query start.
-        start: first query.
-        stop: one past the last query.
+        unfolded: float32 `unfolded_shape` of the bias, overwritten: a row per column of the grid.
     """
-    prefix = prefix_keys.shape[0]
-    height = (tokens - prefix) // width
-    for query in range(start, stop):
-        row = query - start
-        if query < prefix:
-            for j in range(tokens):
-                rows[row, j] = prefix_rows[query, j]
-            continue
-        for j in range(prefix):
-            rows[row, j] = prefix_keys[j]
-        y, x = (query - prefix) // width, (query - prefix) % width
-        first = (height - 1 - y) * (2 * width - 1) + width - 1 - x
-        if width <= _RUN:
-            # What a run writes past its row of patches is overwritten by the next one, or lies in the padding.
-            _copy_runs(runs, first, 2 * width - 1, rows, row, prefix, width, height)
-        else:
-            for key_y in range(height):
-                source, target = first + key_y * (2 * width - 1), prefix + key_y * width
-                for key_x in range(width):
-                    rows[row, target + key_x] = runs[source + key_x]
+    stride, count = 2 * width - 1, (width + _RUN - 1) // _RUN
+    for x in range(width):
+        for i in range((runs.shape[0] - _RUN) // stride):
+            # What is written past a run is overwritten by the next one, or lies behind the last.
+            _copy_vectors(runs, i * stride + width - 1 - x, unfolded, x, front + i * width, count)
+
+
+def unfolded_shape(bias: Bias) -> tuple[int, int]:
+    """Return the shape of what `unfold_runs` writes for one head.
+
+    Args:
+        bias: of one layer, or of some with a leading axis.
+    """
+    positions, width = bias.runs.shape[-1] - _RUN, bias.width
+    return (width, bias.prefix_keys.shape[-1] + positions // (2 * width - 1) * width + _RUN) if width else (0, 0)

@@ -22,13 +22,6 @@ _INDEX, _LANE = ir.IntType(64), ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
-def _term(emit: Emitter, twice: ir.Value, once: ir.Value, factor: ir.Value) -> ir.Value:
-    builder = emit.builder
-    twice = emit.load(twice, _LANE)
-    counts = builder.sub(builder.add(twice, twice), emit.load(once, _LANE))
-    return builder.fmul(builder.sitofp(counts, _FLOATS), emit.splat(factor))
-
-
 def _add_counts_twin(total, row, twice, twice_row, once, once_row, once_start, factor, first):
     counts = 2 * twice[twice_row, :LANES] - once[once_row, once_start : once_start + LANES]
     term = counts.astype(np.float32) * np.float32(factor)
@@ -46,8 +39,9 @@ def add_counts(typing_context, total, row, twice, twice_row, once, once_row, onc
     def codegen(context, builder, signature, arguments):
         emit = Emitter(context, builder, signature, arguments)
         _, row, _, twice_row, _, once_row, once_start, factor, first = arguments
-        counts = emit.address(2, twice_row, 0), emit.address(4, once_row, once_start)
-        term = _term(emit, *counts, factor)
+        twice = emit.load(emit.address(2, twice_row, 0), _LANE)
+        counts = builder.sub(builder.add(twice, twice), emit.load(emit.address(4, once_row, once_start), _LANE))
+        term = builder.fmul(builder.sitofp(counts, _FLOATS), emit.splat(factor))
         target = emit.address(0, row, 0)
         added = builder.fadd(emit.load(target, ir.FloatType()), term)
         emit.store(builder.select(first, term, added), target)

@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from binvit.bits.attention.bias import Bias, unfolded_shape
 from binvit.bits.attention.scores import MAX_HEAD_WIDTH
 from binvit.bits.attention.value import attend, entry_capacity, extrema, linear_transposed, signs_to_words, value_planes
 from binvit.bits.packing import word_count
 from binvit.jit import aligned_empty, kernel
-
-BIAS_ROWS = 16
-"""Rows of the map that get their bias at once, as they lie in the nearest cache."""
 
 
 class Workspace(NamedTuple):
@@ -31,7 +29,7 @@ class Workspace(NamedTuple):
         sums: float32 (S, T).
         largest: float32 (S, T), the maximum of every row of the attention map.
         attention: float32 (S, T, 64 P), the map itself, only with a bias; padding is minus infinity.
-        bias_rows: float32 (S, 16, 64 P + 16).
+        bias_runs: float32 (S, ...), the head's relative bias as `binvit.bits.attention.bias.unfold_runs` leaves it.
         cuts: float32 (S, G_a, T).
         bounds: uint8 (S, G_a, T).
         planes: uint32 (S, G_a P, 2 P, 64).
@@ -50,7 +48,7 @@ class Workspace(NamedTuple):
     sums: np.ndarray
     largest: np.ndarray
     attention: np.ndarray
-    bias_rows: np.ndarray
+    bias_runs: np.ndarray
     cuts: np.ndarray
     bounds: np.ndarray
     planes: np.ndarray
@@ -64,7 +62,7 @@ class Workspace(NamedTuple):
 
 
 def make_workspace(
-    slots: int, tokens: int, width: int, attention_groups: int, value_groups: int, biased: bool
+    slots: int, tokens: int, width: int, attention_groups: int, value_groups: int, bias: Bias
 ) -> Workspace:
     """Allocate the buffers for a number of heads.
 
@@ -74,7 +72,7 @@ def make_workspace(
         width: d, channels of a head.
         attention_groups: g_a.
         value_groups: g_v.
-        biased: whether the attention map has a bias.
+        bias: the bias of the attention map, of one layer or of some with a leading axis.
 
     Returns:
         About 400 kB a slot for DeiT-S.
@@ -86,8 +84,8 @@ def make_workspace(
         raise ValueError(f"A head must be 1 to {MAX_HEAD_WIDTH} channels wide for popcounts in bytes, not {width}.")
     panels = word_count(tokens)
     padded = 64 * panels
-    map_rows, bias_rows = (tokens, BIAS_ROWS) if biased else (0, 0)
-    attention = aligned_empty((slots, map_rows, padded), np.float32)
+    biased = bias.full.size + bias.halves.size + bias.runs.size > 0
+    attention = aligned_empty((slots, tokens if biased else 0, padded), np.float32)
     attention[:] = -np.inf  # padding is in no group, and nothing ever overwrites it
     return Workspace(
         keys=aligned_empty((slots, panels, -(-width // 8), 64), np.uint8),
@@ -96,7 +94,7 @@ def make_workspace(
         sums=aligned_empty((slots, tokens), np.float32),
         largest=aligned_empty((slots, tokens), np.float32),
         attention=attention,
-        bias_rows=aligned_empty((slots, bias_rows, padded + 16), np.float32),
+        bias_runs=aligned_empty((slots, *unfolded_shape(bias)), np.float32),
         cuts=aligned_empty((slots, attention_groups, tokens), np.float32),
         bounds=aligned_empty((slots, attention_groups, tokens), np.uint8),
         planes=aligned_empty((slots, attention_groups * panels, 2 * panels, 64), np.uint32),

@@ -119,7 +119,8 @@ def value_planes(values, tokens, lower, upper, planes, kinds, starts, entries):
         values: float32 (d, 64 P).
         tokens: T.
         lower: float32 (G,), elements below it are in the group. A plain sign has infinity here and minus infinity in
-            `upper`; GSB's first group, in which an exact zero contributes nothing, has 0 and 0.
+            `upper`, which takes every element, a NaN too; GSB's first group, in which an exact zero contributes
+            nothing, has 0 and 0.
         upper: float32 (G,), elements above it are in the group.
         planes: uint32 (2 G d, 2 P), overwritten.
         kinds: int64 (G,), overwritten.

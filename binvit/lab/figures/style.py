@@ -20,7 +20,7 @@ from binvit.files import atomic_write
 STYLE = Path(__file__).with_name("binvit.mplstyle")
 INK, GREY = "#222222", "#7a7a7a"
 BIASED = " + bias"  # ends the name of a scheme with a learned bias of the attention map
-_PIXELS = 2.5e6  # of a figure in a notebook, which carries it as text; files have the dots that `save_figure` gives
+_NOTEBOOK_PIXELS = 2.5e6  # a notebook carries its figures as text; files have the dots that `save_figure` gives
 _END = "end of a line"  # marks the names that `label_ends` writes
 _APART = 11  # points between two names
 FEWEST = 5  # seeds from which figures draw an interval; fewer are drawn as points with their mean
@@ -131,7 +131,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
         mpl.interactive(interactive)
         if isinstance(result, Figure):
             inches = result.get_figwidth() * result.get_figheight()
-            result.set_dpi(min(result.get_dpi(), (_PIXELS / inches) ** 0.5))
+            result.set_dpi(min(result.get_dpi(), (_NOTEBOOK_PIXELS / inches) ** 0.5))
         return result
 
     return wrapper

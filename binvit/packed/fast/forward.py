@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from binvit.bits.attention.bias import relative_rows
-from binvit.bits.attention.head import BIAS_ROWS, compute_values, multiply, pack_values
+from binvit.bits.attention.bias import unfold_runs
+from binvit.bits.attention.head import compute_values, multiply, pack_values
 from binvit.bits.attention.scores import planes_above, planes_below, prepare_keys, score_counts
 from binvit.bits.gemm import TILE
 from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
@@ -18,11 +18,12 @@ from binvit.jit import kernel
 from binvit.packed.fast.layernorm import normalize_and_pack
 from binvit.packed.fast.layout import ROW, SAMPLE
 from binvit.packed.fast.patches import embed_patches
-from binvit.packed.fast.softmax import add_bias, add_half_bias, exponentiate, group_bounds
+from binvit.packed.fast.softmax import add_bias, add_half_bias, add_relative_bias, exponentiate, group_bounds
 from binvit.packed.fast.threads import take_next, wait_for
 
 _LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
 _PARTS = 4  # of a step for each thread
+_MAP_ROWS = 16  # of the map that get their bias while they lie in the nearest cache
 
 
 @kernel(allocates=False)
@@ -135,23 +136,21 @@ def _score(s, biases, block, head, c, heads, task, slot):
 def _fill_map(s, biases, block, head, heads, slot, tokens):
     # Exponentials and their sums; with a bias the map itself. Returns the largest entry.
     counts, smallest, sums, map_ = heads.counts[slot], heads.smallest[slot], heads.sums[slot], heads.attention[slot]
-    largest, table, first = heads.largest[slot], s.tables[block], np.int64(0)
-    for start in range(0, tokens, BIAS_ROWS):
-        stop = min(start + BIAS_ROWS, tokens)
+    largest, table = heads.largest[slot], s.tables[block]
+    if biases.runs.shape[1]:
+        keys = biases.prefix_keys[block, head]
+        unfold_runs(biases.runs[block, head], keys.shape[0], biases.width, heads.bias_runs[slot])
+    for start in range(0, tokens, _MAP_ROWS):
+        stop = min(start + _MAP_ROWS, tokens)
         exponentiate(counts, smallest, table, s.lanes, tokens, sums, map_, start, stop)
         if biases.halves.shape[1]:
-            add_half_bias(map_, sums, biases.halves[block, head], first, largest, start, stop)
+            add_half_bias(map_, sums, biases.halves[block, head], largest, start, stop)
         elif biases.full.shape[1]:
-            add_bias(map_, sums, biases.full[block, head], first, largest, start, stop)
+            add_bias(map_, sums, biases.full[block, head], largest, start, stop)
         elif biases.runs.shape[1]:
-            runs, rows, keys = (
-                biases.runs[block, head],
-                biases.prefix_rows[block, head],
-                biases.prefix_keys[block, head],
-            )
-            expanded = heads.bias_rows[slot]
-            relative_rows(runs, rows, keys, biases.width, tokens, expanded, start, stop)
-            add_bias(map_, sums, expanded, start, largest, start, stop)
+            rows, keys = biases.prefix_rows[block, head], biases.prefix_keys[block, head]
+            unfolded = heads.bias_runs[slot]
+            add_relative_bias(map_, sums, unfolded, rows, keys, biases.width, largest, start, stop)
         else:
             for t in range(start, stop):
                 largest[t] = table[smallest[t], 0] * sums[t]

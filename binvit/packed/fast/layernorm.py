@@ -15,12 +15,13 @@ from llvmlite import ir
 from numba import types
 
 from binvit.bits.emitter import Emitter, check_arrays
-from binvit.jit import kernel, vector_code
+from binvit.jit import WIDE_VECTORS, kernel, vector_code
 
-ROWS = 8
-"""Rows whose moments are updated side by side, which hides the latency of the updates."""
 LANES = 8
 """Width of torch's vectors in LayerNorm, on AVX2 and AVX-512 alike."""
+_TOGETHER = 2 if WIDE_VECTORS else 1  # rows in one vector of the machine
+ROWS = 8 * _TOGETHER
+"""Rows whose moments are updated side by side, which hides the latency of the updates."""
 CHUNK = 16
 
 
@@ -57,7 +58,7 @@ def _fused_array(a, b, c):
 
 @vector_code(twin=_chunk_twin)
 def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squares, level):
-    """Write the running means and squared deviations of `steps` vectors of eight rows, from column `first` on."""
+    """Write the running means and squared deviations of `steps` vectors of `ROWS` rows, from column `first` on."""
     floats = types.float32
     check_arrays("chunk_moments", {"x": (x, floats, 2), "shares": (shares, floats, 1)})
     check_arrays("chunk_moments", {"means": (means, floats, 3), "squares": (squares, floats, 3)})
@@ -68,8 +69,8 @@ def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squ
         emit = Emitter(context, builder, signature, arguments)
         _, row, last, first, steps, _, _, _, level = arguments
         position, real = ir.IntType(64), ir.FloatType()
-        vector = ir.VectorType(real, LANES)
-        rows = []
+        lanes, rows = LANES * _TOGETHER, []
+        vector, both = ir.VectorType(real, lanes), ir.VectorType(ir.IntType(32), lanes)(list(range(lanes)))
         for r in range(ROWS):
             i = builder.add(row, ir.Constant(position, r))
             rows.append(emit.address(0, builder.select(builder.icmp_signed("<", i, last), i, last), first))
@@ -78,21 +79,24 @@ def chunk_moments(typing_context, x, row, last, first, steps, shares, means, squ
         def step(k, sums):
             offset = builder.mul(k, ir.Constant(position, LANES))
             values = [emit.load(builder.gep(pointer, [offset]), real, LANES) for pointer in rows]
+            if _TOGETHER == 2:
+                pairs = zip(values[::2], values[1::2], strict=True)
+                values = [builder.shuffle_vector(low, high, both) for low, high in pairs]
             if sums is None:
-                return values + [ir.Constant(vector, None)] * ROWS
-            share = emit.splat(builder.load(builder.gep(shares, [k])), LANES)
+                return values + [ir.Constant(vector, None)] * len(values)
+            share = emit.splat(builder.load(builder.gep(shares, [k])), lanes)
             means, squares = [], []
-            for value, mean, square in zip(values, sums[:ROWS], sums[ROWS:], strict=True):
+            for value, mean, square in zip(values, sums[: len(values)], sums[len(values) :], strict=True):
                 delta = builder.fsub(value, mean)
-                means.append(emit.call(f"llvm.fma.v{LANES}f32", vector, share, delta, mean))
+                means.append(emit.call(f"llvm.fma.v{lanes}f32", vector, share, delta, mean))
                 rest = builder.fsub(value, means[-1])
-                squares.append(emit.call(f"llvm.fma.v{LANES}f32", vector, delta, rest, square))
+                squares.append(emit.call(f"llvm.fma.v{lanes}f32", vector, delta, rest, square))
             return means + squares
 
-        results = emit.accumulate(steps, step)
-        for r in range(ROWS):
-            emit.store(results[r], emit.address(6, level, r, 0))
-            emit.store(results[ROWS + r], emit.address(7, level, r, 0))
+        results, groups = emit.accumulate(steps, step), ROWS // _TOGETHER
+        for i in range(groups):
+            emit.store(results[i], emit.address(6, level, i * _TOGETHER, 0))
+            emit.store(results[groups + i], emit.address(7, level, i * _TOGETHER, 0))
         return context.get_dummy_value()
 
     return signature, codegen

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from binvit.bits.attention.bias import Bias
 from binvit.bits.attention.head import Workspace, make_workspace
 from binvit.jit import aligned_empty
 
@@ -125,12 +126,12 @@ class Scratch(NamedTuple):
     nothing: np.ndarray
 
 
-def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
+def make_scratch(layers: Layers, bias: Bias, tokens: int, tasks: int, slots: int) -> tuple[Scratch, Workspace]:
     """Allocate the memory of a forward pass.
 
     Args:
         layers: the folded blocks.
-        biased: whether the attention map has a bias.
+        bias: the bias of the attention maps.
         tokens: T.
         tasks: images that run at once.
         slots: heads per image whose results are kept at once.
@@ -138,7 +139,7 @@ def make_scratch(layers: Layers, biased: bool, tokens: int, tasks: int, slots: i
     size, head_words = layers.norms.shape[-1], -(-layers.width // 64)
     words = -(-size // 64)
     groups = len(layers.shares), len(layers.value_shares) + 1
-    workspace = make_workspace(tasks * slots, tokens, layers.width, *groups, biased)
+    workspace = make_workspace(tasks * slots, tokens, layers.width, *groups, bias)
     scratch = Scratch(
         words=aligned_empty((tasks, tokens, words), np.uint64),
         qk=aligned_empty((tasks, tokens, 2 * layers.heads * head_words), np.uint64),

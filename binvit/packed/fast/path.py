@@ -138,8 +138,7 @@ class FastPath:
             TEAM.run(run, threads)
 
     def _borrow(self, *key: int) -> AbstractContextManager[tuple[Scratch, Workspace]]:
-        biased = self.bias.full.size + self.bias.halves.size + self.bias.runs.size > 0
-        return self._scratch.borrow(key, lambda: make_scratch(self.layers, biased, *key))
+        return self._scratch.borrow(key, lambda: make_scratch(self.layers, self.bias, *key))
 
     def _finish(self, x: Tensor) -> Tensor:
         """Turn the residual stream into logits."""

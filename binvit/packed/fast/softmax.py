@@ -23,7 +23,7 @@ from binvit.jit import HALF_FLOATS, WIDE_VECTORS, kernel, vector_code
 
 WIDTHS = (16, 8, 4)
 """Lanes of torch's vectors: AVX-512, AVX2, NEON."""
-_LANES, _LEVELS = 16, 64
+_LANES, _LEVELS, _INDEX = 16, 64, ir.IntType(64)
 _AHEAD = 8  # rows of the bias: an image needs more numbers of it than a cache holds, and the CPU foresees too few
 _POLYNOMIAL = (0.00139304355252534151, 0.00833336077630519867, 0.0416664853692054749, 0.166666671633720398, 0.5)
 
@@ -216,6 +216,36 @@ def _load_halves(emit: Emitter, address: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(builder.bitcast(size, integers), sign), floats)
 
 
+class _RowWithBias:
+    # Emits one row of the map: exponentials to softmax + bias, padding to minus infinity, and the maximum of the row.
+
+    def __init__(self, emit: Emitter, row: ir.Value, tokens: ir.Value, reciprocal: ir.Value) -> None:
+        builder, lanes = emit.builder, _INDEX(_LANES)
+        self._emit, self._row, self._factor = emit, row, emit.splat(reciprocal, _LANES)
+        self.last = builder.udiv(builder.sub(tokens, _INDEX(1)), lanes)
+        self._inside = self.before(builder.sub(tokens, builder.mul(self.last, lanes)))
+
+    def before(self, count: ir.Value) -> ir.Value:
+        left = self._emit.splat(self._emit.builder.trunc(count, ir.IntType(32)), _LANES)
+        return self._emit.builder.icmp_signed("<", ir.Constant(left.type, list(range(_LANES))), left)
+
+    def end(self, bias: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        return self._write(self.last, bias, self._inside)
+
+    def step(self, k: ir.Value, largest: ir.Value, bias: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        builder, values = self._emit.builder, self._write(k, bias)
+        return builder.select(builder.fcmp_ordered(">", values, largest), values, largest)
+
+    def _write(self, k: ir.Value, bias: Callable[[ir.Value], ir.Value], inside: ir.Value | None = None) -> ir.Value:
+        builder, start = self._emit.builder, self._emit.builder.mul(k, _INDEX(_LANES))
+        target = self._emit.address(0, self._row, start)
+        values = builder.fadd(builder.fmul(_load_floats(self._emit, target), self._factor), bias(start))
+        if inside is not None:
+            values = builder.select(inside, values, ir.Constant(values.type, [float("-inf")] * _LANES))
+        self._emit.store(values, target)
+        return values
+
+
 def _make_add_bias(half: bool) -> Callable:
     load_bias = _load_halves if half else _load_floats
 
@@ -230,28 +260,14 @@ def _make_add_bias(half: bool) -> Callable:
         def codegen(context, builder, signature, arguments):
             emit = Emitter(context, builder, signature, arguments)
             _, row, tokens, reciprocal, _, bias_row = arguments
-            position, integer, lane = ir.IntType(64), ir.IntType(32), ir.FloatType()
-            integers, floats = ir.VectorType(integer, _LANES), ir.VectorType(lane, _LANES)
-            factor, end = emit.splat(reciprocal, _LANES), builder.trunc(tokens, integer)
+            later, out = builder.add(bias_row, _INDEX(_AHEAD)), _RowWithBias(emit, row, tokens, reciprocal)
 
-            def step(k, largest):
-                start = builder.mul(k, ir.Constant(position, _LANES))
-                target = emit.address(0, row, start)
-                values = builder.fmul(emit.load(target, lane, _LANES), factor)
-                emit.prefetch(emit.address(4, builder.add(bias_row, ir.Constant(position, _AHEAD)), start))
-                values = builder.fadd(values, load_bias(emit, emit.address(4, bias_row, start)))
-                left = emit.splat(builder.sub(end, builder.trunc(start, integer)), _LANES)
-                inside = builder.icmp_signed("<", ir.Constant(integers, list(range(_LANES))), left)
-                values = builder.select(inside, values, ir.Constant(floats, [float("-inf")] * _LANES))
-                emit.store(values, target)
-                if largest is None:
-                    return [values]
-                return [builder.select(builder.fcmp_ordered(">", values, largest[0]), values, largest[0])]
+            def bias_at(start):
+                emit.prefetch(emit.address(4, later, start))
+                return load_bias(emit, emit.address(4, bias_row, start))
 
-            vectors = builder.udiv(
-                builder.add(tokens, ir.Constant(position, _LANES - 1)), ir.Constant(position, _LANES)
-            )
-            return emit.extremum(">", emit.accumulate(vectors, step)[0])
+            largest = emit.fold(0, out.last, out.end(bias_at), lambda k, value: out.step(k, value, bias_at))
+            return emit.extremum(">", largest)
 
         return signature, codegen
 
@@ -261,40 +277,99 @@ def _make_add_bias(half: bool) -> Callable:
 _add_bias, _add_half_bias = _make_add_bias(half=False), _make_add_bias(half=True)
 
 
+def _add_piece_twin(attention, row, tokens, reciprocal, unfolded, column, start, keys, prefix):
+    bias = unfolded[column : column + 1, start : start + tokens].copy()
+    bias[0, :prefix] = keys[:prefix]
+    return _add_bias_twin(attention, row, tokens, reciprocal, bias, 0)
+
+
+@vector_code(twin=_add_piece_twin)
+def _add_piece(typing_context, attention, row, tokens, reciprocal, unfolded, column, start, keys, prefix):
+    """Do as `_add_bias` with a piece of a row of `unfolded`, whose first numbers those of `keys` replace."""
+    floats, index = types.float32, types.intp
+    arrays = {"attention": (attention, floats, 2), "unfolded": (unfolded, floats, 2), "keys": (keys, floats, 1)}
+    check_arrays("add_piece", arrays)
+    signature = floats(attention, index, index, floats, unfolded, index, index, keys, index)
+
+    def codegen(context, builder, signature, arguments):
+        emit = Emitter(context, builder, signature, arguments)
+        _, row, tokens, reciprocal, _, column, first, _, prefix = arguments
+        out = _RowWithBias(emit, row, tokens, reciprocal)
+
+        def of_patches(start):
+            return _load_floats(emit, emit.address(4, column, builder.add(first, start)))
+
+        def of_any(start):
+            place = builder.select(builder.icmp_signed("<", start, emit.length(7, 0)), start, _INDEX(0))
+            keys = _load_floats(emit, emit.address(7, place))  # of which none is taken from place 0 behind the last
+            return builder.select(out.before(builder.sub(prefix, start)), keys, of_patches(start))
+
+        mixed = builder.udiv(builder.add(prefix, _INDEX(_LANES - 1)), _INDEX(_LANES))
+        mixed = builder.select(builder.icmp_signed("<", mixed, out.last), mixed, out.last)
+        largest = emit.fold(0, mixed, out.end(of_any), lambda k, value: out.step(k, value, of_any))
+        largest = emit.fold(mixed, out.last, largest, lambda k, value: out.step(k, value, of_patches))
+        return emit.extremum(">", largest)
+
+    return signature, codegen
+
+
 @kernel(allocates=False)
-def add_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
+def add_bias(attention, reciprocals, bias, largest, start, stop):
     """Turn exponentials into the attention map, softmax + bias.
 
     Args:
         attention: float32 (T, 64 P), from `exponentiate`; padding becomes minus infinity.
         reciprocals: float32 (T,), from `exponentiate`.
-        bias: float32 (rows, at least 64 P), whose row 0 belongs to query bias_start.
-        bias_start: see there.
+        bias: float32 (T, at least 16 ceil(T / 16)).
         largest: float32 (T,), the maximum of each row.
         start: first query.
         stop: one past the last query.
     """
     tokens = reciprocals.shape[0]
     for row in range(start, stop):
-        largest[row] = _add_bias(attention, row, tokens, reciprocals[row], bias, row - bias_start)
+        largest[row] = _add_bias(attention, row, tokens, reciprocals[row], bias, row)
 
 
 @kernel(allocates=False)
-def add_half_bias(attention, reciprocals, bias, bias_start, largest, start, stop):
+def add_half_bias(attention, reciprocals, bias, largest, start, stop):
     """Turn exponentials into the attention map, softmax + bias, with a bias whose numbers are float16.
 
     Args:
         attention: as for `add_bias`.
         reciprocals: as for `add_bias`.
-        bias: uint16 (rows, at least 16 ceil(T / 16)), bits of float16 numbers; row 0 belongs to query bias_start.
-        bias_start: see there.
+        bias: uint16 (T, at least 16 ceil(T / 16)), bits of float16 numbers.
         largest: as for `add_bias`.
         start: first query.
         stop: one past the last query.
     """
     tokens = reciprocals.shape[0]
     for row in range(start, stop):
-        largest[row] = _add_half_bias(attention, row, tokens, reciprocals[row], bias, row - bias_start)
+        largest[row] = _add_half_bias(attention, row, tokens, reciprocals[row], bias, row)
+
+
+@kernel(allocates=False)
+def add_relative_bias(attention, reciprocals, unfolded, prefix_rows, prefix_keys, width, largest, start, stop):
+    """Turn exponentials into the attention map, softmax + bias, with a bias by relative positions.
+
+    Args:
+        attention: as for `add_bias`.
+        reciprocals: as for `add_bias`.
+        unfolded: float32, from `binvit.bits.attention.bias.unfold_runs`; as many numbers in front as `prefix_keys`.
+        prefix_rows: float32, `Bias.prefix_rows` of the head.
+        prefix_keys: float32, `Bias.prefix_keys` of the head.
+        width: w, patches in a row of the grid.
+        largest: as for `add_bias`.
+        start: first query.
+        stop: one past the last query.
+    """
+    tokens, prefix, front = reciprocals.shape[0], prefix_rows.shape[0], prefix_keys.shape[0]
+    for row in range(start, min(stop, prefix)):
+        largest[row] = _add_bias(attention, row, tokens, reciprocals[row], prefix_rows, row)
+    height = (tokens - prefix) // width
+    for row in range(max(start, prefix), stop):
+        y, x = (row - prefix) // width, (row - prefix) % width
+        first = front - prefix + (height - 1 - y) * width
+        largest[row] = _add_piece(attention, row, tokens, reciprocals[row], unfolded, x, first, prefix_keys, prefix)
 
 
 @kernel(allocates=False)
