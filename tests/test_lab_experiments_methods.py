@@ -1,5 +1,6 @@
 """Families of schemes, the claims about them, and the table of published numbers."""
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -137,6 +138,9 @@ def test_sentences_say_whether_all_schemes_were_run():
     some = sentences(["float", "bit", "bnn", "gsb"])
     assert some[1] == "GSB is more accurate than every other 1-bit scheme that was run."
     assert [i for i, sentence in enumerate(some) if " that were run " in sentence] == [0, 7]
+    networks = [name for name in binvit.list_schemes() if methods.family(name) == methods.CNN]
+    some = sentences(["float", "bit", "gsb", *networks])
+    assert [i for i, sentence in enumerate(some) if re.search(" that w(as|ere) run", sentence)] == [1, 7]
 
 
 def test_published_numbers_carry_source_and_grade():

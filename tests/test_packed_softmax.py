@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from binvit import bits
 from binvit.bits.attention import bias
 from binvit.bits.attention import scores as kernels
-from binvit.packed.fast import softmax
+from binvit.packed.fast import biased_map, softmax
 from binvit.packed.fast.forward import _set_cuts
 
 FLOAT = np.float32
@@ -64,16 +64,16 @@ def fill_map(counts, smallest, table, lanes, tokens, prepared, head):
     reciprocals, largest = np.zeros(tokens, FLOAT), np.zeros(tokens, FLOAT)
     softmax.exponentiate(counts, smallest, table, lanes, tokens, reciprocals, map_, 0, tokens)
     if prepared.full.shape[0]:
-        softmax.add_bias(map_, reciprocals, prepared.full[head], largest, 0, tokens)
+        biased_map.add_bias(map_, reciprocals, prepared.full[head], largest, 0, tokens)
     elif prepared.halves.shape[0]:
-        softmax.add_half_bias(map_, reciprocals, prepared.halves[head], largest, 0, tokens)
+        biased_map.add_half_bias(map_, reciprocals, prepared.halves[head], largest, 0, tokens)
     elif biased:
         unfolded = np.full(bias.unfolded_shape(prepared), np.nan, FLOAT)
         rows, keys, width = prepared.prefix_rows[head], prepared.prefix_keys[head], prepared.width
         bias.unfold_runs(prepared.runs[head], len(keys), width, unfolded)
         for start in range(0, tokens, 7):  # also parts that hold queries of both kinds
             stop = min(start + 7, tokens)
-            softmax.add_relative_bias(map_, reciprocals, unfolded, rows, keys, width, largest, start, stop)
+            biased_map.add_relative_bias(map_, reciprocals, unfolded, rows, keys, width, largest, start, stop)
     else:
         largest[:] = table[smallest, 0] * reciprocals
     return map_, reciprocals, largest
@@ -163,10 +163,10 @@ def test_equal_elements_are_in_an_inclusive_group_only():
 
 @pytest.mark.parametrize("instructions", [True, False])
 def test_every_finite_float16_number_is_read_exactly(instructions, monkeypatch):
-    if instructions and not softmax.HALF_FLOATS:
+    if instructions and not biased_map.HALF_FLOATS:
         pytest.skip("this CPU, or this test run, has no instructions for float16")
-    monkeypatch.setattr(softmax, "HALF_FLOATS", instructions)
-    add = softmax._make_add_bias(half=True)
+    monkeypatch.setattr(biased_map, "HALF_FLOATS", instructions)
+    add = biased_map._make_add_bias(half=True)
     numbers = np.arange(2**16, dtype=np.uint16)
     bias = numbers[np.isfinite(numbers.view(np.float16))].reshape(-1, 64)
     attention = np.zeros((len(bias), 64), FLOAT)

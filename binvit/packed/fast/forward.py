@@ -15,10 +15,11 @@ from binvit.bits.attention.scores import planes_above, planes_below, prepare_key
 from binvit.bits.gemm import TILE
 from binvit.bits.linear import linear_to_bits, linear_to_floats, words_to_panels
 from binvit.jit import kernel
+from binvit.packed.fast.biased_map import add_bias, add_half_bias, add_relative_bias
 from binvit.packed.fast.layernorm import normalize_and_pack
 from binvit.packed.fast.layout import ROW, SAMPLE
 from binvit.packed.fast.patches import embed_patches
-from binvit.packed.fast.softmax import add_bias, add_half_bias, add_relative_bias, exponentiate, group_bounds
+from binvit.packed.fast.softmax import exponentiate, group_bounds
 from binvit.packed.fast.threads import take_next, wait_for
 
 _LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
