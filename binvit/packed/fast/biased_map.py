@@ -132,8 +132,9 @@ def _add_piece(typing_context, attention, row, tokens, reciprocal, unfolded, col
             return _load_floats(emit, emit.address(4, column, builder.add(first, start)))
 
         def of_any(start):
+            # Behind the keys' end any of them may be read: no lane there lies in front of `prefix`.
             place = builder.select(builder.icmp_signed("<", start, emit.length(7, 0)), start, _INDEX(0))
-            keys = _load_floats(emit, emit.address(7, place))  # of which none is taken from place 0 behind the last
+            keys = _load_floats(emit, emit.address(7, place))
             return builder.select(out.before(builder.sub(prefix, start)), keys, of_patches(start))
 
         mixed = builder.udiv(builder.add(prefix, _INDEX(_LANES - 1)), _INDEX(_LANES))

@@ -129,8 +129,13 @@ def _rprelu(post: LayerEnd) -> list[np.ndarray]:
     return [_vector(x, len(x)) for x in (-activation.shift_in, activation.slope, activation.shift_out)]
 
 
-def _affine(linear: PackedLinear, input_scale: Tensor | None) -> np.ndarray:
-    """Return the scale and bias per output channel, float32 (2, N)."""
+def fold_affine(linear: PackedLinear, input_scale: Tensor | None) -> np.ndarray:
+    """Return the scale and bias per output channel, float32 (2, N).
+
+    Args:
+        linear: the layer.
+        input_scale: the scale of its input, None for 1.
+    """
     scales = [s for s in (input_scale, linear.scale) if s is not None]
     scale = scales[0] * scales[1] if len(scales) == 2 else scales[0] if scales else None
     return np.stack([_vector(scale, linear.out_features, 1.0), _vector(linear.bias, linear.out_features)])
@@ -194,7 +199,7 @@ def _fold_qkv(attention: PackedAttention) -> dict[str, Any]:
     _require(width <= MAX_HEAD_WIDTH, f"a head is wider than {MAX_HEAD_WIDTH} channels")
     # Padding channels come from integers that set no bit.
     intervals = _intervals(torch.from_numpy(_pad_heads(torch.cat(tables, 1).numpy().T, width).T.copy()))
-    affine, post = _affine(qkv, scale)[:, 2 * size :], qkv.post
+    affine, post = fold_affine(qkv, scale)[:, 2 * size :], qkv.post
     shift = _vector(attention.value_shift, size)
     zeros = np.zeros_like(shift)
     after = [shift, zeros] if post is None else [zeros, shift]
@@ -312,13 +317,12 @@ def _fold_projection(attention: PackedAttention) -> dict[str, Any]:
     proj, width = attention.proj, attention.head_dim
     _on_bits(proj, "proj")
     scale = _constant_scale("input", proj.input_binarizer)
-    levels = bits.unpack_levels(proj.words, proj.in_features)
-    padded = _pad_heads(levels.T, width).T
+    padded = _pad_heads(bits.unpack_levels(proj.words, proj.in_features).T, width).T
     excess = padded.shape[1] - proj.in_features  # padding agrees everywhere and counts as so many products of +1
     return {
         "proj_shift": _vector(proj.shift, proj.in_features),
         "proj_panels": _panels(bits.pack_levels(padded)),
-        "proj_affine": _padded(_affine(proj, scale)),
+        "proj_affine": _padded(fold_affine(proj, scale)),
         "proj_sums": np.full(64 * bits.word_count(proj.out_features), -excess, np.int32),
     }
 
@@ -339,7 +343,7 @@ def _fold_mlp(mlp: BinaryMlp) -> dict[str, Any]:
         "fc1_span": intervals.span,
         "fc1_flip": intervals.flip,
         "fc2_panels": prepared.panels,
-        "fc2_affine": _padded(_affine(fc2, hidden_scale)),
+        "fc2_affine": _padded(fold_affine(fc2, hidden_scale)),
         "fc2_sums": sums if unsigned else np.zeros_like(sums),
         "hidden": fc2.in_features,
         "hidden_unsigned": unsigned,

@@ -29,6 +29,7 @@ from binvit.bits.attention.bias import Bias, in_halves
 from binvit.bits.attention.head import Workspace
 from binvit.packed.fast.fold import NotFoldable, fold_block, over_batch
 from binvit.packed.fast.forward import run_whole_images, share_image, shared_counters
+from binvit.packed.fast.head import fold_heads, run_heads
 from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
@@ -54,7 +55,7 @@ class FastPath:
         with torch.inference_mode():
             where = model.patch_embed.grid_size, model.num_prefix_tokens
             folded = [fold_block(block, *where) for block in model.blocks]
-            self.patches = fold_patches(model)
+            self.patches, self._heads = fold_patches(model), fold_heads(model)
         if not folded:
             raise NotFoldable("there are no blocks")
         self.over_batch = any(over_batch(block) for block in model.blocks)
@@ -146,7 +147,8 @@ class FastPath:
         if model.global_pool == "token":  # the head reads class and distillation token alone
             x = x[:, : model.num_prefix_tokens]
         with ONE_TORCH_THREAD:
-            return model.forward_head(model.norm(x))
+            normed = model.norm(x)
+            return run_heads(self._heads, normed) if self._heads else model.forward_head(normed)
 
 
 class _OneTorchThread:
