@@ -23,6 +23,7 @@ from binvit.packed.fast.softmax import exponentiate, group_bounds
 from binvit.packed.fast.threads import take_next, wait_for
 
 _LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
+_COUNTERS = 4  # of a step: parts taken, parts done, parts taken from the front and from the back
 _PARTS = 4  # of a step for each thread
 _MAP_ROWS = 16  # of the map that get their bias while they lie in the nearest cache
 
@@ -287,49 +288,60 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
         heads: from `make_scratch`.
         task: this thread's number.
         tasks: number of threads.
-        counters: int64 (`shared_counters(blocks)`,) zeros: parts that were taken and parts that are done of each step.
+        counters: int64 (`shared_counters(blocks)`,) zeros: which parts of each step were taken and how many are done.
     """
     tokens, blocks, own, step = x.shape[0], s.norms.shape[0], np.int64(0), np.int64(0)
     if patches.weights.shape[0]:
         count = patches.positions.shape[0]
         rows, parts = _parts(count, tasks)
-        part = take_next(counters, step)
-        while part < parts:
+        part = _take_part(counters, step, parts, task)
+        while part >= 0:
             embed_patches(patches, image, x, part * rows, min(count, (part + 1) * rows))
-            part = _next_part(counters, step)
+            part = _next_part(counters, step, parts, task)
         wait_for(counters, step + _LINE, parts)
-        step += 2 * _LINE
+        step += _COUNTERS * _LINE
     rows, parts = _parts(tokens, tasks)
     for block in range(blocks + 1):
-        part = take_next(counters, step)
-        while part < parts:
+        part = _take_part(counters, step, parts, task)
+        while part >= 0:
             start, stop = part * rows, min(tokens, (part + 1) * rows)
             if block > 0:
                 _leave(s, block - 1, x, c, own, start, stop)
             if block < blocks:
                 _enter(s, block, x, c, own, start, stop)
-            part = _next_part(counters, step)
+            part = _next_part(counters, step, parts, task)
         wait_for(counters, step + _LINE, parts)
-        step += 2 * _LINE
+        step += _COUNTERS * _LINE
         if block < blocks:
-            head = take_next(counters, step)
-            while head < s.heads:
+            head = _take_part(counters, step, s.heads, task)
+            while head >= 0:
                 _score(s, biases, block, head, c, heads, own, task)
                 _attend(s, block, head, c, heads, own, task, c.tops[task])
-                head = _next_part(counters, step)
+                head = _next_part(counters, step, s.heads, task)
             wait_for(counters, step + _LINE, s.heads)
-            step += 2 * _LINE
+            step += _COUNTERS * _LINE
 
 
 def shared_counters(blocks: int) -> int:
     """Return how many counters the threads of `share_image` need."""
-    return 2 * _LINE * (2 * blocks + 2)
+    return _COUNTERS * _LINE * (2 * blocks + 2)
 
 
 @kernel(allocates=False)
-def _next_part(counters, step):
+def _take_part(counters, step, parts, task):
+    # Threads of even number take parts from the front, the others from the back, so that most rows stay with the thread
+    # whose cache holds them. Less than 0 if all are taken.
+    if take_next(counters, step) >= parts:
+        return np.int64(-1)
+    side = task % 2
+    place = take_next(counters, step + (2 + side) * _LINE)
+    return parts - 1 - place if side else place
+
+
+@kernel(allocates=False)
+def _next_part(counters, step, parts, task):
     take_next(counters, step + _LINE)
-    return take_next(counters, step)
+    return _take_part(counters, step, parts, task)
 
 
 @kernel(allocates=False)
