@@ -5,13 +5,16 @@ import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packed_models import images, trained
 
 import binvit
 from binvit.packed.fast import path, threads
-from binvit.packed.fast.threads import Pool
+from binvit.packed.fast.threads import STEP, Pool, finish_part, take_part, wait_for_parts
 
 
 @contextmanager
@@ -176,3 +179,24 @@ def test_a_prediction_wakes_no_thread_of_torch():
     if not spent.pop("sum"):
         pytest.skip("torch has one thread on this machine")
     assert spent == dict.fromkeys(("one", "two", "photo", "nan"), 0)
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 3), min_size=100, max_size=100))
+@settings(deadline=None)
+def test_every_part_is_taken_once_and_each_thread_begins_at_its_end(parts, turns):
+    """However the threads' turns come."""
+    counters, taken = np.zeros(2 * STEP, np.int64), {task: [] for task in range(4)}
+    current = {}
+    for task in [*turns, *(task for task in range(4) for _ in range(parts + 1))]:
+        if current.get(task, 0) < 0:
+            continue
+        ask = finish_part if task in current else take_part
+        current[task] = int(ask(counters, STEP, parts, task))
+        if current[task] >= 0:
+            taken[task].append(current[task])
+    assert sorted(part for places in taken.values() for part in places) == list(range(parts))
+    assert all(places == sorted(places, reverse=task % 2 == 1) for task, places in taken.items())
+    front, back = taken[0] + taken[2], taken[1] + taken[3]
+    assert not front or not back or max(front) < min(back)
+    wait_for_parts(counters, STEP, parts)
+    assert not counters[:STEP].any()

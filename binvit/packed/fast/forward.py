@@ -20,10 +20,8 @@ from binvit.packed.fast.layernorm import normalize_and_pack
 from binvit.packed.fast.layout import ROW, SAMPLE
 from binvit.packed.fast.patches import embed_patches
 from binvit.packed.fast.softmax import exponentiate, group_bounds
-from binvit.packed.fast.threads import take_next, wait_for
+from binvit.packed.fast.threads import STEP, finish_part, take_next, take_part, wait_for_parts
 
-_LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
-_COUNTERS = 4  # of a step: parts taken, parts done, parts taken from the front and from the back
 _PARTS = 4  # of a step for each thread
 _MAP_ROWS = 16  # of the map that get their bias while they lie in the nearest cache
 
@@ -294,54 +292,37 @@ def share_image(s, biases, patches, image, x, c, heads, task, tasks, counters):
     if patches.weights.shape[0]:
         count = patches.positions.shape[0]
         rows, parts = _parts(count, tasks)
-        part = _take_part(counters, step, parts, task)
+        part = take_part(counters, step, parts, task)
         while part >= 0:
             embed_patches(patches, image, x, part * rows, min(count, (part + 1) * rows))
-            part = _next_part(counters, step, parts, task)
-        wait_for(counters, step + _LINE, parts)
-        step += _COUNTERS * _LINE
+            part = finish_part(counters, step, parts, task)
+        wait_for_parts(counters, step, parts)
+        step += STEP
     rows, parts = _parts(tokens, tasks)
     for block in range(blocks + 1):
-        part = _take_part(counters, step, parts, task)
+        part = take_part(counters, step, parts, task)
         while part >= 0:
             start, stop = part * rows, min(tokens, (part + 1) * rows)
             if block > 0:
                 _leave(s, block - 1, x, c, own, start, stop)
             if block < blocks:
                 _enter(s, block, x, c, own, start, stop)
-            part = _next_part(counters, step, parts, task)
-        wait_for(counters, step + _LINE, parts)
-        step += _COUNTERS * _LINE
+            part = finish_part(counters, step, parts, task)
+        wait_for_parts(counters, step, parts)
+        step += STEP
         if block < blocks:
-            head = _take_part(counters, step, s.heads, task)
+            head = take_part(counters, step, s.heads, task)
             while head >= 0:
                 _score(s, biases, block, head, c, heads, own, task)
                 _attend(s, block, head, c, heads, own, task, c.tops[task])
-                head = _next_part(counters, step, s.heads, task)
-            wait_for(counters, step + _LINE, s.heads)
-            step += _COUNTERS * _LINE
+                head = finish_part(counters, step, s.heads, task)
+            wait_for_parts(counters, step, s.heads)
+            step += STEP
 
 
 def shared_counters(blocks: int) -> int:
     """Return how many counters the threads of `share_image` need."""
-    return _COUNTERS * _LINE * (2 * blocks + 2)
-
-
-@kernel(allocates=False)
-def _take_part(counters, step, parts, task):
-    # Threads of even number take parts from the front, the others from the back, so that most rows stay with the thread
-    # whose cache holds them. Less than 0 if all are taken.
-    if take_next(counters, step) >= parts:
-        return np.int64(-1)
-    side = task % 2
-    place = take_next(counters, step + (2 + side) * _LINE)
-    return parts - 1 - place if side else place
-
-
-@kernel(allocates=False)
-def _next_part(counters, step, parts, task):
-    take_next(counters, step + _LINE)
-    return _take_part(counters, step, parts, task)
+    return STEP * (2 * blocks + 2)
 
 
 @kernel(allocates=False)

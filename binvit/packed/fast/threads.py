@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
@@ -22,6 +23,9 @@ from binvit.bits.emitter import Emitter, check_arrays
 from binvit.jit import JIT, kernel, vector_code
 
 T = TypeVar("T")
+_LINE = 8  # counters of a cache line, which threads on different cores should not write at the same time
+STEP = 4 * _LINE
+"""Counters of a step whose parts threads share: taken, done, taken from the front, taken from the back."""
 _PATIENCE = 2000  # looks at a counter before the processor is offered to others
 
 
@@ -161,17 +165,51 @@ def _offer_processor(typing_context):
     return signature, codegen
 
 
-@kernel
-def wait_for(counters, index, count):
-    """Wait until a counter that threads share has reached a number.
+@kernel(allocates=False)
+def wait_for_parts(counters, step, parts):
+    """Wait until all parts of a step are done.
 
     Args:
-        counters: int64.
-        index: the counter.
-        count: the number.
+        counters: int64, as for `take_part`.
+        step: the step's first counter.
+        parts: how many there are.
     """
     looks = 0
-    while look_at(counters, index) < count:
+    while look_at(counters, step + _LINE) < parts:
         looks += 1
         if looks > _PATIENCE:
             _offer_processor()
+
+
+@kernel(allocates=False)
+def take_part(counters, step, parts, task):
+    """Return a part of a step that nobody has taken, less than 0 if all are.
+
+    Threads of even number take parts from the front, the others from the back, so that most rows stay with the thread
+    whose cache holds them.
+
+    Args:
+        counters: int64, `STEP` of them for each step, zeros at first.
+        step: the step's first counter.
+        parts: how many there are.
+        task: this thread's number.
+    """
+    if take_next(counters, step) >= parts:
+        return np.int64(-1)
+    side = task % 2
+    place = take_next(counters, step + (2 + side) * _LINE)
+    return parts - 1 - place if side else place
+
+
+@kernel(allocates=False)
+def finish_part(counters, step, parts, task):
+    """Tell that a part is done, and take another one as `take_part` does.
+
+    Args:
+        counters: as for `take_part`.
+        step: as for `take_part`.
+        parts: as for `take_part`.
+        task: as for `take_part`.
+    """
+    take_next(counters, step + _LINE)
+    return take_part(counters, step, parts, task)
