@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from packed_models import images, logits_of, trained
 
 import binvit
+from binvit.jit import JIT
 from binvit.packed.fast.head import fold_heads, run_heads
 
+pytestmark = pytest.mark.skipif(not JIT, reason="without a compiler the model's own heads stay")
 WIDTHS = [(48, 3), (50, 1)]
 MODELS: dict = {}
 

@@ -10,7 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from binvit.jit import kernel
+from binvit.jit import JIT, kernel
 from binvit.nn.products import exact_in_float32
 from binvit.nn.rules import Elastic
 from binvit.packed.exact import PackedLinear
@@ -45,9 +45,15 @@ def fold_heads(model: VisionTransformer) -> list[Head]:
         model: what `binvit.packed.exact.build_exact` returned.
 
     Returns:
-        The head, or those of class and distillation token; none if a head has another form, which is left to the model.
+        The head, or those of class and distillation token; none, and so left to the model, if one has another form or
+        there is no compiler.
     """
-    if model.global_pool != "token" or model.attn_pool is not None or not isinstance(model.fc_norm, nn.Identity):
+    if (
+        not JIT
+        or model.global_pool != "token"
+        or model.attn_pool is not None
+        or not isinstance(model.fc_norm, nn.Identity)
+    ):
         return []
     layers = [model.head, model.head_dist] if isinstance(model, VisionTransformerDistilled) else [model.head]
     return [_fold(layer) for layer in layers] if all(map(_is_simple, layers)) else []
