@@ -287,12 +287,13 @@ def vector_code(twin: Callable | None) -> Callable:
     """Make an intrinsic of LLVM vector code, with a plain Python twin that gives the same integers without JIT.
 
     Args:
-        twin: a Python function with the arguments of the intrinsic, without the typing context.
+        twin: a Python function with the arguments of the intrinsic, without the typing context. It does not warn of
+            infinities and NaN, as instructions do not: lanes that nobody reads hold whatever memory held.
 
     Returns:
         A decorator for the intrinsic.
     """
-    return lambda function: intrinsic(function) if JIT else twin
+    return lambda function: intrinsic(function) if JIT else twin and np.errstate(all="ignore")(twin)
 
 
 def aligned_empty(shape: int | tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from binvit import bits
 from binvit.bits import linear
 from binvit.bits.attention import bias, combine, extrema, head, scores, value
+from binvit.jit import kernel
 
 FLOAT = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -142,3 +143,18 @@ def test_impossible_heads_and_biases_are_refused():
         bias.full_bias(np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match=r"2 x 3 patches and 1 prefix .* \(heads, 23\), not \(2, 17\)"):
         bias.relative_bias(np.zeros((2, 17)), (2, 3), 1)
+
+
+@kernel
+def add_to_row(total, counts, factor):
+    combine.add_counts(total, 0, counts, 0, counts, 0, 0, factor, np.bool_(False))
+
+
+def test_lanes_that_nobody_reads_may_hold_anything():
+    """Signaling NaN and infinities, as memory that nobody has written may: without a compiler no warning either."""
+    total, counts = np.zeros((1, 64), FLOAT), np.full((1, 64), 3, np.int32)
+    total.view(np.uint32)[0, 20:40] = 0x7FA00000
+    total[0, 40:] = np.inf
+    add_to_row(total, counts, FLOAT(-2))
+    np.testing.assert_array_equal(total[0, :20], np.full(20, -6, FLOAT))
+    add_to_row(total, counts, FLOAT(-np.inf))
