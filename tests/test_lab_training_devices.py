@@ -14,7 +14,7 @@ import binvit
 from binvit.lab import Trial
 from binvit.lab.data.datasets import load_data
 from binvit.lab.training import devices
-from binvit.lab.training.devices import Team, choose_device, keep_freed_memory, spread
+from binvit.lab.training.devices import Team, choose_device, give_back_memory, keep_freed_memory, spread
 from binvit.lab.training.loop import Training
 from binvit.lab.training.recipes import recipe
 from binvit.lab.trials.store import read_results
@@ -159,7 +159,33 @@ def test_freed_memory_is_used_again_by_the_next_step():
     assert kept < given / 2
 
 
+BETWEEN = """
+import numpy as np
+from binvit.lab.training.devices import give_back_memory, keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+keep_freed_memory()
+before = resident()
+blocks = [np.ones(1 << 20) for _ in range(16)]
+used = resident()
+blocks.clear()
+kept = resident()
+give_back_memory()
+print(used - before, kept - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own count of pages")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="options of glibc's malloc")
+def test_kept_memory_is_given_back_between_two_trainings():
+    printed = subprocess.run([sys.executable, "-c", BETWEEN], capture_output=True, check=True, text=True).stdout
+    used, kept, given = map(int, printed.split())
+    assert kept > 0.9 * used
+    assert given < 0.1 * used
+
+
 def test_without_such_a_malloc_nothing_happens(monkeypatch):
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(devices.ctypes, "CDLL", None)  # would fail if it were called
     keep_freed_memory()
+    give_back_memory()

@@ -15,6 +15,7 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from binvit.config import show
 from binvit.files import made_folders, remove_leftovers
-from binvit.lab.training.devices import Team, keep_freed_memory, spread
+from binvit.lab.training.devices import Team, give_back_memory, keep_freed_memory, spread
 from binvit.lab.training.resume import changes, environment
 from binvit.lab.trials.archive import find, read_data
 from binvit.lab.trials.store import TrialResult, finished_result, read_result, trial_row
@@ -265,7 +266,7 @@ class _Child:
             begin = {"initializer": _begin, "initargs": (theirs, self.threads, os.getpid())}
             self.pool = ProcessPoolExecutor(1, env=environment, **begin)
         self.trial = trial
-        self.future = self.pool.submit(_run, trial, results_dir, keep_model, wait, self.device)
+        self.future = self.pool.submit(_run_in_child, trial, results_dir, keep_model, wait, self.device)
 
     def epoch(self) -> tuple[int, int] | None:
         """Return the last epoch that the child has reported since this was asked last."""
@@ -316,6 +317,14 @@ def _report(done: int, total: int, record: object = None) -> None:
     if _epochs is not None:
         with suppress(OSError):  # the parent was killed: the trial is finished all the same
             _epochs.send((done, total))
+
+
+def _run_in_child(*arguments: Any) -> tuple[bool, str | None, bool]:
+    """Run a trial as `_run` does, and keep no memory for the next one, which loky would take for a leak."""
+    try:
+        return _run(*arguments)
+    finally:
+        give_back_memory()
 
 
 def _run(
