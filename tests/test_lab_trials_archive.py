@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from archive_maker import result
-from hypothesis import given
-from hypothesis import strategies as st
 from image_files import parquet_file
 
 from binvit.lab.experiments.design.plan import archive_dir
@@ -23,7 +21,7 @@ from binvit.lab.trials import archive, measurements
 from binvit.lab.trials.archive import add, counted_data, data_name, find, known_fingerprint, read_data
 from binvit.lab.trials.identity import identity
 from binvit.lab.trials.pool import TrialsFailed, read_trials, run_trials
-from binvit.lab.trials.store import in_columns, in_records, model_path, read_result
+from binvit.lab.trials.store import model_path, read_result
 from binvit.lab.trials.trial import Trial, teacher_trial
 from binvit.nn.schemes import Scheme
 
@@ -68,24 +66,19 @@ def test_archived_trials_of_a_real_training_are_read_and_not_trained(tmp_path):
     assert kept["test_accuracy"][0] == table["test_accuracy"][0]
 
 
-number = st.one_of(st.integers(0, 3), st.floats(0, 1, allow_nan=False))
-
-
-@given(st.lists(st.tuples(number, st.none() | number, st.integers(0, 1), st.integers(1, 50)), min_size=1, max_size=30))
-def test_a_history_comes_back_from_its_columns(rows):
-    names = ("train_loss", "test_accuracy", "stage", "epoch")
-    history = [dict(zip(names, row, strict=True)) for row in rows]
-    columns = {name: [record[name] for record in history] for name in names}
-    short = json.loads(json.dumps(in_columns(columns | {"lr": [0.1] * len(rows)})))
-    assert in_records(short) == history
-    assert in_columns(short) == short  # written again, a line stays
-    assert in_records(columns) == history  # as older archives have it
-
-
-@pytest.mark.parametrize("history", [{"epochs": 100_001}, {"epochs": "3"}, {"a": [1], "b": [1, 2]}, {}, {"epochs": 0}])
-def test_histories_of_no_length_are_refused(history):
-    with pytest.raises(ValueError, match=r"epochs|columns of one length"):
-        in_records(history)
+def test_a_line_holds_a_long_curve_thinned_and_written_again_it_stays(tmp_path):
+    made = result(digits())
+    unseen = dict(made.history[0]) | {"test_accuracy": None}
+    history = tuple(unseen | {"epoch": i, "train_loss": i / 7} for i in range(1, 1500))
+    history += (unseen | {"epoch": 1500, "test_accuracy": 0.5},)
+    add([dataclasses.replace(made, history=history)], tmp_path)
+    written = (tmp_path / "trials" / "digits.jsonl").read_text()
+    kept = find(digits(), tmp_path).history
+    assert [record["epoch"] for record in kept] == [*range(6, 1500, 6), 1500]
+    assert kept[1]["train_loss"] == 1.714
+    assert kept[-1]["test_accuracy"] == 0.5
+    add([result(digits(1))], tmp_path)
+    assert (tmp_path / "trials" / "digits.jsonl").read_text().startswith(written)
 
 
 def test_the_published_archive_is_small():

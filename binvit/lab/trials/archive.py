@@ -22,7 +22,8 @@ from binvit.lab.data.fingerprint import require_present
 from binvit.lab.data.label_noise import Matrix, pixel_confusion
 from binvit.lab.data.sources import locate, read_source, split_name
 from binvit.lab.data.write import command_of
-from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current, in_columns, in_records
+from binvit.lab.trials.history import in_columns, in_records, thinned
+from binvit.lab.trials.store import OutdatedResult, TrialResult, check_current
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 # Kept in full by each line's scheme; a line needs no description.
@@ -307,7 +308,7 @@ def _line(result: TrialResult) -> str:
 
 
 def _text(values: Mapping[str, Any]) -> str:
-    return json.dumps({**values, "history": in_columns(values["history"])}, separators=(",", ":"))
+    return json.dumps({**values, "history": in_columns(thinned(values["history"]))}, separators=(",", ":"))
 
 
 def _lines(path: Path) -> dict[str, dict[str, Any]]:

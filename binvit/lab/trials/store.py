@@ -8,14 +8,12 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, SkipValidation
-from typing_extensions import TypedDict
 
 from binvit.config import Config, Number, Text, Whole, read_json, show
 from binvit.files import atomic_write, set_aside
@@ -23,6 +21,7 @@ from binvit.images import require_regular
 from binvit.lab.training.checkpoint import load_checkpoint, read_checkpoint
 from binvit.lab.training.model import CheckpointInfo
 from binvit.lab.training.recipe import Recipe, Share, decisive
+from binvit.lab.trials.history import Epoch
 from binvit.lab.trials.identity import counted
 from binvit.lab.trials.trial import Trial, options_text
 from binvit.nn.schemes import Scheme
@@ -113,57 +112,7 @@ def _is_record(record: Any, trial: Trial) -> bool:
     return isinstance(record, dict) and record.get("id") == trial.id
 
 
-_MOST_EPOCHS = 10**5  # of a history that is read; more are damage, and take memory
 _FORMAT = "binvit result 2"  # 1 did not say which images a result belongs to
-
-
-class Epoch(TypedDict):
-    """One record of a training's history."""
-
-    stage: Annotated[Whole, Field(ge=0)]
-    epoch: Annotated[Whole, Field(ge=1)]
-    train_loss: Number
-    train_accuracy: Share
-    test_accuracy: Share | None
-    lr: NotRequired[Number]
-
-
-def in_columns(history: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a history's columns without what the rest tells: the learning rate, for one, follows from the recipe.
-
-    A column is a list, one value for all epochs, or a mapping of those epochs that have a value; `epochs` counts them.
-    """
-    columns = {name: column for name, column in history.items() if name not in ("epochs", "lr")}
-    count = history.get("epochs") or max(len(column) for column in columns.values())
-    if columns.get("epoch") == list(range(1, count + 1)):
-        del columns["epoch"]
-    for name, column in columns.items():
-        if isinstance(column, list) and len(set(column)) == 1:
-            columns[name] = column[0]
-        elif isinstance(column, list) and column.count(None) > count // 2:
-            columns[name] = {str(i): value for i, value in enumerate(column, 1) if value is not None}
-    return {"epochs": count, **columns}
-
-
-def in_records(history: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one record per epoch from columns, those of `in_columns` or one list each.
-
-    Raises:
-        ValueError: the columns have different lengths.
-    """
-    columns = {name: column for name, column in history.items() if name != "epochs"}
-    count = history.get("epochs", max((len(c) for c in columns.values() if isinstance(c, list)), default=0))
-    if not isinstance(count, int) or not 0 < count <= _MOST_EPOCHS:
-        raise ValueError(f"it has {show(count)} epochs.")
-    columns.setdefault("epoch", list(range(1, count + 1)))
-    for name, column in columns.items():
-        if isinstance(column, Mapping):
-            columns[name] = [column.get(str(i)) for i in range(1, count + 1)]
-        elif not isinstance(column, list):
-            columns[name] = [column] * count
-        if len(columns[name]) != count:
-            raise ValueError("its history must have columns of one length.")
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class TrialResult(Config):
