@@ -21,6 +21,7 @@ from binvit.packed import pack
 
 VARIANTS = {
     "binvit gsb": {"name": "gsb", "attention_bias": "relative"},
+    "binvit gsb, full bias": {"name": "gsb", "attention_bias": "full"},
     "binvit gsb, no bias": {"name": "gsb", "attention_bias": "none"},
     "binvit elastic": {"name": "elastic", "attention_bias": "relative"},
 }
