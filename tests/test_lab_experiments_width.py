@@ -65,7 +65,9 @@ def told(claims):
 
 
 def test_claims_without_overlap_are_undecided():
-    assert told(width.claims(table(0.9, own_cost=10))) == [("undecided", "no sizes overlap")] * 2
+    cheaper = "no sizes overlap: each of gsb costs less than the smallest of float"
+    assert told(width.claims(table(0.9, own_cost=10))) == [("undecided", cheaper)] * 2
+    assert told(width.claims(table(0.9, own_cost=9999))) == [("undecided", "no sizes overlap")] * 2
     single = width.claims(table(0.9, floats=[0.5], costs=[2000]))
     assert {claim.verdict for claim in single} == {"undecided"}
     assert all(claim.evidence.startswith("one width of float was run") for claim in single)

@@ -275,7 +275,9 @@ def _compare(sentence: str, table: pd.DataFrame, scheme: str, cost: str) -> Clai
         return Claim(sentence, "undecided", "one width of float was run, and it takes two to compare at equal cost")
     differences = gains(table, scheme, cost)
     if differences.empty:
-        return Claim(sentence, "undecided", "no sizes overlap")
+        own, floats = (table.loc[table["scheme"] == name, cost] for name in (scheme, "float"))
+        cheaper = f": each of {scheme} costs less than the smallest of float" if own.max() < floats.min() else ""
+        return Claim(sentence, "undecided", f"no sizes overlap{cheaper}")
     found = estimate(differences)
     paired = Difference(found.mean, found.low, found.high, found.n, a=scheme, b="float", value="test_accuracy")
     claim = check_difference(sentence, paired)
