@@ -84,9 +84,9 @@ def retrain(
 ) -> pd.DataFrame:
     """Train archived trials again and compare their accuracies.
 
-    What multiplied floats then does so again, where it is there. They must be equal where kind of CPU, versions and
-    threads are; elsewhere they may differ by as much as two seeds of the same condition (99 % interval of Student's t
-    distribution, and at least one point).
+    What multiplied floats then does so again, where it is there. They must be equal where kind of CPU, its vectors,
+    versions and threads are known to be; elsewhere they may differ by as much as two seeds of the same condition (99 %
+    interval of Student's t distribution, and at least one point).
 
     Args:
         chosen: the trials.
@@ -118,6 +118,8 @@ def retrain(
             continue
         again = read_result(item.trial, results_dir)
         different = changes(item.result.environment, again.environment)
+        if again.vectors and not item.result.vectors:  # the kind of CPU alone is a family of them
+            different = ", ".join(filter(None, [different, f"vectors unknown (now {again.vectors})"]))
         allowed, seeds = spread(item.result, known)
         difference = again.test_accuracy - before
         if difference == 0 and again.train_accuracy == item.result.train_accuracy:
