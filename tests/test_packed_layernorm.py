@@ -37,7 +37,7 @@ def test_no_value_is_rounded_otherwise_than_by_torch():
         tensors = [torch.from_numpy(array) for array in (x, gamma, beta)]
         y = torch.layer_norm(tensors[0], (width,), *tensors[1:], 1e-6).numpy()
         for row in range(len(x)):
-            rows = np.repeat(x[row : row + 1], 5, axis=0)  # taken two by two, and one that is left
+            rows = np.repeat(x[row : row + 1], layernorm.ROWS + 1, axis=0)  # all that are taken side by side, and one
             for shift in (-y[row], -np.nextafter(y[row], FLOAT(np.inf))):
                 words = np.zeros((len(rows), bits.word_count(width)), np.uint64)
                 layernorm.normalize_and_pack(rows, gamma, beta, shift, 1e-6, words, 0, len(rows))

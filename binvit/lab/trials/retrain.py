@@ -118,8 +118,6 @@ def retrain(
             continue
         again = read_result(item.trial, results_dir)
         different = changes(item.result.environment, again.environment)
-        if again.vectors and not item.result.vectors:  # the kind of CPU alone is a family of them
-            different = ", ".join(filter(None, [different, f"vectors unknown (now {again.vectors})"]))
         allowed, seeds = spread(item.result, known)
         difference = again.test_accuracy - before
         if difference == 0 and again.train_accuracy == item.result.train_accuracy:

@@ -152,7 +152,7 @@ class TrialResult(Config):
     id: Text
     """The identity of the trial on its data when it was trained; a rate chosen later may change the trial's own."""
     vectors: Text = ""
-    """Vector extensions of the CPU, of which its kind says little on a virtual machine; "" in older results."""
+    """The CPU's vector extensions, of which its kind says little on a virtual machine; "" in older results, unknown."""
     products: Text = "torch"
     """What multiplied floats in the steps: "oneDNN", or "torch" as in older results; see
     `binvit.nn.fused.float_products`."""
@@ -167,10 +167,9 @@ class TrialResult(Config):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What may have changed its last digits, as far as it is known; see `training.resume.environment`."""
-        told = {"vectors": self.vectors} if self.vectors else {}
-        told |= {"products": self.products, "threads": str(self.threads)}
-        return self.versions | {"device": self.device, "cpu": self.cpu} | told
+        """What may have changed its last digits; see `training.resume.environment`."""
+        cpu = {"cpu": self.cpu, "vectors": self.vectors or "unknown", "products": self.products}
+        return self.versions | {"device": self.device} | cpu | {"threads": str(self.threads)}
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of the table of results: the trial's fields and the measured numbers."""
