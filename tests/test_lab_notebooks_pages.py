@@ -19,6 +19,9 @@ WIDE = "| a | b |\n|---|---|\n| $x$ | 2 |\n\nBetween $$\\sum_i a_i$$ and\n\n$$\n
         ("a $x_1 * y_2$ b", 1),
         ("$$\\sum_i a_i$$ and $b$", 2),
         ("costs $5 and $6", 0),
+        ("costs $5 and\n$6, or $7 in all", 0),
+        ("a $x +\n\\alpha\\,y$ b", 1),
+        ("a $x\n\nb$", 0),
         ("`a$b` and `c$`", 0),
         ("```\n$x$\n```", 0),
         ("price \\$5 $x$", 1),
@@ -28,6 +31,18 @@ WIDE = "| a | b |\n|---|---|\n| $x$ | 2 |\n\nBetween $$\\sum_i a_i$$ and\n\n$$\n
 )
 def test_formulas_become_mathml_and_nothing_else_does(markdown, formulas):
     assert pages.markdown(markdown).count("<math") == formulas
+
+
+def test_every_formula_of_the_notebooks_is_shown_as_one():
+    notebooks = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"]
+        page = BeautifulSoup("".join(pages.markdown("".join(cell["source"])) for cell in cells), "html.parser")
+        assert not [code.text for code in page.find_all("code") if "\\" in code.text]  # left as its source
+        for code in page.find_all("code"):
+            code.decompose()
+        assert not re.findall(r".{0,20}[$\\].{0,20}", page.text), path.name
 
 
 def test_unknown_commands_of_formulas_are_shown_as_written():

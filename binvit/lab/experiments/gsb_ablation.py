@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
+from binvit.lab.analysis.batches import batch_dependence
 from binvit.lab.analysis.claims import Claim, check_pair, check_value, confirm
 from binvit.lab.analysis.statistics import summarize
 from binvit.lab.analysis.tensor_losses import sample_images
@@ -50,6 +48,13 @@ def _two_stages(recipe: Recipe) -> dict[str, Any]:
 def _gsb(name: str, **scheme_options: Any) -> Condition:
     return Condition(name, "gsb", scheme_options)
 
+
+_HARD = "with bias, hard teacher"
+_TAUGHT: tuple[tuple[str, Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]], ...] = (
+    ("with bias, soft teacher", {"distillation": "soft"}),
+    (_HARD, {"distillation": "hard"}),
+    (f"{_HARD} and two stages", lambda recipe: {"distillation": "hard", **_two_stages(recipe)}),
+)
 
 # What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once. The schemes
 # stand on equal terms instead, as in every comparison: the bias as said, no limit.
@@ -91,6 +96,11 @@ FACTORS: dict[str, tuple[Condition, ...]] = {
         Condition(f"{name}, {words} bias", name, equal_terms(bias))
         for name in BOTH_BIASES
         for words, bias in (("without", "none"), ("with", "full"))
+    )
+    + tuple(
+        Condition(f"{name}, {words}", name, equal_terms("full"), options)
+        for name in ("elastic", "gsb")
+        for words, options in _TAUGHT
     ),
 }
 
@@ -303,37 +313,13 @@ def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> 
         ),
         better("Scales that stack up from the start are better than as released.", "scales", "stacked", "as released"),
         better("Two stages are better than one of as many epochs.", "training", "two stages", "one stage"),
+        better("On equal terms, a hard teacher helps GSB.", "scheme", f"gsb, {_HARD}", "gsb, with bias"),
+        better(
+            "On equal terms, a hard teacher helps elastic binarization.",
+            *("scheme", f"elastic, {_HARD}", "elastic, with bias"),
+        ),
+        better(
+            "With a hard teacher each, GSB is more accurate than elastic binarization.",
+            *("scheme", f"gsb, {_HARD}", f"elastic, {_HARD}"),
+        ),
     ]
-
-
-@torch.inference_mode()
-def batch_dependence(model: nn.Module, images: Tensor, batch_size: int = 32, seed: int = 0) -> dict[str, float]:
-    """Measure how much an image's logits depend on which other images share its batch.
-
-    Args:
-        model: images (B, 3, H, W) -> logits; evaluated in evaluation mode and left in the mode it came in.
-        images: the model's input, (N, 3, H, W).
-        batch_size: images of a batch; the same in both compositions, so that nothing but the company changes.
-        seed: decides the second composition; the first is the given order.
-
-    Returns:
-        "largest_change" of a logit, "flipped", the share of predictions that change, and "images", their number.
-
-    Raises:
-        ValueError: there are not enough images for two batches, so that no composition could change.
-    """
-    count = len(images) // batch_size * batch_size if batch_size > 0 else 0
-    if count < 2 * batch_size or batch_size < 1:
-        raise ValueError(
-            f"Two batches of at least one image are needed to change a batch's composition, and {len(images)} images "
-            f"in batches of {batch_size} came."
-        )
-    images, training = images[:count], model.training
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).to(images.device)
-    model.eval()
-    first = torch.cat([model(batch) for batch in images.split(batch_size)])
-    second = torch.empty_like(first)
-    second[order] = torch.cat([model(batch) for batch in images[order].split(batch_size)])
-    model.train(training)
-    flipped = (first.argmax(1) != second.argmax(1)).double().mean()
-    return {"largest_change": float((first - second).abs().max()), "flipped": float(flipped), "images": count}

@@ -26,10 +26,13 @@ _TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 
 
 class _InlineParser(MathInlineParser):
-    """Takes the dollars of a formula only, not those of prices: no space inside, no digit after."""
+    """Takes the dollars of a formula only, not those of prices: no space at its ends, no digit after.
+
+    Lines may break in a formula, as in JupyterLab.
+    """
 
     SPECIFICATION: ClassVar[dict[str, str]] = MathInlineParser.SPECIFICATION | {
-        "inline_math_tex": r"(?<![\\$\w])\$(?P<math_inline_tex>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?!\d)"
+        "inline_math_tex": r"(?<![\\$\w])\$(?P<math_inline_tex>[^\s$](?:[^$]*[^\s$\\])?)\$(?!\d)"
     }
 
 

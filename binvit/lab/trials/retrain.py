@@ -20,7 +20,7 @@ from binvit.nn.fused.float_products import multiply_by
 from binvit.threads import cores
 
 MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
-FILL = 2.5  # minutes up to which more than one trial of a notebook are trained again
+FILL = 3.8  # minutes up to which more than one trial of a notebook are trained again
 LEAST = 0.01  # a difference of accuracy that no spread of few seeds rules out
 CONFIDENCE = 0.99  # of the interval that two trainings of one condition differ by
 COLUMNS = ("notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with")
