@@ -1,11 +1,15 @@
+import base64
 import copy
+import io
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 import notebook_maker
+import numpy as np
 import pytest
+from PIL import Image
 
 from binvit.lab.notebooks import check, clean, refresh
 
@@ -64,6 +68,10 @@ def test_good_notebook_has_no_problems(tmp_path):
         (lambda made: code(made, 1)["outputs"].append(stream("in /ho" + "me/me/x")), "a machine's path in its output"),
         (lambda made: code(made, 1)["outputs"].append(shown(text_html="<i>/tm" + "p/x</i>")), "a machine's path"),
         (lambda made: code(made, 1)["outputs"].append(shown(text_plain="<A at 0x7f01aa00>")), "an object's address"),
+        (
+            lambda made: code(made, 1)["outputs"].append(shown(text_html="<p>99 rows × 5 columns</p>")),
+            "a table that is cut in its output (99 rows × 5 columns)",
+        ),
         (lambda made: code(made, 1)["outputs"].append(stream("x" * 700_000)), "allowed are fewer than 600000"),
         (lambda made: code(made, 1).update(source="1\n" * 25 + "1"), "cell 2: 26 lines of code, allowed are 25"),
         (lambda made: code(made, 0).update(source="count = 2"), "not a parameters cell of annotated literals"),
@@ -127,6 +135,38 @@ def test_clean_keeps_figures_and_their_sizes():
     }
     code(made, 2)["outputs"] = [figure]
     assert code(clean.clean(made), 2)["outputs"] == [figure | {"metadata": {"image/png": {"width": 300}}}]
+
+
+def png_of(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def cleaned_figure(png: str) -> str:
+    made = notebook_maker.notebook()
+    code(made, 2)["outputs"] = [shown(image_png=png)]
+    return code(clean.clean(made), 2)["outputs"][0]["data"]["image/png"]
+
+
+def test_clean_writes_figures_in_few_colors():
+    rgba = np.full((90, 120, 4), 255, np.uint8)
+    rgba[..., 0] = np.arange(120)  # 10,800 colours
+    rgba[..., 1] = 2 * np.arange(90)[:, None]
+    found = cleaned_figure(png_of(rgba))
+    image = Image.open(io.BytesIO(base64.b64decode(found)))
+    assert (image.mode, image.size) == ("P", (120, 90))
+    assert np.abs(np.asarray(image.convert("RGB"), int) - rgba[..., :3]).max() < 16
+    assert cleaned_figure(found) == found
+    few = np.zeros((9, 9, 3), np.uint8)
+    few[::2] = 200
+    image = Image.open(io.BytesIO(base64.b64decode(cleaned_figure(png_of(few)))))
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), few)
+
+
+def test_clean_leaves_transparent_figures_as_they_are():
+    clear = png_of(np.zeros((4, 4, 4), np.uint8))
+    assert cleaned_figure(clear) == clear
 
 
 def test_main_executes_in_place(tmp_path, capsys):

@@ -65,6 +65,8 @@ def test_whatever_may_be_wide_scrolls_by_itself(tmp_path):
     table = {"output_type": "display_data", "metadata": {}, "data": {"text/html": "<table><tr><td>1</td></tr></table>"}}
     made["cells"][3]["outputs"] = [table, table | {"data": {"text/markdown": WIDE}}]
     made["cells"][4]["outputs"] = [table]
+    made["cells"][3]["metadata"]["tags"] = ["figure"]
+    made["cells"][3]["outputs"].append(table | {"data": {"image/png": "iVBORw0KGgo="}})
     path = tmp_path / "01_made.ipynb"
     path.write_text(json.dumps(made))
     write_report([Outcome("01_made", path, 1.0)], tmp_path)
@@ -79,6 +81,10 @@ def test_whatever_may_be_wide_scrolls_by_itself(tmp_path):
         assert len(page.find_all("table")) == tables
         assert len(page.find_all("math", display="block")) == formulas
         assert all(element.find_parent(class_="scroll") for element in wide)
+        figures = page.find_all("img", src=re.compile("^data:image/png;base64,iVBOR"))
+        assert figures
+        assert all({"scroll", "figure"} <= set(figure.parent["class"]) for figure in figures)
+        assert "max-width: 44rem" in rules["@media (max-width: 45rem)"]  # wider than a phone
         inline = page.find_all("math", display="inline")
         assert inline
         assert all(element.find_parent(class_="formula") for element in inline)

@@ -75,6 +75,8 @@ def _cell_problems(cell: dict[str, Any]) -> list[str]:
                 found.append(f"a machine's path in its output: {match.group()}")
             if re.search(r" at 0x[0-9a-f]{6,}", text):
                 found.append("an object's address in its output, end the cell with a semicolon")
+            if match := re.search(r"\d+ rows (?:×|x) \d+ columns", text):
+                found.append(f"a table that is cut in its output ({match.group()}): lay it out side by side")
         if WIDGET in output.get("data", {}):
             found.append("a widget in its output")
     return found
