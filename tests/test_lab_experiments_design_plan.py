@@ -140,6 +140,15 @@ def test_panels_have_titles_if_there_are_several():
     assert seen == [["x"], ["y"]]
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["x", "y"]
     assert panels.panels(table[:1], lambda part, ax: None, 2, 1).axes[0].get_title(loc="left") == ""
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (5, 1)), (2, (10, 1)), (3, (10, 2)), (5, (10, 3))])
+def test_panels_stand_below_each_other_where_a_page_ends(count, size):
+    table = pd.DataFrame({"data": [f"images {number}" for number in range(count)]})
+    fig = panels.panels(table, lambda part, ax: None, 5, 1)
+    assert tuple(fig.get_size_inches()) == size
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ([*table["data"]] if count > 1 else [""])
+    plt.close("all")
     plt.close("all")
 
 

@@ -60,6 +60,17 @@ def test_index_shows_question_figure_claims_time_and_failures(outcomes, tmp_path
     assert "size cpu" in index
 
 
+def test_index_counts_verdicts_and_opens_claims_on_demand(tmp_path):
+    made = notebook_maker.notebook()
+    cell = next(cell for cell in made["cells"] if "claims" in cell["metadata"].get("tags", []))
+    rows = "".join(f"<tr><td><b>{verdict}</b></td></tr>" for verdict in ("no", "undecided", "no"))
+    cell["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {"text/html": f"<table>{rows}</table>"}}]
+    path = tmp_path / "01_made.ipynb"
+    path.write_text(json.dumps(made))
+    index = report.write_report([Outcome("01_made", path, 1.0)], tmp_path).read_text()
+    assert '<details class="claims"><summary>Claims: 2 no, 1 undecided</summary>' in index
+
+
 def test_pages_hold_all_outputs_and_need_no_network(outcomes, tmp_path):
     report.write_report(outcomes, tmp_path)
     page = (tmp_path / "01_made.html").read_text()
@@ -344,8 +355,8 @@ def test_a_page_on_a_full_disk_ends_with_a_sentence_and_exit_code_1(reproduce, t
 
 def test_a_sample_on_a_full_disk_lets_the_report_be_written(reproduce, tmp_path, full, monkeypatch):
     (tmp_path / "retrained.csv").write_text("notebook,verdict\n04,of an earlier batch\n")
-    rows = [("04", "a trial", 90.0, 90.0, 0.0, 0.0, "identical", "")]
-    columns = ["notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with"]
+    rows = [("04", "identical", 90.0, 90.0, 0.0, 0.0, "a trial", "")]
+    columns = ["notebook", "verdict", "archived (%)", "here (%)", "difference", "allowed", "trial", "made with"]
     monkeypatch.setattr("binvit.lab.notebooks.published.retrain", lambda *_: pd.DataFrame(rows, columns=columns))
     full("retrained.csv")
     found = reproduce()

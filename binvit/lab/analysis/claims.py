@@ -262,10 +262,10 @@ def show(claims: Sequence[Claim]) -> None:
     for c in claims:
         note = "" if c.plain is None else f"<br>({c.plain} before correction)"
         said = html.escape(c.sentence) + (f"<br><i>{html.escape(c.source)}</i>" if c.source else "")
-        cells = f"<td{style}>{said}</td><td{style}>{c.kind}</td>"
         word = f'<td style="color:{colors[c.verdict]}"><b>{c.verdict}</b>{note}</td>'
-        rows.append(f"<tr>{cells}{word}<td{style}>{html.escape(c.evidence + _corrected(c))}</td></tr>")
-    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "kind", "verdict", "evidence"))
+        why = f"<td{style}>{html.escape(c.evidence + _corrected(c))}</td>"
+        rows.append(f"<tr><td{style}>{said}</td>{word}{why}<td{style}>{c.kind}</td></tr>")
+    head = "".join(f"<th{style}>{name}</th>" for name in ("claim", "verdict", "evidence", "kind"))
     page = "\n".join([f"<table><thead><tr>{head}</tr></thead><tbody>", *rows, "</tbody></table>"])
     plain = "\n".join(f"{c.verdict:<11}{c.sentence} {c.evidence}{_corrected(c)}" for c in claims)
     display({"text/html": page, "text/plain": plain}, raw=True)

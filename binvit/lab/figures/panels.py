@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from binvit.lab.figures.style import GREY, caption, interval_caption, place_ends
 from binvit.lab.project import folder
 
 _MARGIN = 4  # rows that a panel's title and the label of its axis take
+_PAGE = 12  # inches that panels may take beside each other: text gets too small in wider figures
 
 
 def nothing() -> Figure:
@@ -67,13 +69,13 @@ def save(directory: str | Path, name: str, figure: Figure | None = None, **table
 
 @styled
 def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width: float, height: float) -> Figure:
-    """Draw one panel for each kind of images, side by side.
+    """Draw one panel for each kind of images, side by side as far as a page is wide.
 
     Args:
         table: rows with the column data.
         draw: draws the rows of one kind of images into axes.
         width: of a panel, in inches.
-        height: of the figure, in inches.
+        height: of a panel, in inches.
 
     Returns:
         The figure; panels are titled if there are several.
@@ -81,8 +83,12 @@ def panels(table: pd.DataFrame, draw: Callable[[pd.DataFrame, Axes], Any], width
     parts = list(table.groupby("data", sort=False))
     if not parts:
         return nothing()
-    fig, axes = plt.subplots(1, len(parts), figsize=(width * len(parts), height), squeeze=False)
-    for ax, (data, part) in zip(axes[0], parts, strict=True):
+    columns = min(len(parts), max(1, int(_PAGE / width)))
+    rows = math.ceil(len(parts) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for ax in axes.flat[len(parts) :]:
+        ax.remove()
+    for ax, (data, part) in zip(axes.flat, parts, strict=False):
         draw(part, ax)
         if len(parts) > 1 and not ax.get_title(loc="left"):
             ax.set_title(data)

@@ -23,7 +23,7 @@ MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seco
 FILL = 3.8  # minutes up to which more than one trial of a notebook are trained again
 LEAST = 0.01  # a difference of accuracy that no spread of few seeds rules out
 CONFIDENCE = 0.99  # of the interval that two trainings of one condition differ by
-COLUMNS = ("notebook", "trial", "archived (%)", "here (%)", "difference", "allowed", "verdict", "made with")
+COLUMNS = ("notebook", "verdict", "archived (%)", "here (%)", "difference", "allowed", "trial", "made with")
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ def retrain(
         before = item.result.test_accuracy
         name = f"{item.trial.describe()}"
         if item.trial in failures:
-            rows.append(
-                (item.notebook, name, 100 * before, math.nan, math.nan, math.nan, f"no: {failures[item.trial]}", "")
-            )
+            why = f"no: {failures[item.trial]}"
+            rows.append((item.notebook, why, 100 * before, math.nan, math.nan, math.nan, name, ""))
             continue
         again = read_result(item.trial, results_dir)
         different = changes(item.result.environment, again.environment)
@@ -130,7 +129,7 @@ def retrain(
             verdict = f"within the spread of {seeds} seeds" if abs(difference) <= allowed else "no: beyond the spread"
         shown = 0.0 if not different else 100 * allowed
         rows.append(
-            (item.notebook, name, 100 * before, 100 * again.test_accuracy, 100 * difference, shown, verdict, different)
+            (item.notebook, verdict, 100 * before, 100 * again.test_accuracy, 100 * difference, shown, name, different)
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
