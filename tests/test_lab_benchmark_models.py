@@ -208,9 +208,13 @@ def test_claims_about_size_follow_the_audit():
 def test_figures_of_times_name_their_cpu():
     growth = pd.DataFrame({"contender": "binvit gsb", "grows": "width", "width": [64, 128], "seconds": [0.1, 0.2]})
     assert efficiency.draw_growth(growth).get_suptitle() == machine.describe_cpu()
-    assert efficiency.draw_growth(growth.assign(cpu="another")).get_suptitle() == "another"
+    another = {"cpu": "another", "kernels": machine.kernels()}
+    assert efficiency.draw_growth(growth.assign(**another)).get_suptitle() == "another"
     models = pd.DataFrame({"batch": [1], "contender": "binvit gsb", "per_image": 0.1, "low": 0.1, "high": 0.1})
-    assert efficiency.draw(models.assign(cpu="another"), "DeiT-S").get_suptitle() == "DeiT-S\nanother"
+    assert efficiency.draw(models.assign(**another), "DeiT-S").get_suptitle() == "DeiT-S\nanother"
+    for told in ({"kernels": "sha256:0"}, {"kernels": float("nan")}):  # measured before kernels changed, or unknown
+        older = efficiency.draw(models.assign(**another | told), "DeiT-S").get_suptitle()
+        assert older == "DeiT-S\nanother (kernels of another version)"
     plt.close("all")
 
 
@@ -219,10 +223,48 @@ def test_a_contender_with_a_former_name_stands_in_the_row_of_its_present_one(tmp
     kernels = pd.DataFrame({"contender": ["torch int8"], "times": 5.0})
     add_measurements(tmp_path, "08_models", here.assign(contender="binvit bit", per_image=0.009, cpu="old"), ["cpu"])
     table = efficiency.beside(tmp_path, here, kernels)
+    assert list(table.columns) == ["old" + machine.OUTDATED, "here"]
     assert table.loc[("ms per image, batch 1", "binvit elastic")].tolist() == ["9.0", "6.0"]
     assert "binvit bit" not in table.index.get_level_values("contender")
     with pytest.raises(FileNotFoundError, match=r"There is no archive .*paper_figurs"):
         efficiency.beside(tmp_path / "paper_figurs", here, kernels)
+
+
+def test_a_version_of_the_kernels_is_what_they_do_and_not_how_they_are_written(tmp_path, monkeypatch):
+    source = '''"""A module."""
+
+def scaled(x):
+    """Scale."""
+    text = "# not a comment"  # a comment
+    return 2 * x
+'''
+    rewritten = """
+def scaled(x):
+    # another comment
+    text = "# not a comment"
+
+    return 2 * x
+"""
+    assert machine.statements(source) == machine.statements(rewritten)
+    assert "# not a comment" in machine.statements(source)
+    assert machine.statements(source) != machine.statements(source.replace("2 *", "3 *"))
+
+    def version(text, name="bits/gemm.py", *more):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for file in ("jit.py", "threads.py", "packed/vit.py", "nn/heads.py", name):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_text(text if file == name else "")
+        monkeypatch.setattr(machine.binvit, "__file__", str(root / "__init__.py"))
+        machine.kernels.cache_clear()
+        return machine.kernels(*more)
+
+    try:
+        assert version(source) == version(rewritten) != version(source.replace("2 *", "3 *"))
+        assert version(source) != version(source, "bits/tile.py")
+        assert version("a = 1", "nn/heads.py") == version("a = 2", "nn/heads.py")
+        assert version("a = 1", "nn/heads.py", "nn") != version("a = 2", "nn/heads.py", "nn")
+    finally:
+        machine.kernels.cache_clear()
 
 
 def test_growth_has_lines_of_reference():

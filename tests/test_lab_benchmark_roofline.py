@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from binvit.lab.benchmark import roofline
+from binvit.lab.benchmark import machine, roofline
 
 KERNELS = Path(__file__).parents[1] / "paper_figures" / "measurements" / "08_kernels.csv"
 
@@ -24,7 +24,7 @@ def test_names_overlap_neither_each_other_nor_a_point(monkeypatch):
     for cpu, kernels in pd.read_csv(KERNELS).groupby("cpu"):
         fig = roofline.draw_roofline(kernels[kernels["model"] == "DeiT-S"])
         (ax,) = fig.axes
-        assert ax.get_title(loc="left") == cpu
+        assert ax.get_title(loc="left").removesuffix(machine.OUTDATED) == cpu
         fig.draw_without_rendering()
         boxes = [plt.Text.get_window_extent(text) for text in ax.texts]
         assert len(boxes) >= 20

@@ -1,14 +1,21 @@
-"""The machine of a measurement: its kind of CPU, and how much of it other programs used meanwhile."""
+"""What a measurement belongs to: the kind of CPU, the version of the kernels, and how much other programs used."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import io
 import os
 import time
+import tokenize
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import psutil
 
+import binvit
 from binvit.lab.training.resume import cpu_kind, cpu_vectors
 from binvit.threads import cores
 
@@ -16,14 +23,59 @@ BUSY = 0.05
 """Share of the cores that other programs may use before a measurement is no longer trusted."""
 
 
+OUTDATED = " (kernels of another version)"
+"""Follows a kind of CPU whose measurements are of other code than this."""
+_FAST = ("bits", "packed", "jit.py", "threads.py")  # of the package: what a packed model runs
+
+
 def describe_cpu() -> str:
     """Return the kind of CPU, the features that speed depends on, and the number of cores."""
     return f"{cpu_kind()} with {cpu_vectors()}, {cores()} cores"
 
 
+@functools.cache
+def kernels(*more: str) -> str:
+    """Return a fingerprint of the code that packed models run; comments, docstrings and line breaks are no part of it.
+
+    Args:
+        more: other folders or modules of the package that a measurement depends on, such as "nn" for a training step.
+    """
+    root, digest = Path(binvit.__file__).parent, hashlib.sha256()
+    for name in (*_FAST, *more):
+        files = [root / name] if name.endswith(".py") else sorted((root / name).rglob("*.py"))
+        for file in files:
+            digest.update(
+                f"{file.relative_to(root).as_posix()}: {statements(file.read_text(encoding='utf-8'))}\n".encode()
+            )
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def statements(source: str) -> str:
+    """Return a program without its comments and docstrings, and with single spaces."""
+    lines = source.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column] + "\n"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
+            lines[first - 1 : last] = ["\n"] * (last - first + 1)
+    return " ".join("".join(lines).split())
+
+
 def cpu_of(table: pd.DataFrame) -> str:
-    """Return the kind of CPU that a table of measurements comes from: its column cpu, without one this machine's."""
-    return "; ".join(table["cpu"].unique()) if "cpu" in table else describe_cpu()
+    """Return the kind of CPU that a table of measurements comes from, and whether kernels have changed since.
+
+    Args:
+        table: its columns cpu and kernels say so; without cpu it was measured here, without kernels at another time.
+    """
+    if "cpu" not in table:
+        return describe_cpu()
+    told = table.reindex(columns=["cpu", "kernels"]).drop_duplicates()
+    return "; ".join(cpu + (OUTDATED if code != kernels() else "") for cpu, code in told.itertuples(index=False))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from binvit import bits
 from binvit.config import show
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
-from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
+from binvit.lab.benchmark.machine import LoadWatch, describe_cpu, kernels
 from binvit.lab.benchmark.memory import benchmark_memory
 from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
@@ -36,7 +36,9 @@ def run_benchmarks(
     schemes: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, pd.DataFrame]:
-    """Run parts of the benchmark, print their tables, and write them as CSV, with the kind of CPU and others' load.
+    """Run parts of the benchmark, print their tables, and write them as CSV.
+
+    Each row also tells the kind of CPU, the load of others meanwhile, and the version of the kernels.
 
     Args:
         parts: elements of `PARTS`.
@@ -86,7 +88,8 @@ def run_benchmarks(
         load = watch.stop()
         say(f"\n{part}\n" + table.to_string(index=False, float_format="{:.4g}".format))
         say(load.sentence())
-        tables[part] = table.assign(cpu=describe_cpu(), others=round(load.others, 3))
+        code = kernels("nn") if part == "training" else kernels()
+        tables[part] = table.assign(cpu=describe_cpu(), others=round(load.others, 3), kernels=code)
         atomic_write(out / f"{part}.csv", tables[part].to_csv(index=False))
         if part == "kernels":
             save_figure(draw_roofline(tables[part]), "roofline", out)

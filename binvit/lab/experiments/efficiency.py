@@ -257,7 +257,7 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
     if not Path(archive).is_dir():
         raise FileNotFoundError(f"There is no archive {archive}.")
     both = {
-        name: pd.concat([_archived(archive, name), here.assign(cpu="here")], ignore_index=True)
+        name: pd.concat([_told_apart(_archived(archive, name)), here.assign(cpu="here")], ignore_index=True)
         for name, here in (("models", models), ("kernels", kernels))
     }
     rows = [
@@ -284,6 +284,11 @@ def _archived(archive: str | Path, part: str) -> pd.DataFrame:
         return table
     require_columns(table, ["contender", "cpu"])
     return table.assign(contender=table["contender"].replace(RENAMED))
+
+
+def _told_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Name kinds of CPU as `cpu_of` does: with a word where other kernels than these were measured."""
+    return table.assign(cpu=[cpu_of(table.loc[[row]]) for row in table.index]) if len(table) else table
 
 
 def redraw(archive: str | Path, out: str | Path) -> None:

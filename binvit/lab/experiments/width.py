@@ -19,7 +19,7 @@ from safetensors.torch import save as serialize
 import binvit
 from binvit.lab.analysis.claims import Claim, check_difference
 from binvit.lab.analysis.statistics import Difference, estimate, readable, summarize
-from binvit.lab.benchmark.machine import LoadWatch, describe_cpu
+from binvit.lab.benchmark.machine import LoadWatch, cpu_of, describe_cpu, kernels
 from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
@@ -37,7 +37,7 @@ UNMEASURED = "costs not measured"
 TABLE = "09_sizes"
 _KEYS = ("data", "scheme", "width")
 _BELOW = 0.03  # how far below the lowest mean a seed is drawn at its place
-_MEASURED = (*_KEYS, *COSTS, "low", "high", "others", "cpu")
+_MEASURED = (*_KEYS, *COSTS, "low", "high", "others", "cpu", "kernels")
 
 
 def conditions(float_widths: Sequence[int], binary_widths: Sequence[int], schemes: Sequence[str]) -> list[Condition]:
@@ -88,7 +88,7 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
 
     Returns:
         One row per kind of images, scheme and width: bytes of the file, ms (median), low and high (quartiles), the
-        share of the cores that others used meanwhile, and the kind of CPU.
+        share of the cores that others used meanwhile, the kind of CPU and the version of the kernels.
     """
     rows: list[dict[str, Any]] = []
     for data in dict.fromkeys(run.data for run in runs):
@@ -108,7 +108,7 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
             low, median, high = 1000 * np.quantile(times[name], (0.25, 0.5, 0.75))
             row: dict[str, Any] = dict(zip(_KEYS, _key(run), strict=True))
             row |= {"bytes": sizes[name], "ms": median, "low": low, "high": high}
-            rows.append(row | {"others": round(others, 3), "cpu": describe_cpu()})
+            rows.append(row | {"others": round(others, 3), "cpu": describe_cpu(), "kernels": kernels()})
     return pd.DataFrame(rows, columns=list(_MEASURED)).sort_values(list(_KEYS), ignore_index=True)
 
 
@@ -141,13 +141,17 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
         archive: folder of the archive.
 
     Returns:
-        How many kinds of images were measured: all models of those of which this kind of CPU lacks one. Those without
-        an archived trial, and those whose files are absent, so that nobody knows their size, are left out.
+        How many kinds of images were measured: all models of those of which this kind of CPU lacks one with today's
+        kernels. Those without an archived trial, and those whose files are absent, so that nobody knows their size, are
+        left out.
     """
-    known, cpu = read_measurements(archive, TABLE), describe_cpu()
-    done = set(zip(*(known[name] for name in (*_KEYS, "cpu")), strict=True)) if len(known) else set()
-    asked = runs(p)
-    lacking = {run.data for run in asked if (*_key(run), cpu) not in done}
+    known, asked, now = (
+        read_measurements(archive, TABLE).reindex(columns=list(_MEASURED)),
+        runs(p),
+        (describe_cpu(), kernels()),
+    )
+    done = set(known[[*_KEYS, "cpu", "kernels"]].itertuples(index=False, name=None))
+    lacking = {run.data for run in asked if (*_key(run), *now) not in done}
     new = [run for run in asked if run.data in lacking and is_present(run.trial.dataset, run.trial.root)]
     shown = {run.data for run in new if find(run.trial, archive) is not None}
     left = [run for run in asked if run.data in shown]
@@ -175,13 +179,13 @@ def with_costs(table: pd.DataFrame, sizes: pd.DataFrame) -> pd.DataFrame:
         sizes: the result of `measure`, or what an archive has of it.
 
     Returns:
-        The table with the columns of `COSTS` and of `QUARTILES`, NaN where nothing was measured, and cpu.
+        The table with the columns of `COSTS` and of `QUARTILES`, NaN where nothing was measured, cpu and kernels.
     """
     measured = sizes.reindex(columns=list(_MEASURED)).rename(columns=QUARTILES)
     first = measured[measured["cpu"] == measured.groupby("data")["cpu"].transform("first")]
     if first.empty:
-        return table.assign(**dict.fromkeys([*COSTS, *QUARTILES.values()], np.nan), cpu="")
-    return table.merge(first[[*_KEYS, *COSTS, *QUARTILES.values(), "cpu"]], on=list(_KEYS), how="left")
+        return table.assign(**dict.fromkeys([*COSTS, *QUARTILES.values()], np.nan), cpu="", kernels="")
+    return table.merge(first[[*_KEYS, *COSTS, *QUARTILES.values(), "cpu", "kernels"]], on=list(_KEYS), how="left")
 
 
 def accuracies(table: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
@@ -329,7 +333,7 @@ def draw(table: pd.DataFrame) -> Figure:
     fig = subplot_grid(table.dropna(subset=list(COSTS)), COSTS, panel, None)
     told = ["large: mean over the seeds, small: single seeds (triangles lie lower); line: the front"]
     if "cpu" in table:
-        measured = table[table["ms"].notna()].groupby("data", sort=False)["cpu"].first()
-        told += [f"milliseconds of {data}: {cpu}" for data, cpu in measured.items()]
+        measured = table[table["ms"].notna()].groupby("data", sort=False)
+        told += [f"milliseconds of {data}: {cpu_of(part)}" for data, part in measured]
     caption(fig, "\n".join(filter(None, [*told, unmeasured(table)])))
     return fig
