@@ -30,6 +30,12 @@ ROWS = (
     ("superposition of the value alone helps", "05", "Superposition of the value alone helps."),
     ("the gradient of GSB helps", "05", "The released gradient is more accurate than the masked one."),
     ("distillation helps", "05", "Hard distillation helps."),
+    (
+        "a hard teacher helps GSB, no limit of activations (exploratory)",
+        "05",
+        "On equal terms, a hard teacher helps GSB.",
+    ),
+    ("a hard teacher helps one group (exploratory)", "05", "On equal terms, a hard teacher helps elastic"),
     ("GSB beats every other 1-bit scheme", "04", "GSB is more accurate than every other 1-bit scheme"),
     ("GSB with its bias of the map beats float", "05", "With its bias, GSB is more accurate than float."),
     ("few images: the gap to training is smaller than float's", "06", r"With \d+ images per class, the gap"),
