@@ -313,6 +313,8 @@ def claims(table: pd.DataFrame, batches: pd.DataFrame, margin: float = 0.02) -> 
         ),
         better("Scales that stack up from the start are better than as released.", "scales", "stacked", "as released"),
         better("Two stages are better than one of as many epochs.", "training", "two stages", "one stage"),
+        better("Soft distillation helps.", "distillation", "soft", "none"),
+        better("Soft distillation is better than hard.", "distillation", "soft", "hard"),
         better("On equal terms, a hard teacher helps GSB.", "scheme", f"gsb, {_HARD}", "gsb, with bias"),
         better(
             "On equal terms, a hard teacher helps elastic binarization.",

@@ -30,6 +30,7 @@ ROWS = (
     ("superposition of the value alone helps", "05", "Superposition of the value alone helps."),
     ("the gradient of GSB helps", "05", "The released gradient is more accurate than the masked one."),
     ("distillation helps", "05", "Hard distillation helps."),
+    ("soft distillation helps (exploratory)", "05", "Soft distillation helps."),
     (
         "a hard teacher helps GSB, no limit of activations (exploratory)",
         "05",
