@@ -116,7 +116,7 @@ def test_claims_can_hold_and_fail():
         "distillation: hard": 0.85,
         "distillation: soft": 0.9,
         "training: two stages": 0.85,
-        "scheme: gsb, with bias, hard teacher": 0.85,
+        "scheme: gsb, hard teacher": 0.85,
         "scheme: elastic, with bias": 0.75,
     }
     assert verdicts(accuracies(better)) == ["yes"] * 20
@@ -124,7 +124,7 @@ def test_claims_can_hold_and_fail():
     rivals = dict.fromkeys([name for name in better if not name.startswith(("distillation", "training"))], 0.85)
     rivals |= dict.fromkeys(["superposition: of the map", "superposition: of the value"], 0.7)
     rivals |= dict.fromkeys(["distillation: hard", "training: two stages"], 0.7) | {"distillation: soft": 0.6}
-    rivals["scheme: gsb, with bias, hard teacher"] = 0.7
+    rivals["scheme: gsb, hard teacher"] = 0.7
     assert verdicts(accuracies(rivals))[:9] + verdicts(accuracies(rivals))[13:] == ["no"] * 16
     leaking = batches(over_a_row=0.1, over_the_batch=0.0)
     assert verdicts(accuracies(better | worse), leaking)[9:13] == ["no"] * 4

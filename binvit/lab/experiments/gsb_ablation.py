@@ -49,11 +49,11 @@ def _gsb(name: str, **scheme_options: Any) -> Condition:
     return Condition(name, "gsb", scheme_options)
 
 
-_HARD = "with bias, hard teacher"
+_HARD = "hard teacher"
 _TAUGHT: tuple[tuple[str, Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]], ...] = (
-    ("with bias, soft teacher", {"distillation": "soft"}),
+    ("soft teacher", {"distillation": "soft"}),
     (_HARD, {"distillation": "hard"}),
-    (f"{_HARD} and two stages", lambda recipe: {"distillation": "hard", **_two_stages(recipe)}),
+    ("hard, two stages", lambda recipe: {"distillation": "hard", **_two_stages(recipe)}),
 )
 
 # What is changed -> its levels. One level of each is what GSB does anyway: the same trial, trained once. The schemes
