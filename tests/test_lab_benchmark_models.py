@@ -20,7 +20,6 @@ from binvit.lab.benchmark.kernels import benchmark_kernels
 from binvit.lab.benchmark.models import VARIANTS, benchmark_models, benchmark_training, calibrated_model, random_model
 from binvit.lab.benchmark.steps import benchmark_steps
 from binvit.lab.experiments import efficiency
-from binvit.lab.trials.measurements import add_measurements, read_measurements
 from binvit.packed import pack
 from binvit.packed.audit import audit
 
@@ -208,7 +207,7 @@ def test_claims_about_size_follow_the_audit():
 def test_figures_of_times_name_their_cpu():
     growth = pd.DataFrame({"contender": "binvit gsb", "grows": "width", "width": [64, 128], "seconds": [0.1, 0.2]})
     assert efficiency.draw_growth(growth).get_suptitle() == machine.describe_cpu()
-    another = {"cpu": "another", "kernels": machine.kernels()}
+    another = {"cpu": "another", "kernels": machine.kernels_version()}
     assert efficiency.draw_growth(growth.assign(**another)).get_suptitle() == "another"
     models = pd.DataFrame({"batch": [1], "contender": "binvit gsb", "per_image": 0.1, "low": 0.1, "high": 0.1})
     assert efficiency.draw(models.assign(**another), "DeiT-S").get_suptitle() == "DeiT-S\nanother"
@@ -216,18 +215,6 @@ def test_figures_of_times_name_their_cpu():
         older = efficiency.draw(models.assign(**another | told), "DeiT-S").get_suptitle()
         assert older == "DeiT-S\nanother (kernels of another version)"
     plt.close("all")
-
-
-def test_a_contender_with_a_former_name_stands_in_the_row_of_its_present_one(tmp_path):
-    here = pd.DataFrame({"batch": [1], "contender": "binvit elastic", "per_image": 0.006})
-    kernels = pd.DataFrame({"contender": ["torch int8"], "times": 5.0})
-    add_measurements(tmp_path, "08_models", here.assign(contender="binvit bit", per_image=0.009, cpu="old"), ["cpu"])
-    table = efficiency.beside(tmp_path, here, kernels)
-    assert list(table.columns) == ["old" + machine.OUTDATED, "here"]
-    assert table.loc[("ms per image, batch 1", "binvit elastic")].tolist() == ["9.0", "6.0"]
-    assert "binvit bit" not in table.index.get_level_values("contender")
-    with pytest.raises(FileNotFoundError, match=r"There is no archive .*paper_figurs"):
-        efficiency.beside(tmp_path / "paper_figurs", here, kernels)
 
 
 def test_a_version_of_the_kernels_is_what_they_do_and_not_how_they_are_written(tmp_path, monkeypatch):
@@ -248,6 +235,8 @@ def scaled(x):
     assert machine.statements(source) == machine.statements(rewritten)
     assert "# not a comment" in machine.statements(source)
     assert machine.statements(source) != machine.statements(source.replace("2 *", "3 *"))
+    short = 'def f(): """Größe."""; return 1'
+    assert machine.statements(short) == "def f(): ; return 1"
 
     def version(text, name="bits/gemm.py", *more):
         root = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -255,8 +244,8 @@ def scaled(x):
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             (root / file).write_text(text if file == name else "")
         monkeypatch.setattr(machine.binvit, "__file__", str(root / "__init__.py"))
-        machine.kernels.cache_clear()
-        return machine.kernels(*more)
+        machine.kernels_version.cache_clear()
+        return machine.kernels_version(*more)
 
     try:
         assert version(source) == version(rewritten) != version(source.replace("2 *", "3 *"))
@@ -264,7 +253,7 @@ def scaled(x):
         assert version("a = 1", "nn/heads.py") == version("a = 2", "nn/heads.py")
         assert version("a = 1", "nn/heads.py", "nn") != version("a = 2", "nn/heads.py", "nn")
     finally:
-        machine.kernels.cache_clear()
+        machine.kernels_version.cache_clear()
 
 
 def test_growth_has_lines_of_reference():
@@ -333,48 +322,3 @@ def test_a_ratio_has_an_interval_over_rounds():
     low, high = timing.ratio_interval(noisy, times["ours"])
     assert 5.7 < low < 6 < high < 6.3
     assert np.isnan(timing.ratio_interval(noisy[:3], times["ours"][:1])).all()  # one round has no interval
-
-
-def test_measured_steps_are_archived_by_cpu_size_threads_and_scheme(tmp_path):
-    runs = [("gsb", "cpu", 1, 1.1), ("gsb", "cpu", 2, 1.2), ("gsb", "smoke", 1, 1.4), ("bit", "cpu", 1, 1.0)]
-    for scheme, size, threads, times in [*runs, ("gsb", "cpu", 1, 1.3)]:
-        steps = {"scheme": scheme, "cpu": "a", "size": size, "threads": threads, "times": times}
-        pd.DataFrame([steps]).to_csv(tmp_path / "training.csv", index=False)
-        assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["training"]
-    table = read_measurements(tmp_path / "archive", "08_steps")
-    found = sorted(table[["scheme", "size", "threads", "times"]].itertuples(index=False, name=None))
-    assert found == [("bit", "cpu", 1, 1.0), ("gsb", "cpu", 1, 1.3), ("gsb", "cpu", 2, 1.2), ("gsb", "smoke", 1, 1.4)]
-
-
-def test_measured_models_make_room_for_the_same_batches_only(tmp_path):
-    for batches, times in (([1, 8], 2.0), ([1], 3.0)):
-        rows = [{"cpu": "a", "width": 384, "threads": 2, "batch": batch, "contender": c, "times": times}
-                for batch in batches for c in ("ours", "theirs")]  # fmt: skip
-        pd.DataFrame(rows).to_csv(tmp_path / "models.csv", index=False)
-        assert efficiency.archive_bench(tmp_path, tmp_path / "archive") == ["models"]
-    table = read_measurements(tmp_path / "archive", "08_models")
-    assert table.groupby("batch")["times"].agg(list).to_dict() == {1: [3.0, 3.0], 8: [2.0, 2.0]}
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("a,b\n1,2\n", r"lack the column cpu; they have \['a', 'b'\]"),
-        ("", "cannot be read: No columns to parse from file"),
-        ("cpu\n\xff\n", "cannot be read: 'utf-8' codec can't decode .*"),
-        ("cpu,times\na,1\nb,2,3\n", "cannot be read: Error tokenizing data.*"),
-        (f"cpu,times\na,{5000 * '9'}\n", "hold a number in the column times that is not finite"),
-    ],
-)
-def test_damaged_tables_of_a_bench_are_named_in_a_sentence(content, sentence, tmp_path):
-    (tmp_path / "memory.csv").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"^The measurements .*memory\.csv {sentence}\.$"):
-        efficiency.archive_bench(tmp_path, tmp_path / "archive")
-    assert not (tmp_path / "archive").exists()
-
-
-def test_archived_times_without_a_contender_are_refused_before_anything_is_drawn(tmp_path):
-    (tmp_path / "measurements").mkdir()
-    (tmp_path / "measurements" / "08_models.csv").write_text("cpu,times\na,1\n")
-    with pytest.raises(ValueError, match="needs a column 'contender'"):
-        efficiency.redraw(tmp_path, tmp_path)

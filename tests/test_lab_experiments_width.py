@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from image_files import parquet_file
 
-from binvit.lab.benchmark.machine import kernels
+from binvit.lab.benchmark.machine import kernels_version
 from binvit.lab.benchmark.timing import interleave
 from binvit.lab.data.datasets import load_data
 from binvit.lab.experiments import width
@@ -116,7 +116,7 @@ def test_images_are_measured_at_their_own_size_and_absent_ones_not_at_all(tmp_pa
     expected = width.measure(width.runs(p), load_data, 0.01)
     assert read_measurements(tmp_path, width.TABLE)["bytes"].tolist() == expected["bytes"].tolist()
     assert width.take_measurements(p, tmp_path, tmp_path) == 0  # this kind of CPU has measured them
-    monkeypatch.setattr(width, "kernels", lambda: "sha256:later")
+    monkeypatch.setattr(width, "kernels_version", lambda: "sha256:later")
     assert width.take_measurements(p, tmp_path, tmp_path) == 1  # with kernels that are not today's
     assert set(read_measurements(tmp_path, width.TABLE)["kernels"]) == {"sha256:later"}
     wider = SimpleNamespace(**vars(p) | {"binary_widths": [*p.binary_widths, 40]})
@@ -153,7 +153,7 @@ def test_seeds_far_below_the_lowest_mean_are_marked_at_the_edge():
 
 
 def test_models_that_were_not_measured_have_no_panel_but_are_named():
-    measured = table(0.65).assign(cpu="one kind", kernels=kernels())
+    measured = table(0.65).assign(cpu="one kind", kernels=kernels_version())
     unmeasured = measured.assign(data="photographs", bytes=float("nan"), ms=float("nan"), cpu=float("nan"))
     figure = width.draw(pd.concat([measured, unmeasured], ignore_index=True))
     assert len(figure.axes) == 2

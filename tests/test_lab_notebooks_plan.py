@@ -1,4 +1,6 @@
+import ast
 import errno
+import importlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +10,9 @@ import papermill
 import pytest
 
 from binvit.lab.notebooks import run
+from binvit.lab.notebooks.check import problems
 from binvit.lab.notebooks.plan import Job, check, parse, plan, read_values
+from binvit.threads import cores
 
 
 @pytest.fixture
@@ -175,6 +179,34 @@ def test_run_goes_on_after_a_failure_and_shares_the_cores(folder, tmp_path, monk
     failed = json.loads(outcomes[0].executed.read_text())
     assert failed["cells"][-1]["outputs"][0]["ename"] == "RuntimeError"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01_count.ipynb", "02_count.ipynb"]
+
+
+def test_a_notebook_that_measures_time_runs_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = "import os\nimport time\nprint([os.environ.get('OMP_NUM_THREADS'), time.time()])"
+    for number in (1, 2, 3):
+        notebook_maker.write(folder / f"0{number}_count.ipynb", claims=told)
+    path = folder / "01_count.ipynb"
+    measuring = json.loads(path.read_text())
+    measuring["cells"][2]["metadata"]["tags"] = ["measures-time"]
+    path.write_text(json.dumps(measuring))
+    assert problems(path) == []
+    outcomes = run.run(plan(folder), tmp_path / "out", processes=2)
+    assert [(outcome.name, outcome.error) for outcome in outcomes] == [(f"0{n}_count", None) for n in (1, 2, 3)]
+    cells = [json.loads(outcome.executed.read_text())["cells"][-1] for outcome in outcomes]
+    printed = [ast.literal_eval("".join(cell["outputs"][0]["text"])) for cell in cells]
+    assert printed[0][0] is None  # all cores are its own
+    assert {threads for threads, _ in printed[1:]} == {str(max(1, cores() // 2))}
+    assert printed[0][1] - outcomes[0].seconds > max(ended for _, ended in printed[1:])  # it begins when all have ended
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_notebooks_that_measure_time_say_so(path):
+    experiment = importlib.import_module(f"binvit.lab.experiments.{path.stem[3:]}")
+    assert Job(path).measures_time() == ("benchmark.timing" in Path(experiment.__file__).read_text()
+                                         or "benchmark.benchmark_" in path.read_text())  # fmt: skip
 
 
 def test_copy_of_an_earlier_run_does_not_pass_for_this_one(folder, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from archive_maker import result
 
 from binvit.lab.trials import retrain
-from binvit.lab.trials.pool import run_trials
+from binvit.lab.trials.pool import TrialsFailed, run_trials
 from binvit.lab.trials.retrain import Archived, choose
 from binvit.lab.trials.store import read_result
 from binvit.lab.trials.trial import Trial
@@ -25,31 +25,72 @@ def candidates(seconds):
 
 
 def test_one_trial_of_each_notebook_is_chosen_by_the_seed_within_the_time():
-    chosen = [tuple(item.trial for item in choose(candidates(170.0), seed)) for seed in range(8)]
+    chosen = [tuple(item.trial for item in choose(candidates(170.0), seed)[0]) for seed in range(8)]
     assert {len(trials) for trials in chosen} == {2}
     assert {tuple(one.scheme for one in trials) for trials in chosen} == {("float", "gsb")}
     assert 1 < len(set(chosen)) <= 8
-    assert chosen[0] == tuple(item.trial for item in choose(reversed(candidates(170.0)), 0))
-    assert choose(candidates(241.0)) == []  # more than its share of two cores for four minutes
+    assert chosen[0] == tuple(item.trial for item in choose(reversed(candidates(170.0)), 0)[0])
+    assert choose(candidates(241.0)) == ([], [])  # more than its share of two cores for four minutes
     mixed = [
         dataclasses.replace(item, seconds=238.0 if item.notebook == "04" else 120.0 + item.trial.seed)
         for item in candidates(1.0)
     ]
-    assert [item.notebook for item in choose(mixed)] == ["02", "04"]  # what 02 leaves is for 04
-    assert {item.notebook for item in choose(mixed, minutes=2.05)} == {"02"}
+    assert [item.notebook for item in choose(mixed)[0]] == ["02", "04"]  # what 02 leaves is for 04
+    assert {item.notebook for item in choose(mixed, minutes=2.05)[0]} == {"02"}
 
 
-def test_short_trials_leave_room_for_more():
-    chosen = choose(candidates(80.0))
-    assert [item.notebook for item in chosen[:2]] == ["02", "04"]
-    assert len(chosen) == len({item.result.id for item in chosen}) == 5  # of six, 400 core seconds
-    assert len(choose(candidates(10.0))) == 6
+def test_what_was_not_chosen_comes_next_in_the_order_of_the_draw():
+    chosen, further = choose(candidates(80.0), 3)
+    assert [item.notebook for item in chosen] == ["02", "04"]
+    assert len({item.result.id for item in (*chosen, *further)}) == 6
+    assert len({tuple(item.result.id for item in choose(candidates(80.0), seed)[1]) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("speed", "seconds", "trained"),
+    [
+        (1.0, 60.0, 6),  # 360 core seconds; a seventh would lead to 420
+        (2.0, 60.0, 3),  # a slow machine: another would lead to 480
+        (0.5, 60.0, 13),  # a fast one: 390
+        (1.0, 3.0, 40),  # there are no more
+        (1.0, 400.0, 1),
+    ],
+)
+def test_training_goes_on_until_it_has_taken_three_minutes_of_two_cores_here(monkeypatch, speed, seconds, trained):
+    all_trials = [trial(seed) for seed in range(40)]
+    ran = []
+
+    def run_trials(trials, results_dir, jobs, progress):
+        ran.append(len(trials))
+
+    def read(one, results_dir):
+        return dataclasses.replace(result(one), seconds=speed * result(one).seconds)
+
+    monkeypatch.setattr(retrain, "run_trials", run_trials)
+    monkeypatch.setattr(retrain, "read_result", read)
+    items = [Archived("04", one, result(one), seconds) for one in all_trials]
+    table = retrain.retrain(items[:1], [], "nowhere", False, items)
+    assert len(table) == sum(ran) == trained
+    assert table["trial"].is_unique
+    assert len(ran) <= 2
+    assert len(retrain.retrain(items[:1], [], "nowhere", False)) == 1
+
+
+def test_nothing_goes_on_where_all_have_failed(monkeypatch):
+    def run_trials(trials, results_dir, jobs, progress):
+        raise TrialsFailed("no", failures=[(one, "no images") for one in trials])
+
+    monkeypatch.setattr(retrain, "run_trials", run_trials)
+    items = [Archived("04", trial(seed), result(trial(seed)), 1.0) for seed in range(3)]
+    table = retrain.retrain(items[:1], [], "nowhere", False, items[1:])
+    assert table["verdict"].tolist() == ["no: no images"]
 
 
 def test_any_number_is_chosen_whatever_the_time():
-    assert len(choose(candidates(1e6), count=4)) == 4
-    assert len(choose(candidates(1e6), count=40)) == 6
-    assert choose(candidates(1.0), count=0) == []
+    assert len(choose(candidates(1e6), count=4)[0]) == 4
+    assert len(choose(candidates(1e6), count=40)[0]) == 6
+    assert choose(candidates(1.0), count=0) == ([], [])
+    assert choose(candidates(1.0), count=2)[1] == []
 
 
 @pytest.fixture(scope="module")

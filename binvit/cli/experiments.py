@@ -17,7 +17,9 @@ from binvit.cli.group import FOLDER, PATH, RECIPES, cli, in_words, printable
 @click.option("--size", default="archive", show_default=True, metavar="[archive|smoke|cpu|paper]",
               help="Published results from the archive, or what is trained anew.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="NN", help="Number of a notebook to run, such as 01; may be repeated.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Notebooks that run side by side.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Notebooks that run side by side.  [default: 2 that read the archive]"
+)
 @click.option("--out", type=FOLDER, default="report", show_default=True, help="Folder of the report.")
 @click.option("-p", "--parameter", "texts", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="A parameter for all selected notebooks; lists as in YAML.")  # fmt: skip
@@ -29,7 +31,7 @@ from binvit.cli.group import FOLDER, PATH, RECIPES, cli, in_words, printable
 def reproduce(
     size: str,
     only: tuple[str, ...],
-    jobs: int,
+    jobs: int | None,
     out: Path,
     texts: tuple[tuple[str, str], ...],
     files: tuple[Path, ...],
@@ -51,6 +53,7 @@ def reproduce(
     from binvit.lab.notebooks import plan as plan_
     from binvit.lab.notebooks import published, report, run
     from binvit.lab.notebooks.plan import check, read_values
+    from binvit.threads import cores
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder of the report, {out}, is a file.")
@@ -64,7 +67,7 @@ def reproduce(
     )
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
-    outcomes = run.run(plan, out / "notebooks", jobs)
+    outcomes = run.run(plan, out / "notebooks", jobs or (min(2, cores()) if size == "archive" else 1))
     with suppress(OSError, ValueError):  # told below, if it lasts
         report.write_report(outcomes, out)  # the sample takes minutes and may fail
     checked, problems = [], []
@@ -229,7 +232,7 @@ def archive(results_dir: Path, out: Path | None, measured: Path | None) -> None:
     found, damaged = read_results(results_dir)
     out = out or project.folder("paper_figures")
     if measured:
-        from binvit.lab.experiments.efficiency import archive_bench
+        from binvit.lab.benchmark.archived import archive_bench
 
         click.echo(f"Measurements of {', '.join(archive_bench(measured, out))} are in {out}.")
     new = add(found, out)

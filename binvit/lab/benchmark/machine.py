@@ -34,7 +34,7 @@ def describe_cpu() -> str:
 
 
 @functools.cache
-def kernels(*more: str) -> str:
+def kernels_version(*more: str) -> str:
     """Return a fingerprint of the code that packed models run; comments, docstrings and line breaks are no part of it.
 
     Args:
@@ -53,29 +53,38 @@ def kernels(*more: str) -> str:
 def statements(source: str) -> str:
     """Return a program without its comments and docstrings, and with single spaces."""
     lines = source.splitlines(keepends=True)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column] + "\n"
+    spans = [
+        (token.start, token.end)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    columns = [line.encode() for line in lines]  # ast counts bytes, tokenize characters
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
-            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
-            lines[first - 1 : last] = ["\n"] * (last - first + 1)
+            text = node.body[0]
+            last = text.end_lineno or text.lineno
+            first_column = len(columns[text.lineno - 1][: text.col_offset].decode())
+            last_column = len(columns[last - 1][: text.end_col_offset].decode())
+            spans.append(((text.lineno, first_column), (last, last_column)))
+    for (first, start), (last, end) in sorted(spans, reverse=True):
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
     return " ".join("".join(lines).split())
 
 
-def cpu_of(table: pd.DataFrame) -> str:
+def cpu_of(table: pd.DataFrame, *more: str) -> str:
     """Return the kind of CPU that a table of measurements comes from, and whether kernels have changed since.
 
     Args:
         table: its columns cpu and kernels say so; without cpu it was measured here, without kernels at another time.
+        more: what the measurement depends on beside the kernels, as `kernels_version` takes it.
     """
     if "cpu" not in table:
         return describe_cpu()
     told = table.reindex(columns=["cpu", "kernels"]).drop_duplicates()
-    return "; ".join(cpu + (OUTDATED if code != kernels() else "") for cpu, code in told.itertuples(index=False))
+    now = kernels_version(*more)
+    return "; ".join(cpu + (OUTDATED if code != now else "") for cpu, code in told.itertuples(index=False))
 
 
 @dataclass(frozen=True)

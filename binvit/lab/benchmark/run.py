@@ -14,7 +14,7 @@ from binvit import bits
 from binvit.config import show
 from binvit.files import atomic_write
 from binvit.lab.benchmark.kernels import benchmark_kernels
-from binvit.lab.benchmark.machine import LoadWatch, describe_cpu, kernels
+from binvit.lab.benchmark.machine import LoadWatch, describe_cpu, kernels_version
 from binvit.lab.benchmark.memory import benchmark_memory
 from binvit.lab.benchmark.models import benchmark_growth, benchmark_models
 from binvit.lab.benchmark.roofline import draw_roofline
@@ -88,7 +88,7 @@ def run_benchmarks(
         load = watch.stop()
         say(f"\n{part}\n" + table.to_string(index=False, float_format="{:.4g}".format))
         say(load.sentence())
-        code = kernels("nn") if part == "training" else kernels()
+        code = kernels_version("nn") if part == "training" else kernels_version()
         tables[part] = table.assign(cpu=describe_cpu(), others=round(load.others, 3), kernels=code)
         atomic_write(out / f"{part}.csv", tables[part].to_csv(index=False))
         if part == "kernels":

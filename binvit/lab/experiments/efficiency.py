@@ -12,25 +12,14 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 import binvit
 from binvit.lab.analysis.claims import Claim, check_value, not_run
+from binvit.lab.benchmark.archived import archived
 from binvit.lab.benchmark.machine import BUSY, cpu_of
 from binvit.lab.benchmark.models import calibrated_model, random_model
-from binvit.lab.benchmark.run import PARTS
 from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, save_figure, scheme_color, styled
-from binvit.lab.trials.measurements import add_measurements, read_measurements, read_table
 from binvit.packed import pack
 from binvit.packed.audit import Audit, audit
 
-RENAMED = {"binvit bit": "binvit elastic"}
-"""Contenders of older measurements -> what they are called now.
-
-The one-group scheme with learned scales and shifts was called bit until that name went to another one, as released with
-BiT; a CPU with AMX was measured before.
-"""
 REFERENCES = {1: ":", 2: "--"}  # powers of growth -> line style
-_TOGETHER = {
-    "models": ("width", "threads", "batch"),
-    "training": ("size", "threads", "scheme"),
-}  # what one run measures
 OURS, THEIRS = scheme_color("gsb"), scheme_color("float")
 
 
@@ -212,85 +201,6 @@ def _unless_busy(claim: Claim, others: float) -> Claim:
     return Claim(claim.sentence, "undecided", f"{claim.evidence}; other programs used {others:.0%} of the cores")
 
 
-def archive_bench(folder: str | Path, archive: str | Path) -> list[str]:
-    """Add the tables of `binvit bench` to an archive; what was measured there on the same kind of CPU makes room.
-
-    Models in batches of another size, and steps of other schemes, sizes or numbers of threads stay. Training steps are
-    called 08_steps.
-
-    Args:
-        folder: what `binvit bench --out` has written.
-        archive: folder of the archive.
-
-    Returns:
-        The parts that were there.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: one of them is damaged.
-    """
-    found = [part for part in PARTS if (Path(folder) / f"{part}.csv").is_file()]
-    if not found:
-        raise FileNotFoundError(f"There are no tables of binvit bench in {folder}.")
-    for part in found:
-        name = "08_steps" if part == "training" else f"08_{part}"  # 08_training has the notebook's one scheme
-        keys = ["cpu", *_TOGETHER.get(part, ())]
-        add_measurements(archive, name, read_table(Path(folder) / f"{part}.csv", keys), keys)
-    return found
-
-
-def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> pd.DataFrame:
-    """Put what was measured here beside what an archive knows of other machines.
-
-    Args:
-        archive: folder of archived measurements.
-        models: what `binvit.lab.benchmark.models.benchmark_models` returned here.
-        kernels: what `binvit.lab.benchmark.kernels.benchmark_kernels` returned here.
-
-    Returns:
-        A column per kind of CPU and "here": milliseconds per image of each batch and contender, then how many times as
-        fast the 1-bit product is as each peer's, the smallest and the largest of all shapes.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    if not Path(archive).is_dir():
-        raise FileNotFoundError(f"There is no archive {archive}.")
-    both = {
-        name: pd.concat([_told_apart(_archived(archive, name)), here.assign(cpu="here")], ignore_index=True)
-        for name, here in (("models", models), ("kernels", kernels))
-    }
-    rows = [
-        (f"ms per image, batch {batch}", contender, cpu, f"{1000 * part['per_image'].median():.1f}")
-        for (batch, contender, cpu), part in both["models"]
-        .sort_values("batch", kind="stable")
-        .groupby(["batch", "contender", "cpu"], sort=False)
-    ]
-    rows += [
-        ("times a 1-bit product", contender, cpu, f"{part['times'].min():.1f} to {part['times'].max():.1f}")
-        for (contender, cpu), part in both["kernels"].groupby(["contender", "cpu"], sort=False)
-        if contender != "binvit 1-bit"
-    ]
-    table = pd.DataFrame(rows, columns=["what", "contender", "CPU", "value"])
-    kinds = [*(cpu for cpu in table["CPU"].unique() if cpu != "here"), "here"]
-    wide = table.pivot_table(index=["what", "contender"], columns="CPU", values="value", aggfunc="first", sort=False)
-    return wide[kinds].fillna("")
-
-
-def _archived(archive: str | Path, part: str) -> pd.DataFrame:
-    """Return a table of `PARTS` from an archive, contenders under the names that they have now."""
-    table = read_measurements(archive, f"08_{part}")
-    if table.empty:
-        return table
-    require_columns(table, ["contender", "cpu"])
-    return table.assign(contender=table["contender"].replace(RENAMED))
-
-
-def _told_apart(table: pd.DataFrame) -> pd.DataFrame:
-    """Name kinds of CPU as `cpu_of` does: with a word where other kernels than these were measured."""
-    return table.assign(cpu=[cpu_of(table.loc[[row]]) for row in table.index]) if len(table) else table
-
-
 def redraw(archive: str | Path, out: str | Path) -> None:
     """Draw the archived measurements of the first kind of CPU, and the bytes of a DeiT-S.
 
@@ -298,7 +208,7 @@ def redraw(archive: str | Path, out: str | Path) -> None:
         archive: folder of archived measurements.
         out: folder of the figures.
     """
-    models, growth = (_archived(archive, part) for part in ("models", "growth"))
+    models, growth = (archived(archive, part) for part in ("models", "growth"))
     if len(models):
         save_figure(draw(models[models["cpu"] == models["cpu"].iloc[0]], "DeiT-S, 224 x 224"), "08_latency", out)
     if len(growth):

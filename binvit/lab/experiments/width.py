@@ -19,7 +19,7 @@ from safetensors.torch import save as serialize
 import binvit
 from binvit.lab.analysis.claims import Claim, check_difference
 from binvit.lab.analysis.statistics import Difference, estimate, readable, summarize
-from binvit.lab.benchmark.machine import LoadWatch, cpu_of, describe_cpu, kernels
+from binvit.lab.benchmark.machine import LoadWatch, cpu_of, describe_cpu, kernels_version
 from binvit.lab.benchmark.timing import interleave, use_threads
 from binvit.lab.data.datasets import ImageData, load_data
 from binvit.lab.experiments.design.plan import Condition, Run, archive_dir, loader, notebook_runs
@@ -108,7 +108,7 @@ def measure(runs: Sequence[Run], load: Any, seconds: float = 1.0) -> pd.DataFram
             low, median, high = 1000 * np.quantile(times[name], (0.25, 0.5, 0.75))
             row: dict[str, Any] = dict(zip(_KEYS, _key(run), strict=True))
             row |= {"bytes": sizes[name], "ms": median, "low": low, "high": high}
-            rows.append(row | {"others": round(others, 3), "cpu": describe_cpu(), "kernels": kernels()})
+            rows.append(row | {"others": round(others, 3), "cpu": describe_cpu(), "kernels": kernels_version()})
     return pd.DataFrame(rows, columns=list(_MEASURED)).sort_values(list(_KEYS), ignore_index=True)
 
 
@@ -148,7 +148,7 @@ def take_measurements(p: Any, results_dir: str | Path, archive: str | Path) -> i
     known, asked, now = (
         read_measurements(archive, TABLE).reindex(columns=list(_MEASURED)),
         runs(p),
-        (describe_cpu(), kernels()),
+        (describe_cpu(), kernels_version()),
     )
     done = set(known[[*_KEYS, "cpu", "kernels"]].itertuples(index=False, name=None))
     lacking = {run.data for run in asked if (*_key(run), *now) not in done}

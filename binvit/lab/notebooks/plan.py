@@ -25,6 +25,11 @@ class Job:
     values: Mapping[str, Any] = field(default_factory=dict)
     size: str = "archive"
 
+    def measures_time(self) -> bool:
+        """Say whether a cell measures time, as its tag tells, so that nothing else may run beside the notebook."""
+        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
+        return any("measures-time" in cell["metadata"].get("tags", []) for cell in cells)
+
 
 def read_values(path: Path) -> dict[str, Any]:
     """Read a YAML file of parameters.

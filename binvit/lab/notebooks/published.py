@@ -71,7 +71,8 @@ def check_sample(
         jobs: notebooks with their parameters; those that read no archive have no sample.
         out: folder of the report; the trials go to its folder retrained, the table to retrained.csv.
         seed: decides the sample.
-        count: how many; None as `retrain.choose` says.
+        count: how many; None takes one for each notebook and goes on until training has taken minutes, as
+            `retrain.retrain` says.
         progress: show a progress bar.
 
     Returns:
@@ -79,8 +80,8 @@ def check_sample(
     """
     (out / RETRAINED).unlink(missing_ok=True)  # of an earlier sample, which must not pass for this one
     candidates = archived_trials(jobs) if count != 0 else []
-    chosen = choose(candidates, seed, count)
-    table = retrain(chosen, [item.result for item in candidates], out / "retrained", progress)
+    chosen, further = choose(candidates, seed, count)
+    table = retrain(chosen, [item.result for item in candidates], out / "retrained", progress, further)
     if len(table):
         atomic_write(out / RETRAINED, table.to_csv(index=False, lineterminator="\n"))
     return table

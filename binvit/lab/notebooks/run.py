@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -104,7 +105,7 @@ def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
     Args:
         jobs: what `plan` returned.
         out: where the executed copies go.
-        processes: how many notebooks run side by side; they share the cores.
+        processes: how many notebooks run side by side; they share the cores. One that measures time runs alone.
 
     Returns:
         One outcome per job, in the order of the jobs.
@@ -113,7 +114,9 @@ def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
 
     outcomes: dict[str, Outcome] = {}
     with tqdm(total=len(jobs), desc="notebooks", unit="notebook", disable=None) as bar:  # None: only on a terminal
-        for outcome in _outcomes(jobs, out, processes):
+        alone = [job for job in jobs if processes == 1 or job.measures_time()]
+        beside = [job for job in jobs if job not in alone]
+        for outcome in chain(_outcomes(beside, out, min(processes, len(beside))), _outcomes(alone, out, 1)):
             outcomes[outcome.name] = outcome
             bar.update()
             bar.write(f"{outcome.name} {'failed' if outcome.error else 'finished'} after {outcome.seconds:.0f} s")
@@ -121,7 +124,7 @@ def run(jobs: Sequence[Job], out: Path, processes: int = 1) -> list[Outcome]:
 
 
 def _outcomes(jobs: Sequence[Job], out: Path, processes: int) -> Iterator[Outcome]:
-    if processes == 1:
+    if processes <= 1:
         yield from (run_job(job, out, progress=sys.stderr.isatty()) for job in jobs)
         return
     # Spawned, since papermill's event loop and the numerical libraries' threads do not survive a fork.

@@ -19,8 +19,10 @@ from binvit.lab.trials.trial import Trial
 from binvit.nn.fused.float_products import multiply_by
 from binvit.threads import cores
 
-MINUTES = 4.0  # that a sample takes at most on two cores, by the archive's seconds
-FILL = 3.8  # minutes up to which more than one trial of a notebook are trained again
+MINUTES = 4.0  # that the trials chosen first take at most on two cores, by the archive's seconds
+LEAST_MINUTES = 3.0  # that a sample trains on two cores of this machine, where there are trials enough
+AIM_MINUTES = 3.1  # that further trials are chosen for: a last one alone would leave the other core idle
+MOST_MINUTES = 3.4  # that no further trial leads beyond
 LEAST = 0.01  # a difference of accuracy that no spread of few seeds rules out
 CONFIDENCE = 0.99  # of the interval that two trainings of one condition differ by
 COLUMNS = ("notebook", "verdict", "archived (%)", "here (%)", "difference", "allowed", "trial", "made with")
@@ -45,25 +47,25 @@ class Archived:
 
 def choose(
     candidates: Iterable[Archived], seed: int = 0, count: int | None = None, minutes: float = MINUTES
-) -> list[Archived]:
+) -> tuple[list[Archived], list[Archived]]:
     """Choose archived trials at random.
 
     Args:
         candidates: trials whose images are here.
         seed: decides the choice.
-        count: how many; None takes one for each notebook, as far as they take no longer than `minutes` on two cores,
-            and then more of any as long as all take no longer than `FILL` minutes.
+        count: how many; None takes one for each notebook, as far as they take no longer than `minutes` on two cores.
         minutes: likewise.
 
     Returns:
-        The trials; fewer than asked for if there are no more.
+        The trials, fewer than asked for if there are no more; and, if no number was given, those that `retrain` goes on
+        with, in the order of the draw.
     """
     order = sorted({item.result.id: item for item in candidates}.values(), key=lambda item: item.result.id)
     if count is None:  # side by side does not help a single one
         order = [item for item in order if item.seconds <= 60 * minutes * item.result.threads]
     random.Random(seed).shuffle(order)
     if count is not None:
-        return order[:count]
+        return order[:count], []
     chosen: list[Archived] = []
     left, numbers = 2 * 60 * minutes, sorted({item.notebook for item in order})
     for place, number in enumerate(numbers):
@@ -71,16 +73,15 @@ def choose(
         fits = [item for item in order if item.notebook == number and item.seconds <= share]
         chosen += fits[:1]
         left -= sum(item.seconds for item in fits[:1])
-    spent = sum(item.seconds for item in chosen)
-    for item in order:
-        if item not in chosen and spent + item.seconds <= 2 * 60 * min(FILL, minutes):
-            chosen.append(item)
-            spent += item.seconds
-    return chosen
+    return chosen, [item for item in order if item not in chosen]
 
 
 def retrain(
-    chosen: Sequence[Archived], known: Iterable[TrialResult], results_dir: str | Path, progress: bool = True
+    chosen: Sequence[Archived],
+    known: Iterable[TrialResult],
+    results_dir: str | Path,
+    progress: bool = True,
+    further: Sequence[Archived] = (),
 ) -> pd.DataFrame:
     """Train archived trials again and compare their accuracies.
 
@@ -93,11 +94,50 @@ def retrain(
         known: archived results, among them those of other seeds.
         results_dir: folder of the new results; those that are there already are read.
         progress: show a progress bar.
+        further: trials to go on with, in this order, until all have trained for `LEAST_MINUTES` on two cores of this
+            machine, whose speed the first ones tell; those that would lead beyond `MOST_MINUTES` are left out.
 
     Returns:
         One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", "one
         seed, no spread known", or one that starts with "no: ".
     """
+    known, sample = list(known), list(chosen)
+    failures = _train(sample, results_dir, progress)
+    rows = [_compare(item, known, results_dir, failures) for item in sample]
+    while more := _next(further, sample, results_dir, failures):
+        sample += more
+        failures |= _train(more, results_dir, progress)
+        rows += [_compare(item, known, results_dir, failures) for item in more]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _next(
+    further: Sequence[Archived], done: Sequence[Archived], results_dir: str | Path, failures: dict[Trial, str]
+) -> list[Archived]:
+    """Return the trials to train next, none if there has been enough of it."""
+    trained = [item for item in done if item.trial not in failures]
+    spent = sum(_seconds_here(item, results_dir) for item in trained)
+    before = sum(item.seconds for item in trained)
+    if not spent or spent >= 2 * 60 * LEAST_MINUTES:
+        return []
+    more: list[Archived] = []
+    for item in further:
+        expected = item.seconds * spent / before
+        ahead = sum(one.seconds for one in more) * spent / before
+        if spent + ahead >= 2 * 60 * AIM_MINUTES:
+            break
+        if item not in done and spent + ahead + expected <= 2 * 60 * MOST_MINUTES:
+            more.append(item)
+    return more
+
+
+def _seconds_here(item: Archived, results_dir: str | Path) -> float:
+    """Return the core seconds that a trial has taken now, its teacher's in proportion."""
+    return item.seconds * read_result(item.trial, results_dir).seconds / item.result.seconds
+
+
+def _train(chosen: Sequence[Archived], results_dir: str | Path, progress: bool) -> dict[Trial, str]:
+    """Train trials as they were trained before, and return why some have failed."""
     failures: dict[Trial, str] = {}
     for threads, products in sorted({(item.result.threads, item.result.products) for item in chosen}):
         trials = [i.trial for i in chosen if (i.result.threads, i.result.products) == (threads, products)]
@@ -106,32 +146,30 @@ def retrain(
                 run_trials(trials, results_dir, max(1, cores() // threads), progress=progress)
         except TrialsFailed as error:
             failures |= dict(error.failures)
-    known = list(known)
-    rows = []
-    for item in chosen:
-        before = item.result.test_accuracy
-        name = f"{item.trial.describe()}"
-        if item.trial in failures:
-            why = f"no: {failures[item.trial]}"
-            rows.append((item.notebook, why, 100 * before, math.nan, math.nan, math.nan, name, ""))
-            continue
-        again = read_result(item.trial, results_dir)
-        different = changes(item.result.environment, again.environment)
-        allowed, seeds = spread(item.result, known)
-        difference = again.test_accuracy - before
-        if difference == 0 and again.train_accuracy == item.result.train_accuracy:
-            verdict = "identical"
-        elif not different:
-            verdict = "no: it differs, though CPU, versions and threads do not"
-        elif seeds < 2:
-            verdict = "one seed, no spread known"
-        else:
-            verdict = f"within the spread of {seeds} seeds" if abs(difference) <= allowed else "no: beyond the spread"
-        shown = 0.0 if not different else 100 * allowed
-        rows.append(
-            (item.notebook, verdict, 100 * before, 100 * again.test_accuracy, 100 * difference, shown, name, different)
-        )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return failures
+
+
+def _compare(
+    item: Archived, known: Sequence[TrialResult], results_dir: str | Path, failures: dict[Trial, str]
+) -> tuple[object, ...]:
+    """Return the row of `COLUMNS` for a trial."""
+    before, name = item.result.test_accuracy, item.trial.describe()
+    if item.trial in failures:
+        return item.notebook, f"no: {failures[item.trial]}", 100 * before, math.nan, math.nan, math.nan, name, ""
+    again = read_result(item.trial, results_dir)
+    different = changes(item.result.environment, again.environment)
+    allowed, seeds = spread(item.result, known)
+    difference = again.test_accuracy - before
+    if difference == 0 and again.train_accuracy == item.result.train_accuracy:
+        verdict = "identical"
+    elif not different:
+        verdict = "no: it differs, though CPU, versions and threads do not"
+    elif seeds < 2:
+        verdict = "one seed, no spread known"
+    else:
+        verdict = f"within the spread of {seeds} seeds" if abs(difference) <= allowed else "no: beyond the spread"
+    shown = 0.0 if not different else 100 * allowed
+    return item.notebook, verdict, 100 * before, 100 * again.test_accuracy, 100 * difference, shown, name, different
 
 
 def spread(result: TrialResult, known: Iterable[TrialResult]) -> tuple[float, int]:
