@@ -21,22 +21,27 @@ OUT    ?= report
 CONSTRAINTS ?=
 PIP_OPTIONS ?=
 
-BIN   := .venv/bin
-READY := .venv/.ready
+BIN      := .venv/bin
+READY    := .venv/.ready
+COMPILED := .venv/.compiled
 
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: test reproduce figures notebooks soak cluster-test clean
 
-# Modules are compiled on all cores; pip would use one. Some packages have templates that are no Python, which is no fault.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "binvit needs Python 3.11 or newer; choose one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_OPTIONS) \
 	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
-	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+	touch $@
+
+# Modules are compiled on all cores, but for packages' own tests; pip would use one core, for all of them. Some packages have
+# templates that are no Python, which is no fault.
+$(COMPILED): $(READY)
+	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
 # Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
@@ -44,17 +49,18 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & $(BIN)/mypy && wait $$!
+	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; $(MAKE) --no-print-directory $(COMPILED) & modules=$$!; \
+	    $(BIN)/mypy; types=$$?; wait $$modules && wait $$kernels && exit $$types
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
 	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks
 
-reproduce: $(READY)
+reproduce: $(COMPILED)
 	$(BIN)/python -m binvit reproduce --size $(SIZE) --out $(OUT)
 
-figures: $(READY)
+figures: $(COMPILED)
 	$(ONE_THREAD) $(BIN)/python -m binvit figures
 
-notebooks: $(READY)
+notebooks: $(COMPILED)
 	$(ONE_THREAD) $(BIN)/python -m binvit.lab.notebooks.refresh notebooks/*.ipynb
 
 soak: $(READY)

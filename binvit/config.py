@@ -157,22 +157,32 @@ def _what(cls: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
 
 
+_FLAT = frozenset((bool, int, float, str, bytes, type(None)))  # most values by far, and nothing is inside
+_PLAIN = frozenset((dict, list, tuple))
+
+
 def _is_deep(value: Any, levels: int = _DEEPEST) -> bool:
-    if not isinstance(value, Mapping | list | tuple):
+    kind = type(value)
+    if kind in _FLAT or not (kind in _PLAIN or isinstance(value, Mapping | list | tuple)):
         return False
-    return levels == 0 or any(
-        _is_deep(item, levels - 1) for item in (value.values() if isinstance(value, Mapping) else value)
-    )
+    items = value.values() if kind is dict or isinstance(value, Mapping) else value
+    return levels == 0 or any(type(item) not in _FLAT and _is_deep(item, levels - 1) for item in items)
 
 
 def plain(value: Any) -> Any:
     """Return a value with numpy's and torch's numbers and arrays as Python's numbers and lists, at any depth."""
-    if type(value).__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
+    kind = type(value)
+    if kind in _FLAT:
+        return value
+    if kind in (list, tuple):
+        return kind([item if type(item) in _FLAT else plain(item) for item in value])
+    if kind is not dict and kind.__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, Mapping):
-        return {plain(name): plain(item) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(plain(item) for item in value)
+    if kind is dict or isinstance(value, Mapping):
+        return {
+            name if type(name) is str else plain(name): item if type(item) in _FLAT else plain(item)
+            for name, item in value.items()
+        }
     return value
 
 

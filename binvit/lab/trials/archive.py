@@ -71,7 +71,8 @@ def find(trial: Trial, archive: str | Path) -> TrialResult | None:
         path = _path(archive, name)
         values = _line_of(trial, fingerprint, _lines(path))
         if values is not None:
-            result = replace(_result(values, path), trial=trial)
+            result = _result(values, path)
+            result = result if result.trial == trial else replace(result, trial=trial)  # its images may lie elsewhere
             try:
                 check_current(result, trial, fingerprint, f"The archived trial {result.id}")
             except OutdatedResult:
