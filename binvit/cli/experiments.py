@@ -26,7 +26,7 @@ from binvit.cli.group import FOLDER, PATH, RECIPES, cli, in_words, printable
 @click.option("-f", "--file", "files", type=PATH, multiple=True, help="YAML file of parameters.")
 @click.option("--notebooks", type=PATH, help="Folder of the notebooks.  [default: the clone's]")
 @click.option("--check", "count", type=click.IntRange(0), metavar="N",
-              help="Archived trials to train again.  [default: at least one per notebook, minutes in all]")  # fmt: skip
+              help="Archived trials to train again.  [default: one per notebook, and for three minutes]")  # fmt: skip
 @click.option("--sample-seed", type=int, default=0, show_default=True, help="Decides which trials these are.")
 def reproduce(
     size: str,
