@@ -40,16 +40,18 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 # Modules are compiled on all cores, but for packages' own tests; pip would use one core, for all of them. Some packages have
 # templates that are no Python, which is no fault.
+COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true; touch $(COMPILED); }
+
 $(COMPILED): $(READY)
-	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
-	touch $@
+	$(COMPILE)
 
 # Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; $(MAKE) --no-print-directory $(COMPILED) & modules=$$!; \
+	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; \
+	    { test $(COMPILED) -nt $(READY) || $(COMPILE); } & modules=$$!; \
 	    $(BIN)/mypy; types=$$?; wait $$modules && wait $$kernels && exit $$types
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
 	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks

@@ -47,16 +47,19 @@ def test_what_was_not_chosen_comes_next_in_the_order_of_the_draw():
 
 
 @pytest.mark.parametrize(
-    ("speed", "seconds", "trained"),
+    ("speed", "seconds", "wait", "trained"),
     [
-        (1.0, 60.0, 6),  # 360 core seconds; a seventh would lead to 420
-        (2.0, 60.0, 3),  # a slow machine: another would lead to 480
-        (0.5, 60.0, 13),  # a fast one: 390
-        (1.0, 3.0, 40),  # there are no more
-        (1.0, 400.0, 1),
+        (1.0, 60.0, 1, 6),  # 360 core seconds; a seventh would lead to 420
+        (2.0, 60.0, 1, 3),  # a slow machine: another would lead to 480
+        (0.5, 60.0, 1, 13),  # a fast one: 390
+        (1.0, 3.0, 1, 40),  # there are no more
+        (1.0, 400.0, 1, 1),
+        (1.0, 60.0, 100, 2),  # one that idles: a third would lead beyond, and 200 seconds have passed
     ],
 )
-def test_training_goes_on_until_it_has_taken_three_minutes_of_two_cores_here(monkeypatch, speed, seconds, trained):
+def test_training_goes_on_until_it_has_taken_three_minutes_of_two_cores_here(
+    monkeypatch, speed, seconds, wait, trained
+):
     all_trials = [trial(seed) for seed in range(40)]
     ran = []
 
@@ -66,6 +69,8 @@ def test_training_goes_on_until_it_has_taken_three_minutes_of_two_cores_here(mon
     def read(one, results_dir):
         return dataclasses.replace(result(one), seconds=speed * result(one).seconds)
 
+    clock = iter(range(0, 10**6, wait))
+    monkeypatch.setattr(retrain.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(retrain, "run_trials", run_trials)
     monkeypatch.setattr(retrain, "read_result", read)
     items = [Archived("04", one, result(one), seconds) for one in all_trials]

@@ -13,10 +13,13 @@ cli.main(args=sys.argv[1:], standalone_mode=False)
 TRAIN = """
 import sys, timm, torch
 import binvit
-model = timm.create_model("deit_small_distilled_patch16_224", img_size=48, patch_size=8, depth=1, num_classes=3)
-model = binvit.binarize(model, binvit.scheme("gsb")).train()
-for images in (3, 3, 1, 33):
-    sum(logits.sum() for logits in model(torch.randn(images, 3, 48, 48))).backward()
+options = {"img_size": 48, "patch_size": 8, "depth": 1, "num_classes": 3}
+float_model = timm.create_model("deit_small_distilled_patch16_224", **options)
+for name in sorted(binvit.list_schemes(), key="gsb".__eq__):  # gsb as the last one
+    for bias in ("none", "full", "relative"):
+        model = binvit.binarize(float_model, binvit.scheme(name, attention_bias=bias)).train()
+        for images in (3, 3, 1, 33) if name == "gsb" else (3, 3, 33):
+            sum(logits.sum() for logits in model(torch.randn(images, 3, 48, 48))).backward()
 packed = binvit.pack(model.eval())
 packed(torch.randn(1, 3, 48, 48))
 packed(torch.randn(5, 3, 48, 48))

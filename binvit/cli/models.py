@@ -227,18 +227,16 @@ def warm_up(model: Path | None) -> None:
     import binvit
     from binvit import bits
     from binvit.lab.predict import open_packed
+    from binvit.lab.trials.train_trial import ALL_KERNELS
 
     if model is None:
         seconds = bits.warm_up()
         float_model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=2)
-        trained = binvit.binarize(float_model, binvit.scheme("gsb")).train()
-        for images in (
-            2,
-            2,
-            128,
-        ):  # the first batch sets scales; small products are made of floats, large ones of bytes
-            trained(torch.randn(images, 3, 32, 32)).sum().backward()
-        packed = binvit.pack(trained.eval())
+        trained = {name: binvit.binarize(float_model, name).train() for name in ALL_KERNELS}
+        for binary in trained.values():
+            for images in (2, 2, 128):  # the first batch sets scales; small products are of floats, large ones of bytes
+                binary(torch.randn(images, 3, 32, 32)).sum().backward()
+        packed = binvit.pack(trained["gsb"].eval())
     else:
         seconds, packed = 0.0, open_packed(model)
     click.echo(f"ready after {seconds + packed.warm_up():.1f} seconds")

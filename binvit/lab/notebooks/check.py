@@ -10,7 +10,16 @@ from typing import Any
 from binvit.lab.notebooks.clean import METADATA, WIDGET, joined
 from binvit.lab.notebooks.parameters import convert, declared_types
 
-TAGS = ("parameters", "nbval-check-output", "nbval-ignore-output", "figure", "claims", "hide-input", "measures-time")
+TAGS = (
+    "parameters",
+    "nbval-check-output",
+    "nbval-ignore-output",
+    "figure",
+    "claims",
+    "hide-input",
+    "measures-time",
+    "measures-trained",
+)
 MAX_BYTES = 600_000
 MAX_LINES = 25  # of a code cell
 _MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt|private|var|mnt|srv|data)/[\w.~-]+")

@@ -26,9 +26,14 @@ class Job:
     size: str = "archive"
 
     def measures_time(self) -> bool:
-        """Say whether a cell measures time, as its tag tells, so that nothing else may run beside the notebook."""
+        """Say whether a cell measures time, as its tag tells, so that nothing else may run beside the notebook.
+
+        "measures-time" is one that always does, "measures-trained" one that measures models trained here, and where an
+        archive is read reads what was measured.
+        """
         cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
-        return any("measures-time" in cell["metadata"].get("tags", []) for cell in cells)
+        tags = {tag for cell in cells for tag in cell["metadata"].get("tags", [])}
+        return "measures-time" in tags or ("measures-trained" in tags and self.values.get("archive") == "")
 
 
 def read_values(path: Path) -> dict[str, Any]:

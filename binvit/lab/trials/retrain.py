@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,38 +102,47 @@ def retrain(
         One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", "one
         seed, no spread known", or one that starts with "no: ".
     """
-    known, sample = list(known), list(chosen)
-    failures = _train(sample, results_dir, progress)
-    rows = [_compare(item, known, results_dir, failures) for item in sample]
-    while more := _next(further, sample, results_dir, failures):
-        sample += more
+    known, more = list(known), list(chosen)
+    sample: list[Archived] = []
+    failures: dict[Trial, str] = {}
+    rows, seconds = [], 0.0
+    while more:
+        start = time.perf_counter()
         failures |= _train(more, results_dir, progress)
+        seconds += time.perf_counter() - start
+        sample += more
         rows += [_compare(item, known, results_dir, failures) for item in more]
+        trained = [item for item in sample if item.trial not in failures]
+        of_two_cores = sum(_seconds_here(item, results_dir) for item in trained) / 2  # what was there took no time now
+        more = _next(further, sample, max(seconds, of_two_cores), sum(item.seconds for item in trained))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _next(
-    further: Sequence[Archived], done: Sequence[Archived], results_dir: str | Path, failures: dict[Trial, str]
-) -> list[Archived]:
-    """Return the trials to train next, none if there has been enough of it."""
-    trained = [item for item in done if item.trial not in failures]
-    spent = sum(_seconds_here(item, results_dir) for item in trained)
-    before = sum(item.seconds for item in trained)
-    if not spent or spent >= 2 * 60 * LEAST_MINUTES:
-        return []
+def _next(further: Sequence[Archived], done: Sequence[Archived], spent: float, before: float) -> list[Archived]:
+    """Return the trials to train next, none if there has been enough of it.
+
+    Args:
+        further: trials in their order.
+        done: those that had their turn.
+        spent: seconds that training has taken.
+        before: core seconds of the same trials by the archive.
+    """
     more: list[Archived] = []
+    if not before or spent >= 60 * LEAST_MINUTES:
+        return more
+    ahead = spent
     for item in further:
-        expected = item.seconds * spent / before
-        ahead = sum(one.seconds for one in more) * spent / before
-        if spent + ahead >= 2 * 60 * AIM_MINUTES:
+        if ahead >= 60 * AIM_MINUTES:
             break
-        if item not in done and spent + ahead + expected <= 2 * 60 * MOST_MINUTES:
+        expected = ahead + item.seconds * spent / before
+        if item not in done and expected <= 60 * MOST_MINUTES:
             more.append(item)
+            ahead = expected
     return more
 
 
 def _seconds_here(item: Archived, results_dir: str | Path) -> float:
-    """Return the core seconds that a trial has taken now, its teacher's in proportion."""
+    """Return the core seconds that a trial has taken here, its teacher's in proportion."""
     return item.seconds * read_result(item.trial, results_dir).seconds / item.result.seconds
 
 
