@@ -43,6 +43,8 @@ def test_archived_steps_and_memory_stand_beside_those_of_this_machine(tmp_path):
     assert shown.loc[("binvit gsb", 1)].tolist() == ["5.0, 60.0", "5.0, 50.0"]
     assert archived.memory_beside(tmp_path, None).columns.tolist() == ["one" + machine.OUTDATED]
     assert archived.archived_steps(tmp_path / "none").empty
+    assert archived.memory_beside(tmp_path / "none", None).empty
+    assert archived.memory_beside(tmp_path / "none", memory).columns.tolist() == ["here"]
 
 
 def test_measured_steps_are_archived_by_cpu_size_threads_and_scheme(tmp_path):

@@ -97,10 +97,14 @@ def memory_beside(archive: str | Path, here: pd.DataFrame | None) -> pd.DataFram
 
     Returns:
         A column per kind of CPU and "here": million bytes of the file, then by how many million bytes the highest
-        memory of a process rises, by contender and number of images.
+        memory of a process rises, by contender and number of images; empty if nothing was measured anywhere.
     """
-    parts = [_told_apart(archived(archive, "memory")), None if here is None else here.assign(cpu="here")]
-    both = pd.concat([part for part in parts if part is not None], ignore_index=True)
+    both = _told_apart(archived(archive, "memory"))
+    if here is not None:
+        both = pd.concat([both, here.assign(cpu="here")], ignore_index=True)
+    if both.empty:
+        return both
+    require_columns(both, ["contender", "batch", "file_bytes", "peak_bytes"])
     both["value"] = [
         f"{file / 1e6:.1f}, {peak / 1e6:.1f}" for file, peak in zip(both["file_bytes"], both["peak_bytes"], strict=True)
     ]

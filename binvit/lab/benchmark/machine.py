@@ -73,17 +73,16 @@ def statements(source: str) -> str:
     return " ".join("".join(lines).split())
 
 
-def cpu_of(table: pd.DataFrame, *more: str) -> str:
+def cpu_of(table: pd.DataFrame) -> str:
     """Return the kind of CPU that a table of measurements comes from, and whether kernels have changed since.
 
     Args:
         table: its columns cpu and kernels say so; without cpu it was measured here, without kernels at another time.
-        more: what the measurement depends on beside the kernels, as `kernels_version` takes it.
     """
     if "cpu" not in table:
         return describe_cpu()
     told = table.reindex(columns=["cpu", "kernels"]).drop_duplicates()
-    now = kernels_version(*more)
+    now = kernels_version()
     return "; ".join(cpu + (OUTDATED if code != now else "") for cpu, code in told.itertuples(index=False))
 
 
