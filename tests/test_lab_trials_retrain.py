@@ -81,6 +81,19 @@ def test_training_goes_on_until_it_has_taken_three_minutes_of_two_cores_here(
     assert len(retrain.retrain(items[:1], [], "nowhere", False)) == 1
 
 
+def test_those_that_go_on_train_side_by_side(monkeypatch):
+    ran = []
+    monkeypatch.setattr(retrain, "run_trials", lambda trials, results_dir, jobs, progress: ran.append(list(trials)))
+    monkeypatch.setattr(retrain, "read_result", lambda one, results_dir: result(one))
+    made = [dataclasses.replace(result(trial(seed)), products="tiles" if seed % 3 else "torch") for seed in range(12)]
+    items = [Archived("04", one.trial, one, 60.0) for one in made]
+    table = retrain.retrain(items[:2], [], "nowhere", False, items)
+    first, second, further = ran
+    assert [one.seed for one in (*first, *second)] == [1, 0]  # what multiplies is chosen for each kind
+    assert [one.seed for one in further] == [2, 4, 5, 7]
+    assert len(table) == 6
+
+
 def test_nothing_goes_on_where_all_have_failed(monkeypatch):
     def run_trials(trials, results_dir, jobs, progress):
         raise TrialsFailed("no", failures=[(one, "no images") for one in trials])

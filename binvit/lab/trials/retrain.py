@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def retrain(
         results_dir: folder of the new results; those that are there already are read.
         progress: show a progress bar.
         further: trials to go on with, in this order, until all have trained for `LEAST_MINUTES` on two cores of this
-            machine, whose speed the first ones tell; those that would lead beyond `MOST_MINUTES` are left out.
+            machine, whose speed the first ones tell; those that would lead beyond `MOST_MINUTES` are left out, and
+            those that do not train side by side with most of the others.
 
     Returns:
         One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", "one
@@ -127,18 +129,22 @@ def _next(further: Sequence[Archived], done: Sequence[Archived], spent: float, b
         spent: seconds that training has taken.
         before: core seconds of the same trials by the archive.
     """
-    more: list[Archived] = []
-    if not before or spent >= 60 * LEAST_MINUTES:
-        return more
-    ahead = spent
-    for item in further:
-        if ahead >= 60 * AIM_MINUTES:
-            break
+    left = [item for item in further if item not in done]
+    if not left or not before or spent >= 60 * LEAST_MINUTES:
+        return []
+    most, _ = Counter(map(_together, left)).most_common(1)[0]  # one alone of another kind would leave a core idle
+    more, ahead = [], spent
+    for item in left:
         expected = ahead + item.seconds * spent / before
-        if item not in done and expected <= 60 * MOST_MINUTES:
+        if ahead < 60 * AIM_MINUTES and expected <= 60 * MOST_MINUTES and _together(item) == most:
             more.append(item)
             ahead = expected
     return more
+
+
+def _together(item: Archived) -> tuple[int, str]:
+    """Return what trials that train side by side have in common: their threads, and what multiplies floats."""
+    return item.result.threads, item.result.products
 
 
 def _seconds_here(item: Archived, results_dir: str | Path) -> float:
@@ -149,8 +155,8 @@ def _seconds_here(item: Archived, results_dir: str | Path) -> float:
 def _train(chosen: Sequence[Archived], results_dir: str | Path, progress: bool) -> dict[Trial, str]:
     """Train trials as they were trained before, and return why some have failed."""
     failures: dict[Trial, str] = {}
-    for threads, products in sorted({(item.result.threads, item.result.products) for item in chosen}):
-        trials = [i.trial for i in chosen if (i.result.threads, i.result.products) == (threads, products)]
+    for threads, products in sorted(set(map(_together, chosen))):
+        trials = [item.trial for item in chosen if _together(item) == (threads, products)]
         try:
             with multiply_by(products):
                 run_trials(trials, results_dir, max(1, cores() // threads), progress=progress)
