@@ -38,9 +38,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
 	touch $@
 
-# Modules are compiled on all cores, but for packages' own tests; pip would use one core, for all of them. Some packages have
+# Modules are compiled on all cores, but for packages' own tests and tools; pip would use one core, for all of them. Some have
 # templates that are no Python, which is no fault.
-COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true; touch $(COMPILED); }
+COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|pip|mypyc?|setuptools)/' .venv/lib >/dev/null 2>&1 || true; touch $(COMPILED); }
 
 $(COMPILED): $(READY)
 	$(COMPILE)
