@@ -68,7 +68,7 @@ def beside(archive: str | Path, models: pd.DataFrame, kernels: pd.DataFrame) -> 
     if not Path(archive).is_dir():
         raise FileNotFoundError(f"There is no archive {archive}.")
     both = {
-        name: pd.concat([_told_apart(archived(archive, name)), here.assign(cpu="here")], ignore_index=True)
+        name: pd.concat([_told_apart(read_bench(archive, name)), here.assign(cpu="here")], ignore_index=True)
         for name, here in (("models", models), ("kernels", kernels))
     }
     rows = [
@@ -99,7 +99,7 @@ def memory_beside(archive: str | Path, here: pd.DataFrame | None) -> pd.DataFram
         A column per kind of CPU and "here": million bytes of the file, then by how many million bytes the highest
         memory of a process rises, by contender and number of images; empty if nothing was measured anywhere.
     """
-    both = _told_apart(archived(archive, "memory"))
+    both = _told_apart(read_bench(archive, "memory"))
     if here is not None:
         both = pd.concat([both, here.assign(cpu="here")], ignore_index=True)
     if both.empty:
@@ -132,7 +132,7 @@ def archived_steps(archive: str | Path) -> pd.DataFrame:
     return wide.fillna("")
 
 
-def archived(archive: str | Path, part: str) -> pd.DataFrame:
+def read_bench(archive: str | Path, part: str) -> pd.DataFrame:
     """Return a table of `PARTS` from an archive, contenders under the names that they have now.
 
     Args:

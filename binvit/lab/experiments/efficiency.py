@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 import binvit
 from binvit.lab.analysis.claims import Claim, check_value, not_run
-from binvit.lab.benchmark.archived import archived
+from binvit.lab.benchmark.archived import read_bench
 from binvit.lab.benchmark.machine import BUSY, cpu_of
 from binvit.lab.benchmark.models import calibrated_model, random_model
 from binvit.lab.figures.style import GREY, INK, caption, label_ends, require_columns, save_figure, scheme_color, styled
@@ -208,7 +208,7 @@ def redraw(archive: str | Path, out: str | Path) -> None:
         archive: folder of archived measurements.
         out: folder of the figures.
     """
-    models, growth = (archived(archive, part) for part in ("models", "growth"))
+    models, growth = (read_bench(archive, part) for part in ("models", "growth"))
     if len(models):
         save_figure(draw(models[models["cpu"] == models["cpu"].iloc[0]], "DeiT-S, 224 x 224"), "08_latency", out)
     if len(growth):
