@@ -40,10 +40,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 # Modules are compiled on all cores, but for packages' own tests and tools; pip would use one core, for all of them. Some have
 # templates that are no Python, which is no fault.
-COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|pip|mypyc?|setuptools)/' .venv/lib >/dev/null 2>&1 || true; touch $(COMPILED); }
+COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|pip|mypyc?|setuptools)/' .venv/lib >/dev/null 2>&1 || true; }
 
+# Kernels are compiled beside them, once, so that neither notebooks nor tests wait for it.
 $(COMPILED): $(READY)
-	$(COMPILE)
+	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; $(COMPILE); wait $$kernels && touch $@
 
 # Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
 test: $(READY)
@@ -52,7 +53,7 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; \
 	    { test $(COMPILED) -nt $(READY) || $(COMPILE); } & modules=$$!; \
-	    $(BIN)/mypy; types=$$?; wait $$modules && wait $$kernels && exit $$types
+	    $(BIN)/mypy; types=$$?; wait $$modules && wait $$kernels && touch $(COMPILED) && exit $$types
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \
 	    --nbval-sanitize-with notebooks/nbval.cfg --nbval-cell-timeout 300 tests notebooks
 

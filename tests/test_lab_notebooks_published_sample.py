@@ -1,6 +1,7 @@
 """A sample of archived trials trained again, as `binvit reproduce` does it."""
 
 import json
+import time
 
 import archive_maker
 import pandas as pd
@@ -11,11 +12,12 @@ from binvit.__main__ import cli
 from binvit.lab.experiments import gsb_ablation, information_loss
 from binvit.lab.experiments.design import plan
 from binvit.lab.notebooks import grid, published
+from binvit.lab.notebooks.plan import Job
 from binvit.lab.trials import retrain
 from binvit.lab.trials.archive import add
 from binvit.lab.trials.measurements import add_measurements
 from binvit.lab.trials.pool import run_trials
-from binvit.lab.trials.store import read_results
+from binvit.lab.trials.store import read_results, write_result
 
 TINY = {"schemes": ["float"], "biased": False, "seeds": [0, 1], "samples_per_class": 8, "epochs": 2}
 
@@ -42,15 +44,41 @@ def test_archived_trials_are_trained_from_nothing_and_agree(job, tmp_path):
     assert not (tmp_path / "out" / "retrained.csv").exists()
 
 
+def command(job, tmp_path, monkeypatch):
+    """Return a command that trains the job's trials again, but runs no notebook."""
+    monkeypatch.setattr("binvit.lab.notebooks.run.run", lambda jobs, out, processes: [])
+    monkeypatch.setattr("binvit.lab.trials.train_trial.compile_kernels", lambda: 0.0)
+    options = [text for name, value in dict(job.values).items() for text in ("-p", name, str(value).replace("'", ""))]
+    return ["reproduce", "--only", "04", "--out", str(tmp_path / "out"), *options]
+
+
+def test_what_notebooks_have_trained_counts(job, tmp_path):
+    """But not what those that read the archive have in the same folder."""
+    results = tmp_path / "results"
+    first = Job(archive_maker.NOTEBOOKS / "01_quickstart.ipynb", {"seeds": [0, 1], "results_dir": str(results)})
+    jobs = [first, Job(job.notebook, dict(job.values) | {"results_dir": str(results)})]
+    assert len(read_results(results)[0]) == 2
+    assert published.seconds_trained(jobs, 0.0) == 0.0
+    for run in grid.notebook_runs(first)[:4]:
+        write_result(archive_maker.result(run.trial, seconds=3.0), results)
+    assert published.seconds_trained(jobs, 0.0) == 4 * 3.0 / 2
+    assert published.seconds_trained(jobs, time.time() + 60) == 0.0
+
+
+def test_only_what_tells_something_counts_as_agreement(job, tmp_path, monkeypatch):
+    path = tmp_path / "archive" / "trials" / "digits.jsonl"
+    line = json.loads(path.read_text().splitlines()[0]) | {"test_accuracy": 0.5, "cpu": "another"}
+    path.write_text(json.dumps(line) + "\n")
+    found = CliRunner().invoke(cli, command(job, tmp_path, monkeypatch))
+    assert found.exit_code == 0
+    assert "0 of 1 trials that were trained again agree; of 1 the seeds tell too little." in found.output
+
+
 def test_another_result_ends_with_exit_code_1(job, tmp_path, monkeypatch):
     path = tmp_path / "archive" / "trials" / "digits.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line | {"test_accuracy": 0.987}) + "\n" for line in lines))
-    monkeypatch.setattr("binvit.lab.notebooks.run.run", lambda jobs, out, processes: [])
-    monkeypatch.setattr("binvit.lab.trials.train_trial.compile_kernels", lambda: 0.0)
-    options = [text for name, value in dict(job.values).items() for text in ("-p", name, str(value).replace("'", ""))]
-    command = ["reproduce", "--only", "04", "--out", str(tmp_path / "out"), *options]
-    found = CliRunner().invoke(cli, command)
+    found = CliRunner().invoke(cli, command(job, tmp_path, monkeypatch))
     assert found.exit_code == 1
     assert "does not give what the archive says: no: it differs, though CPU" in found.output
     assert "0 of 2 trials that were trained again agree" in found.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -67,12 +68,15 @@ def reproduce(
     )
 
     click.echo(f"The kernels took {compile_kernels():.0f} s to compile or to load; no notebook's time includes it.")
+    start = time.time()
     outcomes = run.run(plan, out / "notebooks", jobs or (min(2, cores()) if size == "archive" else 1))
     with suppress(OSError, ValueError):  # told below, if it lasts
         report.write_report(outcomes, out)  # the sample takes minutes and may fail
     checked, problems = [], []
     try:
-        checked = published.check_sample(plan, out, sample_seed, count, sys.stderr.isatty()).to_dict("records")
+        trained = published.seconds_trained(plan, start)
+        table = published.check_sample(plan, out, sample_seed, count, sys.stderr.isatty(), trained)
+        checked = table.to_dict("records")
     except (OSError, ValueError) as error:
         problems.append(f"No sample of the archived trials could be trained again and kept: {in_words(error)}")
     try:
@@ -88,7 +92,10 @@ def reproduce(
     for row in beyond:
         click.echo(f"{row['trial']} does not give what the archive says: {row['verdict']}", err=True)
     if checked:
-        click.echo(f"{len(checked) - len(beyond)} of {len(checked)} trials that were trained again agree.")
+        undecided = sum(row["verdict"].startswith("undecided") for row in checked)
+        agree = len(checked) - len(beyond) - undecided
+        text = f"{agree} of {len(checked)} trials that were trained again agree"
+        click.echo(f"{text}; of {undecided} the seeds tell too little." if undecided else f"{text}.")
     for problem in problems:
         click.echo(printable(problem), err=True)
     if failed or beyond or problems:

@@ -20,8 +20,10 @@ from binvit.lab.notebooks.first_page import around_results, results_table, write
 from binvit.lab.notebooks.grid import notebook_runs
 from binvit.lab.notebooks.plan import Job, checked_values
 from binvit.lab.notebooks.report import RETRAINED
+from binvit.lab.project import folder
 from binvit.lab.trials.archive import find, is_present, read_data
 from binvit.lab.trials.retrain import Archived, choose, retrain
+from binvit.lab.trials.store import read_result_file, result_path
 from binvit.lab.trials.trial import Trial, teacher_trial
 
 
@@ -47,11 +49,13 @@ def archived_trials(jobs: Sequence[Job]) -> list[Archived]:
     """
     found = []
     for job, _, archive in reading(jobs):
+        chances = {data.fingerprint: 1 / int(data.classes) for data in read_data(archive) if int(data.classes or 0)}
         for run in notebook_runs(job):
             result = find(run.trial, archive)
             if result is not None and is_present(run.trial.dataset, run.trial.root):
                 cost = result.seconds * result.threads + _teacher(run.trial, archive, result.seconds * result.threads)
-                found.append(Archived(job.notebook.name[:2], run.trial, result, cost))
+                chance = chances.get(result.fingerprint, 0.0)
+                found.append(Archived(job.notebook.name[:2], run.trial, result, cost, chance))
     return found
 
 
@@ -62,8 +66,31 @@ def _teacher(trial: Trial, archive: Path, otherwise: float) -> float:
     return otherwise if teacher is None else teacher.seconds * teacher.threads
 
 
+def seconds_trained(jobs: Sequence[Job], since: float) -> float:
+    """Return how long notebooks have trained, in seconds on two cores, by the results that they have written.
+
+    Args:
+        jobs: notebooks with their parameters.
+        since: seconds of the epoch; results that were there before do not count.
+    """
+    from_archive = {job.notebook for job, _, _ in reading(jobs)}
+    paths = {
+        result_path(run.trial, folder(values.results_dir))
+        for job in jobs
+        if job.notebook not in from_archive and hasattr(values := checked_values(job), "results_dir")
+        for run in notebook_runs(job)
+    }
+    results = [read_result_file(path) for path in paths if path.is_file() and path.stat().st_mtime >= since]
+    return sum(result.seconds * result.threads for result in results) / 2
+
+
 def check_sample(
-    jobs: Sequence[Job], out: Path, seed: int = 0, count: int | None = None, progress: bool = False
+    jobs: Sequence[Job],
+    out: Path,
+    seed: int = 0,
+    count: int | None = None,
+    progress: bool = False,
+    trained: float = 0.0,
 ) -> pd.DataFrame:
     """Train a sample of the archived trials of notebooks again, and write how they compare.
 
@@ -74,6 +101,7 @@ def check_sample(
         count: how many; None takes one for each notebook and goes on until training has taken minutes, as
             `retrain.retrain` says.
         progress: show a progress bar.
+        trained: seconds on two cores that the notebooks themselves have trained in, which count to these minutes.
 
     Returns:
         The table of `retrain.retrain`; without rows if there is no sample.
@@ -81,7 +109,7 @@ def check_sample(
     (out / RETRAINED).unlink(missing_ok=True)  # of an earlier sample, which must not pass for this one
     candidates = archived_trials(jobs) if count != 0 else []
     chosen, further = choose(candidates, seed, count)
-    table = retrain(chosen, [item.result for item in candidates], out / "retrained", progress, further)
+    table = retrain(chosen, [item.result for item in candidates], out / "retrained", progress, further, trained)
     if len(table):
         atomic_write(out / RETRAINED, table.to_csv(index=False, lineterminator="\n"))
     return table

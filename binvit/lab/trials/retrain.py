@@ -39,12 +39,14 @@ class Archived:
         trial: the configuration, with the place of its images.
         result: what the archive says.
         seconds: core seconds that it took, its teacher's included.
+        chance: share of images that guessing gets right.
     """
 
     notebook: str
     trial: Trial
     result: TrialResult
     seconds: float
+    chance: float = 0.0
 
 
 def choose(
@@ -84,6 +86,7 @@ def retrain(
     results_dir: str | Path,
     progress: bool = True,
     further: Sequence[Archived] = (),
+    before: float = 0.0,
 ) -> pd.DataFrame:
     """Train archived trials again and compare their accuracies.
 
@@ -99,10 +102,12 @@ def retrain(
         further: trials to go on with, in this order, until all have trained for `LEAST_MINUTES` on two cores of this
             machine, whose speed the first ones tell; those that would lead beyond `MOST_MINUTES` are left out, and
             those that do not train side by side with most of the others.
+        before: seconds on two cores that have been trained already, which count to these minutes.
 
     Returns:
-        One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", "one
-        seed, no spread known", or one that starts with "no: ".
+        One row per trial with the columns `COLUMNS`; the verdict is "identical", "within the spread of n seeds", one
+        that starts with "no: ", or one that starts with "undecided: " where a single seed tells no spread, or several
+        spread so far that a model that has learned nothing would pass.
     """
     known, more = list(known), list(chosen)
     sample: list[Archived] = []
@@ -116,26 +121,30 @@ def retrain(
         rows += [_compare(item, known, results_dir, failures) for item in more]
         trained = [item for item in sample if item.trial not in failures]
         of_two_cores = sum(_seconds_here(item, results_dir) for item in trained) / 2  # what was there took no time now
-        more = _next(further, sample, max(seconds, of_two_cores), sum(item.seconds for item in trained))
+        spent = max(seconds, of_two_cores)
+        more = _next(further, sample, spent, before, sum(item.seconds for item in trained))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _next(further: Sequence[Archived], done: Sequence[Archived], spent: float, before: float) -> list[Archived]:
+def _next(
+    further: Sequence[Archived], done: Sequence[Archived], spent: float, before: float, archived: float
+) -> list[Archived]:
     """Return the trials to train next, none if there has been enough of it.
 
     Args:
         further: trials in their order.
         done: those that had their turn.
-        spent: seconds that training has taken.
-        before: core seconds of the same trials by the archive.
+        spent: seconds that their training has taken.
+        before: seconds that other trainings have taken.
+        archived: core seconds of the trials that had their turn, by the archive.
     """
     left = [item for item in further if item not in done]
-    if not left or not before or spent >= 60 * LEAST_MINUTES:
+    if not left or not archived or before + spent >= 60 * LEAST_MINUTES:
         return []
     most, _ = Counter(map(_together, left)).most_common(1)[0]  # one alone of another kind would leave a core idle
-    more, ahead = [], spent
+    more, ahead = [], before + spent
     for item in left:
-        expected = ahead + item.seconds * spent / before
+        expected = ahead + item.seconds * spent / archived
         if ahead < 60 * AIM_MINUTES and expected <= 60 * MOST_MINUTES and _together(item) == most:
             more.append(item)
             ahead = expected
@@ -181,7 +190,9 @@ def _compare(
     elif not different:
         verdict = "no: it differs, though CPU, versions and threads do not"
     elif seeds < 2:
-        verdict = "one seed, no spread known"
+        verdict = "undecided: one seed, no spread known"
+    elif abs(difference) <= allowed and before - allowed <= item.chance:
+        verdict = f"undecided: {seeds} seeds differ so much that a model that learned nothing would pass"
     else:
         verdict = f"within the spread of {seeds} seeds" if abs(difference) <= allowed else "no: beyond the spread"
     shown = 0.0 if not different else 100 * allowed
