@@ -107,6 +107,17 @@ def test_what_is_no_notebook(tmp_path):
     assert check.problems(path) == ["01_made.ipynb is not a notebook."]
 
 
+def test_a_place_in_another_has_its_own_name(tmp_path, monkeypatch):
+    """A home in the folder of temporary files, an environment in the project, a project in the home."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "project" / ".venv"))
+    made, expected = notebook_maker.notebook(), notebook_maker.notebook()
+    places = (tmp_path, tmp_path / "project", tmp_path / "project" / ".venv", tempfile.gettempdir())
+    code(made, 1)["outputs"] = [stream(" ".join(f"{place}/a" for place in places))]
+    code(expected, 1)["outputs"] = [stream("~/a a a TMP/a")]
+    assert clean.clean(made, tmp_path / "project") == expected
+
+
 def test_clean_removes_what_differs_between_runs(tmp_path):
     made = notebook_maker.notebook()
     expected = copy.deepcopy(made)

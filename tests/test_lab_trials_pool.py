@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 
 import binvit
 from binvit import files, lab
@@ -344,16 +345,26 @@ def started(trials, results_dir, **options):
 
 
 def test_a_killed_child_takes_only_its_trial_with_it(tmp_path):
-    long = [tiny("gsb", seed, epochs=80, checkpoint_minutes=0.0, eval_every=80) for seed in (0, 1)]
-    parent, (first, second) = started(long, tmp_path)
-    victim = next(trial for trial in long if any(trial.id in file.path for file in first.open_files()))
+    survivor, victim = [tiny("gsb", epochs=epochs, checkpoint_minutes=0.0, eval_every=80) for epochs in (80, 8000)]
+    parent, children = started([survivor, victim], tmp_path)
+    (first,) = [child for child in children if any(victim.id in file.path for file in child.open_files())]
+    (second,) = set(children) - {first}
     first.kill()
     message = parent.communicate(timeout=120)[1]
     assert f"1 of 2 trials failed: {victim.describe()}: its process was killed or crashed (SIGKILL" in message
-    (survivor,) = set(long) - {victim}
     assert len(read_result(survivor, tmp_path).history) == 80
     assert not result_path(victim, tmp_path).exists()
     assert not psutil.wait_procs([second], timeout=20)[1]
+
+
+def test_a_process_killed_after_the_result_was_written_has_finished(tmp_path):
+    done, not_done = tiny(seed=0), tiny(seed=1)
+    run_trials([done], tmp_path, progress=False)
+    with tqdm(disable=True) as bar:
+        queue = pool._Queue([done, not_done], tmp_path, False, bar)
+        for trial in (done, not_done):
+            queue.close(trial, False, "its process was killed or crashed (SIGKILL)")
+    assert [trial for trial, _, _ in queue.failures] == [not_done]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

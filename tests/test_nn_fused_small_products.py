@@ -115,7 +115,8 @@ def test_what_tiles_do_not_cover_is_torchs(monkeypatch):
     assert len(used) == 2
     for left, right in [(a, b[:, :15]), (a, b.mT.contiguous().mT), (a[:0], b), (a.double(), b.double())]:
         assert torch.equal(product(left, right), left @ right)
-        assert torch.equal(product_over_rows(left.mT.contiguous(), right), left @ right)
+        rows = left.mT.contiguous()  # of which torch may make another product than of `left`
+        assert torch.equal(product_over_rows(rows, right), rows.mT @ right)
     monkeypatch.setenv("BINVIT_PRODUCTS", "torch")
     assert torch.equal(product(a, b), a @ b)
     assert len(used) == 2

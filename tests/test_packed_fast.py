@@ -10,8 +10,7 @@ from packed_models import SIMPLE, images, logits_of, trained
 import binvit
 from binvit import bits
 from binvit.packed.fast.patches import Patches, embed_patches
-from binvit.packed.fast.path import ONE_TORCH_THREAD, torch_threads
-from binvit.packed.fast.threads import TEAM
+from binvit.packed.fast.threads import ONE_TORCH_THREAD, TEAM, torch_threads
 
 X = images(20)
 # With norms, own inputs, scales or layers of their own for query, key and value, or scales per token or head.

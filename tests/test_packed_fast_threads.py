@@ -142,6 +142,7 @@ _TORCH_SLEEPS = """
 import threading
 from pathlib import Path
 import torch, binvit
+from binvit.packed.fast import patches
 from timm.models.vision_transformer import VisionTransformer
 
 def cpu_time():
@@ -158,6 +159,9 @@ tried = {"sum": images.sum, "one": lambda: packed(images[:1]), "two": lambda: pa
 tried["photo"] = lambda: packed.predict([photo, photo])
 holes = images / 0
 tried["nan"] = lambda: packed(holes)
+patches._LARGEST_TRIAL = 0
+unfolded = binvit.pack(binvit.calibrate(binvit.binarize(vit, "gsb"), images))
+tried["unfolded"] = lambda: unfolded(images, threads=1)
 
 def spent(call):
     call()
@@ -178,7 +182,7 @@ def test_a_prediction_wakes_no_thread_of_torch():
     spent = {name: int(nanoseconds) for name, nanoseconds in map(str.split, done.stdout.splitlines())}
     if not spent.pop("sum"):
         pytest.skip("torch has one thread on this machine")
-    assert spent == dict.fromkeys(("one", "two", "photo", "nan"), 0)
+    assert spent == dict.fromkeys(("one", "two", "photo", "nan", "unfolded"), 0)
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 3), min_size=100, max_size=100))

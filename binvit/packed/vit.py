@@ -19,7 +19,8 @@ from binvit.nn.precision import forked, on_cpu
 from binvit.packed.blueprint import Blueprint
 from binvit.packed.exact import build_exact
 from binvit.packed.fast.fold import NotFoldable
-from binvit.packed.fast.path import ONE_TORCH_THREAD, FastPath, torch_threads
+from binvit.packed.fast.path import FastPath
+from binvit.packed.fast.threads import ONE_TORCH_THREAD, torch_threads
 
 PARTS = (
     "1-bit weights",

@@ -35,7 +35,7 @@ def _without_paths(text: str, project: Path | None) -> str:
         (Path(tempfile.gettempdir()), "TMP/"),
         (Path.home(), "~/"),
     ]
-    for place, short in places:
+    for place, short in sorted(places, key=lambda pair: -len(pair[0].parts)):  # what lies in another comes first
         text = re.sub(rf"(?<![\w.-]){re.escape(str(place))}(?:/|(?![\w.-]))", short, text)
     return text
 

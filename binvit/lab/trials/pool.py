@@ -244,7 +244,8 @@ class _Queue:
         if not finished and failure is None:
             self.waiting.append((trial, True))  # the others first, then wait for whoever runs this one
             return
-        if failure is not None:
+        # A process that was killed after it had written its result has finished all the same.
+        if failure is not None and _stored(trial, self.results_dir, self.keep_models) is None:
             self.failures.append((trial, failure, wrong_input))
         self.bar.update()
 

@@ -15,8 +15,7 @@ several images come.
 from __future__ import annotations
 
 import os
-import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from binvit.packed.fast.head import fold_heads, run_heads
 from binvit.packed.fast.layout import SAMPLE, Layers, Scratch, make_scratch
 from binvit.packed.fast.patches import fold_patches
 from binvit.packed.fast.softmax import torch_lanes
-from binvit.packed.fast.threads import TEAM, Pool
+from binvit.packed.fast.threads import ONE_TORCH_THREAD, TEAM, Pool
 
 _KEPT = 1 + (os.cpu_count() or 1)  # memory of passes: that of images which threads share, and a thread's own
 _HAND_OVER = 200.0  # microseconds of work from which on a second thread gains more than waking it takes
@@ -96,7 +95,8 @@ class FastPath:
             stream = torch.empty(len(pixels), tokens, model.embed_dim, dtype=torch.float32)
             x = stream.numpy()
         else:
-            stream = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+            with ONE_TORCH_THREAD if threads == 1 else nullcontext():
+                stream = model.norm_pre(model._pos_embed(model.patch_embed(images)))
             x = stream.contiguous().numpy()
             pixels = np.zeros((len(x), 0, 0, 0), np.float32)
         if SAMPLE in (self.layers.map_reduce, self.layers.value_reduce):
@@ -149,46 +149,6 @@ class FastPath:
         with ONE_TORCH_THREAD:
             normed = model.norm(x)
             return run_heads(self._heads, normed) if self._heads else model.forward_head(normed)
-
-
-class _OneTorchThread:
-    """Context in which torch computes with one thread; Python threads may be inside at the same time.
-
-    After a parallel region OpenMP's threads spin for milliseconds, on the cores that the next image's kernels need.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._threads = threading.Lock(), 0, 1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            threads = torch.get_num_threads()  # also by those who come later: who has not asked cannot set it for good
-            self._threads = self._threads if self._inside else threads
-            self._inside += 1
-            torch.set_num_threads(1)
-
-    def __exit__(self, *error: object) -> None:
-        # Everyone who leaves restores: besides the process-wide number, every Python thread has one of its own.
-        with self._lock:
-            self._inside -= 1
-            torch.set_num_threads(self._threads)
-
-    def threads(self) -> int:
-        """Return the number of threads of torch outside of the context, for a Python thread that is not inside."""
-        with self._lock:
-            if self._inside:  # a Python thread takes its number over when it first asks
-                torch.set_num_threads(self._threads)
-            return torch.get_num_threads()
-
-
-ONE_TORCH_THREAD = _OneTorchThread()
-if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that stays behind
-    os.register_at_fork(after_in_child=lambda: _OneTorchThread.__init__(ONE_TORCH_THREAD))
-
-
-def torch_threads() -> int:
-    """Return how many threads torch uses, whatever other Python threads' forward passes are doing."""
-    return ONE_TORCH_THREAD.threads()
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The kernels release the GIL, so plain Python threads run them side by side. One hand-over per forward pass replaces a
 parallel region per layer, threads wait for each other inside the kernel for a fraction of a microsecond, and no second
-OpenMP runtime spins next to torch's.
+OpenMP runtime spins next to torch's, which is kept to one thread meanwhile.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 
@@ -78,6 +79,46 @@ def _report(task: Callable[[int, int], None], number: int, threads: int, done: q
 TEAM = Team()
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child starts without workers
     os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
+
+
+class _OneTorchThread:
+    """Context in which torch computes with one thread; Python threads may be inside at the same time.
+
+    After a parallel region OpenMP's threads spin for milliseconds, on the cores that the next image's kernels need.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._threads = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            threads = torch.get_num_threads()  # also by those who come later: who has not asked cannot set it for good
+            self._threads = self._threads if self._inside else threads
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        # Everyone who leaves restores: besides the process-wide number, every Python thread has one of its own.
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._threads)
+
+    def threads(self) -> int:
+        """Return the number of threads of torch outside of the context, for a Python thread that is not inside."""
+        with self._lock:
+            if self._inside:  # a Python thread takes its number over when it first asks
+                torch.set_num_threads(self._threads)
+            return torch.get_num_threads()
+
+
+ONE_TORCH_THREAD = _OneTorchThread()
+if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that stays behind
+    os.register_at_fork(after_in_child=lambda: _OneTorchThread.__init__(ONE_TORCH_THREAD))
+
+
+def torch_threads() -> int:
+    """Return how many threads torch uses, whatever other Python threads' forward passes are doing."""
+    return ONE_TORCH_THREAD.threads()
 
 
 class Pool(Generic[T]):
