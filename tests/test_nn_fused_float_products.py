@@ -18,7 +18,14 @@ from binvit.nn.fused import float_products
 from binvit.nn.fused.float_products import LIBRARIES, library, multiply_by, product, product_over_rows
 
 SIDE = st.integers(1, 40)
-needs_onednn = pytest.mark.skipif(library() != "oneDNN", reason="torch has no oneDNN here")
+needs_onednn = pytest.mark.skipif(not float_products._has_onednn(), reason="torch has no oneDNN here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def onednn():
+    """It multiplies on every processor, whoever has made it."""
+    with multiply_by("oneDNN"):
+        yield
 
 
 @needs_onednn
@@ -65,6 +72,14 @@ def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("BINVIT_PRODUCTS", "MKL")
     with pytest.raises(ValueError, match=r"^BINVIT_PRODUCTS must be oneDNN or torch, got 'MKL'\.$"):
         library()
+
+
+@needs_onednn
+@pytest.mark.parametrize(("intels", "name"), [(True, "torch"), (False, "oneDNN")])
+def test_mkl_multiplies_where_it_is_at_home(monkeypatch, intels, name):
+    monkeypatch.delenv("BINVIT_PRODUCTS")
+    monkeypatch.setattr(float_products, "_is_intels", lambda: intels)
+    assert library() == name
 
 
 @pytest.mark.filterwarnings("ignore:TF32")

@@ -228,14 +228,16 @@ def warm_up(model: Path | None) -> None:
     from binvit import bits
     from binvit.lab.predict import open_packed
     from binvit.lab.trials.train_trial import ALL_KERNELS
+    from binvit.nn.fused.float_products import multiply_by
 
     if model is None:
         seconds = bits.warm_up()
         float_model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=2)
         trained = {name: binvit.binarize(float_model, name).train() for name in ALL_KERNELS}
-        for binary in trained.values():
-            for images in (2, 2, 128):  # the first batch sets scales; small products are of floats, large ones of bytes
-                binary(torch.randn(images, 3, 32, 32)).sum().backward()
+        with multiply_by("oneDNN"):  # and with tiles, as on most processors
+            for binary in trained.values():
+                for images in (2, 2, 128):  # the first batch sets scales; small products are of floats, large of bytes
+                    binary(torch.randn(images, 3, 32, 32)).sum().backward()
         packed = binvit.pack(trained["gsb"].eval())
     else:
         seconds, packed = 0.0, open_packed(model)
