@@ -38,20 +38,22 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
 	touch $@
 
+# Kernels are compiled once, beside modules or mypy, so that neither notebooks nor several tests at the same time wait for them.
+WARM_UP := $(ONE_THREAD) $(BIN)/python -m binvit warm-up
+
 # Modules are compiled on all cores, but for packages' own tests and tools; pip would use one core, for all of them. Some have
 # templates that are no Python, which is no fault.
 COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|pip|mypyc?|setuptools)/' .venv/lib >/dev/null 2>&1 || true; }
 
-# Kernels are compiled beside them, once, so that neither notebooks nor tests wait for it.
 $(COMPILED): $(READY)
-	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; $(COMPILE); wait $$kernels && touch $@
+	$(WARM_UP) & kernels=$$!; $(COMPILE); wait $$kernels && touch $@
 
-# Kernels are compiled once, beside mypy, instead of by several tests at the same time; tests/conftest.py has the order.
+# tests/conftest.py has the order of the tests.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/python -m binvit warm-up & kernels=$$!; \
+	$(WARM_UP) & kernels=$$!; \
 	    { test $(COMPILED) -nt $(READY) || $(COMPILE); } & modules=$$!; \
 	    $(BIN)/mypy; types=$$?; wait $$modules && wait $$kernels && touch $(COMPILED) && exit $$types
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env \

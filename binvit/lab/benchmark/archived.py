@@ -11,12 +11,6 @@ from binvit.lab.benchmark.run import PARTS
 from binvit.lab.figures.style import require_columns
 from binvit.lab.trials.measurements import add_measurements, read_measurements, read_table
 
-RENAMED = {"binvit bit": "binvit elastic"}
-"""Contenders of older measurements -> what they are called now.
-
-The one-group scheme with learned scales and shifts was called bit until that name went to another one, as released with
-BiT; a CPU with AMX was measured before.
-"""
 _TOGETHER = {
     "models": ("width", "threads", "batch"),
     "training": ("size", "threads", "scheme"),
@@ -133,7 +127,7 @@ def archived_steps(archive: str | Path) -> pd.DataFrame:
 
 
 def read_bench(archive: str | Path, part: str) -> pd.DataFrame:
-    """Return a table of `PARTS` from an archive, contenders under the names that they have now.
+    """Return a table of `PARTS` from an archive.
 
     Args:
         archive: folder of archived measurements.
@@ -143,10 +137,9 @@ def read_bench(archive: str | Path, part: str) -> pd.DataFrame:
         The table; empty if the archive has none.
     """
     table = read_measurements(archive, f"08_{part}")
-    if table.empty:
-        return table
-    require_columns(table, ["contender", "cpu"])
-    return table.assign(contender=table["contender"].replace(RENAMED))
+    if not table.empty:
+        require_columns(table, ["contender", "cpu"])
+    return table
 
 
 def _told_apart(table: pd.DataFrame) -> pd.DataFrame:

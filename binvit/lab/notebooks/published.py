@@ -72,6 +72,9 @@ def seconds_trained(jobs: Sequence[Job], since: float) -> float:
     Args:
         jobs: notebooks with their parameters.
         since: seconds of the epoch; results that were there before do not count.
+
+    Raises:
+        ValueError: a result that was written meanwhile is damaged.
     """
     from_archive = {job.notebook for job, _, _ in reading(jobs)}
     paths = {
