@@ -41,9 +41,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 # Kernels are compiled once, beside modules or mypy, so that neither notebooks nor several tests at the same time wait for them.
 WARM_UP := $(ONE_THREAD) $(BIN)/python -m binvit warm-up
 
-# Modules are compiled on all cores, but for packages' own tests and tools; pip would use one core, for all of them. Some have
-# templates that are no Python, which is no fault.
-COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/(tests?|pip|mypyc?|setuptools)/' .venv/lib >/dev/null 2>&1 || true; }
+# Modules are compiled on all cores, but for packages' own tests and tools and large parts that nothing here imports; pip
+# would use one core, for all of them. Some have templates that are no Python, which is no fault.
+UNUSED  := tests?|testing|_inductor|debugpy|pygments|onnxruntime|pip|mypyc?|setuptools
+COMPILE := { $(BIN)/python -m compileall -q -j 0 -x '/($(UNUSED))/' .venv/lib >/dev/null 2>&1 || true; }
 
 $(COMPILED): $(READY)
 	$(WARM_UP) & kernels=$$!; $(COMPILE); wait $$kernels && touch $@

@@ -5,7 +5,9 @@ Wrong input ends with one sentence on stderr and exit code 2, failed work with e
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import sys
 import warnings
@@ -23,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell; libraries write to them without asking
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    # What torch and others load stays to the end: to look for garbage in it, again at the end, takes seconds.
+    gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)
     warnings.showwarning = _tell  # type: ignore[assignment]
     with suppress(AttributeError, ValueError):  # a name of a file may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

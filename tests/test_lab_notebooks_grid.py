@@ -220,14 +220,11 @@ def test_snakefile_has_a_job_per_trial_and_reruns_what_a_change_touches(tmp_path
     (tmp_path / "results" / f"{gone}.json").unlink()
     first = [line for line in lines if "id" in line]
     kept = sum(line["keep_model"] for line in first)
-    for per_job in (None, 3):  # None: twelve, the default of the smoke size
-        settings["per_job"] = per_job
-        jobs = count_jobs(
-            tmp_path, {name: value for name, value in settings.items() if value}, "--dry-run", "--quiet", "rules"
-        )
-        sets = sum(math.ceil(count / (per_job or 12)) for count in (kept, len(first) - kept))
-        assert 2 <= sets < len(trials)
-        assert jobs == {"train": 1 + sets, "notebook": 2, "report": 1, "total": 4 + sets}
+    del settings["per_job"]  # twelve, the default of the smoke size
+    jobs = count_jobs(tmp_path, settings, "--dry-run", "--quiet", "rules")
+    sets = sum(math.ceil(count / 12) for count in (kept, len(first) - kept))
+    assert 2 <= sets < len(trials)
+    assert jobs == {"train": 1 + sets, "notebook": 2, "report": 1, "total": 4 + sets}
 
 
 def test_jobs_of_the_snakefile_get_every_parameter_also_empty_ones_and_those_with_blanks(tmp_path):

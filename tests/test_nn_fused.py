@@ -287,18 +287,23 @@ binvit.bits.binary_matmul(words, words, 70)
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_torch_keeps_its_number_of_threads(start):
-    code = f"""
+def test_torch_keeps_its_number_of_threads():
+    run_with_two_threads(f"""
+import multiprocessing
 import torch
 from timm.models.vision_transformer import VisionTransformer
 import binvit
 torch.set_num_threads(1)
 assert torch.get_num_threads() == 1  # torch sets its runtime's number when it is first asked: not after the start
-{STARTS[start]}
-assert torch.get_num_threads() == 1, torch.get_num_threads()
-"""
-    run_with_two_threads(code)
+def count(start):
+    exec(start, globals())
+    assert torch.get_num_threads() == 1, torch.get_num_threads()
+for name, start in {STARTS}.items():  # each the first in its process
+    child = multiprocessing.get_context("fork").Process(target=count, args=(start,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, name
+""")
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 5, 5), (3, 6, 6)])

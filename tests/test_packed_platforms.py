@@ -31,7 +31,8 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(f"{k}={v}" for k, v in setting.items()))
 def test_other_platforms_compute_the_same_logits(setting):
     count = "1" if "NUMBA_DISABLE_JIT" in setting else "7"
-    environment = os.environ | {"NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)} | setting
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"NUMBA_NUM_THREADS": "1", "PYTHONPATH": path} | setting
     command = [sys.executable, "-W", "error", "-c", PROGRAM.replace("COUNT", count)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

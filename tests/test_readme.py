@@ -49,7 +49,8 @@ def test_five_commands_lead_from_a_clone_to_the_class_of_a_new_photograph(tmp_pa
         "PIP_NO_INDEX": "1",
         "PIP_NO_BUILD_ISOLATION": "0",  # pip's own reading of it: no isolation
         "PATH": os.pathsep.join([str(site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),  # changes that are not committed are tested, too, and kernels are compiled already
+        # Changes that are not committed are tested, too, and kernels are compiled already.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
     }
     steps = commands("Your own images")
     assert len(steps) == 5

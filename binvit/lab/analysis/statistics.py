@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special  # stats, whose t distribution is made of these, takes a second to load
 
 CONFIDENCE = 0.95
 MEASURED = ("test_accuracy", "train_accuracy", "seconds")  # what differs between trials without being a setting
@@ -32,7 +32,7 @@ class Estimate:
         """
         if math.isnan(self.low):
             return math.nan, math.nan
-        half = self._standard_error * float(stats.t.ppf((1 + confidence) / 2, self.n - 1))
+        half = self._standard_error * float(special.stdtrit(self.n - 1, (1 + confidence) / 2))
         return self.mean - half, self.mean + half
 
     def p_values(self, margin: float) -> tuple[float, float] | None:
@@ -50,11 +50,11 @@ class Estimate:
         if self._standard_error == 0:
             return (0.5, 0.5) if self.mean == margin else (0.0, 1.0) if self.mean > margin else (1.0, 0.0)
         t = (self.mean - margin) / self._standard_error
-        return float(stats.t.sf(t, self.n - 1)), float(stats.t.cdf(t, self.n - 1))
+        return float(special.stdtr(self.n - 1, -t)), float(special.stdtr(self.n - 1, t))
 
     @property
     def _standard_error(self) -> float:
-        return (self.high - self.low) / 2 / float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1))
+        return (self.high - self.low) / 2 / float(special.stdtrit(self.n - 1, (1 + CONFIDENCE) / 2))
 
     def text(self, percent: bool = False) -> str:
         """Return the estimate as text that always tells the number of seeds, such as ``97.3 ± 0.6 (n = 3)``.
@@ -104,7 +104,7 @@ def estimate(values: Iterable[float]) -> Estimate:
     mean = float(x.mean())
     if x.size == 1:
         return Estimate(mean, math.nan, math.nan, 1)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    half = float(special.stdtrit(x.size - 1, (1 + CONFIDENCE) / 2) * x.std(ddof=1) / math.sqrt(x.size))
     return Estimate(mean, mean - half, mean + half, int(x.size))
 
 

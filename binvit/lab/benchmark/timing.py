@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy.stats import quantile_test
 
 from binvit import bits
 from binvit.threads import check_threads
@@ -99,6 +98,8 @@ def ratio_interval(times: np.ndarray, reference: np.ndarray) -> tuple[float, flo
         times: seconds of one contender, float64 (rounds or 3 rounds,).
         reference: those of the other.
     """
+    from scipy.stats import quantile_test  # takes longer to load than all that plans need
+
     rounds = min(len(times), len(reference))
     ratios = np.median(times.reshape(rounds, -1), 1) / np.median(reference.reshape(rounds, -1), 1)
     interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from binvit.config import read_yaml, show
-from binvit.lab.notebooks.parameters import convert
+from binvit.lab.notebooks.parameters import convert, declared_types
 from binvit.lab.project import project_dir
 
 SIZES = ("archive", "smoke", "cpu", "paper")
@@ -31,8 +31,7 @@ class Job:
         "measures-time" is one that always does, "measures-trained" one that measures models trained here, and where an
         archive is read reads what was measured.
         """
-        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
-        tags = {tag for cell in cells for tag in cell["metadata"].get("tags", [])}
+        tags = {tag for cell in _cells(self.notebook) for tag in cell["metadata"].get("tags", [])}
         return "measures-time" in tags or ("measures-trained" in tags and self.values.get("archive") == "")
 
 
@@ -71,18 +70,21 @@ def parse(name: str, text: str, annotation: str) -> Any:
 
 
 def _declared(notebook: Path) -> dict[str, str]:
-    """Return the notebook's parameters and their types, as papermill finds them."""
-    import papermill
-
+    """Return the notebook's parameters and their types, in the order of its parameters cell."""
     try:
-        found = papermill.inspect_notebook(str(notebook))
-    except Exception as error:  # papermill and nbformat raise all kinds for a file that is no notebook
-        raise ValueError(
-            f"{notebook} cannot be read as a notebook: {str(error).splitlines()[0].rstrip(chr(46))}."
-        ) from None
-    if not found:
-        raise ValueError(f"{notebook} has no parameters cell.")
-    return {name: str(entry["inferred_type_name"]) for name, entry in found.items()}
+        cells = _cells(notebook)
+        sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ValueError(f"{notebook} cannot be read as a notebook ({why}).") from None
+    types = declared_types(sources[0]) if sources else {}
+    if not types:
+        raise ValueError(f"{notebook} has no parameters cell of lines such as `epochs: int = 24`.")
+    return types
+
+
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
 
 
 def _select(folder: Path, only: Sequence[str]) -> list[Path]:
@@ -186,7 +188,7 @@ def checked_values(job: Job) -> Any:
 
 def _checked_values(job: Job) -> Any:
     namespace = {"__name__": "__main__"}
-    for cell in json.loads(job.notebook.read_text(encoding="utf-8"))["cells"]:
+    for cell in _cells(job.notebook):
         source = "".join(cell["source"])
         if "parameters" in cell["metadata"].get("tags", []):
             exec(source, namespace)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from binvit.lab.training.resume import changes
 from binvit.lab.trials.pool import TrialsFailed, run_trials
@@ -213,7 +213,7 @@ def spread(result: TrialResult, known: Iterable[TrialResult]) -> tuple[float, in
     }
     if len(seeds) < 2:
         return math.nan, len(seeds)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1))
+    quantile = float(special.stdtrit(len(seeds) - 1, (1 + CONFIDENCE) / 2))  # of Student's t
     return max(LEAST, quantile * math.sqrt(2) * float(pd.Series(seeds).std())), len(seeds)
 
 

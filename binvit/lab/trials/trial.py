@@ -1,6 +1,7 @@
 """Trials: the configuration of one training run."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -81,36 +82,36 @@ class Trial(Config):
             if isinstance(path, str) and path and f"{name}_hash" not in self.recipe_options:
                 known = {**self.recipe_options, f"{name}_hash": file_hash(path, what)}
                 object.__setattr__(self, "recipe_options", Options(known))
-        for name, resolve in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
-            options = getattr(self, name)
-            record = resolve(options)
-            # The record has coerced the values: 1 and 1.0, list and tuple are the same trial.
-            object.__setattr__(self, name, Options({key: getattr(record, key) for key in options}))
+        # The records coerce the values: 1 and 1.0, list and tuple are the same trial.
+        for name, record in (("scheme_options", self._scheme), ("recipe_options", self._recipe)):
+            object.__setattr__(self, name, Options({key: getattr(record, key) for key in getattr(self, name)}))
         unused = [name for name in TEACHER_FIELDS if self.recipe_options.get(name)]
-        if unused and not self._recipe(self.recipe_options).has_teacher:
+        if unused and not self._recipe.has_teacher:
             raise ValueError(
                 f"The recipe's {unused[0]} is of a teacher, and without distillation or similarity the training has "
                 "none; set distillation to 'soft' or 'hard', or similarity above 0."
             )
 
-    def _scheme(self, options: Mapping[str, Any]) -> Scheme:
-        return binvit.scheme(self.scheme, **options)
+    # Checked records take a millisecond, and thousands of trials are compared and looked for: each is made once.
+    @functools.cached_property
+    def _scheme(self) -> Scheme:
+        return binvit.scheme(self.scheme, **self.scheme_options)
 
-    def _recipe(self, options: Mapping[str, Any]) -> Recipe:
-        return get_recipe(self.recipe, **options)
+    @functools.cached_property
+    def _recipe(self) -> Recipe:
+        return get_recipe(self.recipe, **self.recipe_options)
 
     def get_scheme(self, **overrides: Any) -> Scheme:
         """Return the scheme with this trial's options, then `overrides`, applied."""
-        return self._scheme(dict(self.scheme_options) | overrides)
+        return dataclasses.replace(self._scheme, **overrides) if overrides else self._scheme
 
     def get_recipe(self) -> Recipe:
         """Return the recipe with this trial's options applied, at the rate chosen for its scheme if they name none."""
-        recipe = self._recipe(self.recipe_options)
         if "lr" in self.recipe_options:
-            return recipe
+            return self._recipe
         width = self.recipe_options.get("width")
-        rate = tuned_rate(self.dataset, self.recipe, self.scheme, self.get_scheme().attention_bias, width)
-        return recipe if rate is None else dataclasses.replace(recipe, lr=rate)
+        rate = tuned_rate(self.dataset, self.recipe, self.scheme, self._scheme.attention_bias, width)
+        return self._recipe if rate is None else _at_rate(self._recipe, rate)
 
     @property
     def fingerprint(self) -> str:
@@ -143,6 +144,11 @@ class Trial(Config):
             parts.append("on validation images")
         parts += [text for options in (self.scheme_options, self.recipe_options) if (text := options_text(options))]
         return ", ".join(parts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _at_rate(recipe: Recipe, rate: float) -> Recipe:
+    return dataclasses.replace(recipe, lr=rate)
 
 
 def options_text(options: Mapping[str, Any]) -> str:
