@@ -311,6 +311,12 @@ def test_a_busy_machine_is_told():
     assert machine.Load(0.01).sentence() == "Meanwhile other programs used 1% of the cores."
 
 
+def test_the_fewest_rounds_give_a_ratio_an_interval():
+    times = timing.interleave({"quick": lambda: None, "slow": lambda: time.sleep(0.001)}, seconds=0)
+    low, high = timing.ratio_interval(times["slow"], times["quick"])
+    assert 1 < low <= high < np.inf
+
+
 def test_a_ratio_has_an_interval_over_rounds():
     rng = np.random.default_rng(0)
     rounds = rng.uniform(0.8, 1.2, 40)  # what the machine does to both

@@ -26,7 +26,7 @@ def benchmark_steps(
     sizes: Iterable[str] = tuple(SIZES),
     schemes: Iterable[str] | None = None,
     threads: int | None = None,
-    rounds: int = 5,
+    rounds: int = 6,
     batch: int | None = None,
     seconds: float = 0.0,
 ) -> pd.DataFrame:

@@ -46,7 +46,7 @@ def use_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
-def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, most: int = 400) -> dict[str, np.ndarray]:
+def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 6, most: int = 400) -> dict[str, np.ndarray]:
     """Run all contenders in turn, round by round, and return the seconds of each run.
 
     Before its turn every contender gets a pause, since the threads of the one before spin for some milliseconds after
@@ -57,7 +57,7 @@ def interleave(contenders: Contenders, seconds: float = 1.0, least: int = 5, mos
     Args:
         contenders: what to run, by name; the first call of each, which may compile, is not counted.
         seconds: time to spend per contender, roughly.
-        least: fewest rounds.
+        least: fewest rounds; below six a ratio has no 95 % interval.
         most: most rounds.
 
     Returns:
