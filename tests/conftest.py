@@ -36,5 +36,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Look no more for garbage among modules and tests, which stay: a search would take a second now and then."""
-    gc.collect()
     gc.freeze()
