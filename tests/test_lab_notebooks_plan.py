@@ -2,6 +2,7 @@ import ast
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import notebook_maker
@@ -132,10 +133,25 @@ def test_wrong_values_in_a_parameter_file_are_refused(folder):
         plan(folder, "cpu")
 
 
-def test_what_is_no_notebook_is_refused(folder):
-    (folder / "01_count.ipynb").write_text("{}")
-    with pytest.raises(ValueError, match="cannot be read as a notebook"):
+@pytest.mark.parametrize("text", ["{}", "[]", '{"cells": 3}', '{"cells": [{}]}', "[" * 100_000, ""])
+def test_what_is_no_notebook_is_refused(folder, text):
+    (folder / "01_count.ipynb").write_text(text)
+    with pytest.raises(ValueError, match=r"01_count\.ipynb cannot be read as a notebook \(\w+: "):
         plan(folder)
+
+
+@pytest.mark.parametrize("line", ["", "count = 3", "count: int"])
+def test_parameters_have_values_and_types(folder, line):
+    path = folder / "01_count.ipynb"
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": [line]}
+    path.write_text(json.dumps({"cells": [cell]}))
+    with pytest.raises(ValueError, match=r"01_count\.ipynb has no parameters cell of lines such as"):
+        plan(folder)
+
+
+def test_a_plan_needs_no_papermill(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)  # loading it takes longer than the plan
+    assert plan(folder, values={})[0].notebook.name == "01_count.ipynb"
 
 
 def test_empty_parameter_file_changes_nothing(tmp_path):
