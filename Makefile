@@ -28,14 +28,17 @@ COMPILED := .venv/.compiled
 # One thread per process: two tests or kernels run side by side, and trained numbers do not depend on the machine's cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
+# The pip that comes with Python 3.11 takes nearly twice as long, for torch's libraries above all.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_OPTIONS)
+
 .PHONY: test reproduce figures notebooks soak cluster-test clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "binvit needs Python 3.11 or newer; choose one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_OPTIONS) \
-	    $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
+	$(INSTALL) --upgrade pip
+	$(INSTALL) $(addprefix --constraint=,$(CONSTRAINTS)) -e ".[test]"
 	touch $@
 
 # Kernels are compiled once, beside modules or mypy, so that neither notebooks nor several tests at the same time wait for them.

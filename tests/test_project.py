@@ -181,9 +181,10 @@ def test_make_test_runs_every_check_and_takes_options_for_pip():
         assert tool in makefile
     command = ["make", "--dry-run", "--always-make", "test", "PIP_OPTIONS=--pre", "CONSTRAINTS=constraints.txt"]
     steps = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (install,) = [line for line in steps.replace("\\\n", "").splitlines() if "pip install" in line]
-    assert " --pre " in install
-    assert "--constraint=constraints.txt" in install
+    pip, binvit = [line for line in steps.replace("\\\n", "").splitlines() if "pip install" in line]
+    assert " --pre " in pip
+    assert " --pre " in binvit
+    assert "--constraint=constraints.txt" in binvit
 
 
 def test_continuous_integration_calls_make_test_with_the_oldest_python():
