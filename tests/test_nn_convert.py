@@ -20,6 +20,7 @@ from torch import nn
 import binvit
 from binvit import nn as bnn
 from binvit.nn import Binarizer, BinaryAttention, BinaryLinear, BinaryMlp, BinaryPatchConv
+from binvit.nn.convert import binarize_
 
 SCHEMES = binvit.list_schemes()
 BINARY = [name for name in SCHEMES if name != "float"]
@@ -128,6 +129,20 @@ def test_binarized_copies_of_every_shape_train(name, shape):
         logits = binary(x)
     assert logits.shape == (4, 5)
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_model_binarized_itself_is_what_its_copy_is(name):
+    model, x = tiny_vit(True), images(4)
+    copied = binvit.binarize(model, name).eval()
+    itself = binarize_(model.eval(), name)
+    assert itself is model
+    assert type(itself) is type(copied)
+    with torch.no_grad():
+        assert torch.equal(itself(x), copied(x))
+    if copied.scheme.components:
+        with pytest.raises(ValueError, match="binarized already"):
+            binarize_(model, name)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

@@ -40,11 +40,32 @@ def binarize(model: VisionTransformer, scheme: Scheme | str) -> VisionTransforme
     Raises:
         ValueError: if the model is no such vision transformer, or has a part that has no binarized form.
     """
+    scheme = _checked(model, scheme)
+    return _binarize(copy.deepcopy(model), scheme)
+
+
+def binarize_(model: VisionTransformer, scheme: Scheme | str) -> VisionTransformer:
+    """Binarize a timm vision transformer itself, as `binarize` does with a copy, and return it.
+
+    Args:
+        model: as `binarize` takes it.
+        scheme: a `Scheme` or the name of one.
+
+    Raises:
+        ValueError: as `binarize` says.
+    """
+    return _binarize(model, _checked(model, scheme))
+
+
+def _checked(model: nn.Module, scheme: Scheme | str) -> Scheme:
     scheme = scheme_of(scheme) if isinstance(scheme, str) else scheme
     if not isinstance(scheme, Scheme):
         raise ValueError(f"scheme must be a Scheme or a name, got {type(scheme).__name__}.")
     _check_model(model, scheme)
-    model = copy.deepcopy(model)
+    return scheme
+
+
+def _binarize(model: VisionTransformer, scheme: Scheme) -> VisionTransformer:
     model.scheme = scheme
     with next(model.parameters()).device:  # what is added belongs there, whatever torch's default device is
         _replace_parts(model, scheme)

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from binvit.config import Config, Number, Text, show
-from binvit.nn.convert import binarize
+from binvit.nn.convert import binarize_
 from binvit.nn.layer_parts import LimitedActivation
 from binvit.nn.layers import BinaryMlp, HeadNorm
 from binvit.nn.schemes import Scheme
@@ -112,7 +112,7 @@ class Blueprint(Config):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
-        return binarize(model, self.scheme).eval()
+        return binarize_(model, self.scheme).eval()
 
 
 def _check_classes(classes: tuple[str, ...], count: int) -> None:

@@ -8,7 +8,7 @@ bit. The path works for every scheme; it is also what the fast path falls back t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -189,20 +189,23 @@ class RelativeBias(AttentionBias):
         return bias
 
 
-def build_exact(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> VisionTransformer:
+def build_exact(
+    blueprint: Blueprint, tensors: Mapping[str, Tensor], model: VisionTransformer | None = None
+) -> VisionTransformer:
     """Rebuild the evaluation-mode model of a packed file on packed weights.
 
     Args:
         blueprint: the file's header.
         tensors: the file's tensors: the model's state, with the weights of binarized layers as words or int8 levels
             and their scales as `weight_scale`.
+        model: what `Blueprint.build` has returned, of which the model is made; None builds it.
 
     Raises:
         ValueError: if the blueprint cannot be built, or if a tensor is missing, unexpected, of another shape or type
             than the blueprint says, not finite, or has bits set past the end of a row.
     """
     blueprint.vit.check_sizes(tensors)
-    model, rest = blueprint.build(), dict(tensors)
+    model, rest = model or blueprint.build(), dict(tensors)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, BinaryLinear):
@@ -254,9 +257,20 @@ def _take_weight(name: str, layer: BinaryLinear, tensors: dict[str, Tensor]) -> 
             f"The packed model does not fit its header: the tensor {names[0]} has bits past its {layer.in_features} "
             "columns."
         )
-    expected = fold_weight(layer).scale
-    _check_tensor(names[1], scale, FLOATS[:1], None if expected is None else expected.shape)
+    rows = layer.out_features // layer.parts
+    shape = _scale_shape(layer.weight_binarizers[0].rule, rows, layer.in_features, layer.parts)
+    _check_tensor(names[1], scale, FLOATS[:1], shape)
     return weight if words else _aligned(weight), None if scale is None else _aligned(scale)
+
+
+@lru_cache(maxsize=1024)  # its steps on the "meta" device take longer than those on numbers
+def _scale_shape(rule: Rule, rows: int, columns: int, parts: int) -> tuple[int, ...] | None:
+    """Return the shape of the scale of folded weights, None if the rule has none."""
+    with torch.device("meta"):
+        scale = Binarizer(rule, channels=rows).planes(torch.empty(rows, columns))[0].scale
+    if scale is None:
+        return None
+    return tuple(scale.shape) if parts == 1 else (parts, *scale.shape)
 
 
 def _check_tensor(

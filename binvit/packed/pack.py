@@ -85,7 +85,7 @@ def pack(
     interpolation = "bicubic" if interpolation is None else interpolation
     card = card if isinstance(card, Card) else Card.from_dict(card or {})
     blueprint = Blueprint(scheme, Vit(**vit), classes, mean, std, resize, interpolation, card)
-    check_same(model, blueprint.build())
+    check_same(model, built := blueprint.build())
     tensors = _fold_tensors(model)
     halves = _halves(tensors)
     if images is not None and not exact:
@@ -98,7 +98,7 @@ def pack(
                 tensors |= some
     for some in halves:
         tensors |= {name: half for name, half in some.items() if torch.equal(half.float(), tensors[name].float())}
-    return PackedViT(blueprint, tensors, exact=exact)
+    return PackedViT(blueprint, tensors, exact, built)
 
 
 def _halves(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

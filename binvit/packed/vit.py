@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from binvit import bits
@@ -47,6 +48,7 @@ class PackedViT:
         blueprint: what is no tensor.
         tensors: the tensors as a packed file holds them.
         exact: take the exact path.
+        model: what `Blueprint.build` has returned, of which the packed one is made; None builds it.
 
     Attributes:
         blueprint: what is no tensor: scheme, shape, class names, normalization.
@@ -56,9 +58,15 @@ class PackedViT:
     """
 
     @on_cpu()
-    def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Tensor], exact: bool = False) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        tensors: Mapping[str, Tensor],
+        exact: bool = False,
+        model: VisionTransformer | None = None,
+    ) -> None:
         self.blueprint, self.tensors, self.exact = blueprint, dict(tensors), bool(exact)
-        self._model = build_exact(blueprint, tensors)
+        self._model = build_exact(blueprint, tensors, model)
         self._fast, self.reason = None, ""
         if not self.exact:
             try:
