@@ -22,7 +22,7 @@ from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loade
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import BLUES, cross_out, lines
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import FEWEST, caption, colors_of, place_ends, styled
+from binvit.lab.figures.style import FEWEST, caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 from binvit.lab.trials.archive import confusion
 
@@ -226,7 +226,6 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
         caption(fig, fig.get_supxlabel() + told)
     if (table["training"] == UNTRAINED).any():
         caption(fig, fig.get_supxlabel() + f"\n×: {UNTRAINED}, its mean is below {LEAST} times chance")
-    place_ends(fig)
     return fig
 
 

@@ -22,7 +22,7 @@ from binvit.lab.experiments.design.plan import Run, archive_dir, data_dir, loade
 from binvit.lab.experiments.design.training_budget import equal_updates, run_levels
 from binvit.lab.figures.charts import cross_out, lines
 from binvit.lab.figures.panels import subplot_grid
-from binvit.lab.figures.style import caption, colors_of, place_ends, styled
+from binvit.lab.figures.style import caption, colors_of, styled
 from binvit.lab.training.recipes import recipe as get_recipe
 
 
@@ -178,5 +178,4 @@ def draw(table: pd.DataFrame, title: str | None = None) -> Figure:
     fig = subplot_grid(table, list(panels), panel, title)
     if table["untrained"].any():
         caption(fig, fig.get_supxlabel() + f"\n×: mean test accuracy below {LEAST} times chance")
-        place_ends(fig)
     return fig

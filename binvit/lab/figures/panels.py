@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from binvit.files import atomic_write
 from binvit.lab.figures.charts import dots
-from binvit.lab.figures.style import GREY, caption, interval_caption, place_ends, save_figure, styled
+from binvit.lab.figures.style import GREY, caption, interval_caption, save_figure, styled
 from binvit.lab.project import folder
 
 _MARGIN = 4  # rows that a panel's title and the label of its axis take
@@ -29,6 +29,7 @@ def nothing() -> Figure:
     return fig
 
 
+@styled
 def subplot_grid(
     table: pd.DataFrame, values: Sequence[str], draw: Callable[[pd.DataFrame, str, Axes], None], title: str | None
 ) -> Figure:
@@ -45,7 +46,6 @@ def subplot_grid(
     caption(fig, interval_caption(table.groupby(["data", "scheme"])["seed"].nunique()))
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold")
-    place_ends(fig)
     return fig
 
 

@@ -22,6 +22,7 @@ INK, GREY = "#222222", "#7a7a7a"
 BIASED = " + bias"  # ends the name of a scheme with a learned bias of the attention map
 _NOTEBOOK_PIXELS = 2.5e6  # a notebook carries its figures as text; files have the dots that `save_figure` gives
 _END = "end of a line"  # marks the names that `label_ends` writes
+_DRAWING: list[Callable] = []  # functions that draw now, each called by the one before
 _APART = 11  # points between two names
 FEWEST = 5  # seeds from which figures draw an interval; fewer are drawn as points with their mean
 
@@ -119,12 +120,21 @@ def _luminance(rgb: np.ndarray) -> float:
 
 
 def styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a drawing function under the style file, whatever the caller's settings are."""
+    """Run a drawing function under the style file, whatever the caller's settings are.
+
+    The names of a figure's lines find their places when the outermost of such functions has drawn it.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with plt.style.context(["default", STYLE]):
-            result = function(*args, **kwargs)
+            _DRAWING.append(function)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                _DRAWING.pop()
+            if isinstance(result, Figure) and not _DRAWING:
+                _place_ends(result)
             interactive = mpl.is_interactive()
         # The first figure loads the backend, and a notebook's backend switches this on: leaving the context undoes it,
         # and no further figure would be shown.
@@ -151,10 +161,18 @@ def save_figure(fig: Figure, name: str, directory: str | Path) -> None:
     """
     if not name or Path(name).name != name or Path(name).suffix:
         raise ValueError(f"A figure's name is a file name without folder and ending, and {name!r} came.")
-    for kind, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, metadata=metadata)
-        atomic_write(Path(directory) / f"{name}.{kind}", buffer.getvalue())
+    fig.draw_without_rendering()  # one layout for both files
+    engine = fig.get_layout_engine()
+    if engine is not None:
+        fig.set_layout_engine("none")
+    try:
+        for kind, metadata in {"pdf": {"CreationDate": None}, "png": {"Software": None}}.items():
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, metadata=metadata)
+            atomic_write(Path(directory) / f"{name}.{kind}", buffer.getvalue())
+    finally:
+        if engine is not None:
+            fig.set_layout_engine(engine)
 
 
 def figure_with(ax: Axes | None, width: float = 6.4, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -237,7 +255,7 @@ def label_ends(
 ) -> None:
     """Write each line's name beside its end, moved up or down where names would overlap.
 
-    Whoever changes the figure's layout afterwards calls `place_ends` again.
+    The function that draws the figure must be `styled`, which moves them.
 
     Args:
         ax: where the lines are drawn, with final limits.
@@ -260,20 +278,16 @@ def label_ends(
             | {"relpos": (0, 0.5)},  # from the left end of the name, so that no line runs through another one
             gid=_END,
         )
-    if ends:
-        place_ends(cast(Figure, ax.figure))
 
 
-def place_ends(fig: Figure) -> None:
-    """Move the names that `label_ends` wrote to where the figure's layout, which later panels change, has room.
-
-    Args:
-        fig: a figure with all its panels, titles and captions.
-    """
+def _place_ends(fig: Figure) -> None:
+    """Move the names that `label_ends` wrote to where the figure, with all its panels and captions, has room."""
+    named = [(ax, [t for t in ax.texts if isinstance(t, Annotation) and t.get_gid() == _END]) for ax in fig.axes]
+    if not any(names for _, names in named):
+        return
     fig.draw_without_rendering()
     points = 72 / fig.dpi
-    for ax in fig.axes:
-        names = [text for text in ax.texts if isinstance(text, Annotation) and text.get_gid() == _END]
+    for ax, names in named:
         heights = [ax.transData.transform(name.xy)[1] * points for name in names]
         bottom, top = (y * points for y in ax.bbox.intervaly)
         placed = spread_apart(heights, _APART, bottom + 4, top - 2)
