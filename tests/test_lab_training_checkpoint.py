@@ -2,9 +2,8 @@ import dataclasses
 import os
 import re
 import resource
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from safetensors import safe_open
@@ -142,7 +141,8 @@ def test_equal_models_are_equal_files_in_every_process(tmp_path):
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     torch.manual_seed(0)
     save_checkpoint(paths[0], new_model(info()), info())
-    subprocess.run([sys.executable, "-c", program, *paths], check=True)
+    done = forks.run(program, *paths)
+    assert done.returncode == 0, done.stderr
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 

@@ -1,5 +1,4 @@
 import math
-import os
 import platform
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from forks import Program
 
 import binvit
 from binvit.lab import Trial
@@ -26,10 +26,11 @@ def several(count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    command = [sys.executable, Path(two_processes.__file__), *map(str, arguments)]
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(count)]
-    running = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
-    assert [process.wait(timeout=300) for process in running] == [0] * count
+    code = Path(two_processes.__file__).read_text(encoding="utf-8")
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    running = [Program(code, *arguments, environment=shared | rank) for rank in ranks]
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.poll() for process in running] == [0] * count, said
 
 
 def assert_alike(found, expected):

@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from forks import Program
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm.auto import tqdm
@@ -38,21 +39,19 @@ def tiny(scheme="float", seed=0, **options):
     return Trial("digits", scheme, seed=seed, samples_per_class=10, recipe_options=TINY | options)
 
 
+PROGRAM = """
+import json, signal, sys, torch
+from binvit.lab import Trial, run_trials
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+torch.set_num_threads(1)
+trials = [Trial.from_dict(item) for item in json.loads(sys.argv[1])]
+print(run_trials(trials, sys.argv[2], progress=False, **json.loads(sys.argv[3])).to_json(orient="records"))
+"""
+
+
 def program(*trials, results_dir, **options):
-    """Return a Python program that runs trials in a process of its own and prints their table."""
-    return [
-        sys.executable,
-        "-c",
-        "import json, signal, sys, torch\n"
-        "from binvit.lab import Trial, run_trials\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's &
-        "torch.set_num_threads(1)\n"
-        "trials = [Trial.from_dict(item) for item in json.loads(sys.argv[1])]\n"
-        "print(run_trials(trials, sys.argv[2], progress=False, **json.loads(sys.argv[3])).to_json(orient='records'))",
-        json.dumps([trial.to_dict() for trial in trials]),
-        str(results_dir),
-        json.dumps(options),
-    ]
+    """Run trials in a process of their own, which prints their table."""
+    return Program(PROGRAM, json.dumps([trial.to_dict() for trial in trials]), results_dir, json.dumps(options))
 
 
 numbers = st.integers(-9, 9) | st.floats(0, 1)
@@ -313,7 +312,7 @@ def test_several_jobs_give_the_same_numbers_and_survive_failures(tmp_path):
     pd.testing.assert_frame_equal(here.drop(columns="seconds"), there.drop(columns="seconds"))
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[Program] = []
 
 
 @pytest.fixture(autouse=True)
@@ -330,8 +329,7 @@ def nothing_is_left_behind():
 
 def started(trials, results_dir, **options):
     """Start trials in two children of a process of their own; return it and the children, once all have begun."""
-    command = program(*trials, results_dir=results_dir, jobs=2, **options)
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    parent = program(*trials, results_dir=results_dir, jobs=2, **options)
     STARTED.append(parent)
     states = [results_dir / ".running" / f"{trial.id}.state" for trial in trials]
     until = time.monotonic() + 200
@@ -552,10 +550,9 @@ def test_no_trials_make_an_empty_table(tmp_path):
 
 def test_concurrent_processes_share_a_folder(tmp_path):
     trials = [tiny("float", seed) for seed in range(3)]
-    commands = [program(*trials, results_dir=tmp_path) for _ in range(2)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    running = [program(*trials, results_dir=tmp_path) for _ in range(2)]
     first, second = (child.communicate(timeout=120)[0] for child in running)
-    assert [child.returncode for child in running] == [0, 0]
+    assert [child.poll() for child in running] == [0, 0]
     assert first == second  # seconds included: each trial was trained once
     assert len(list(tmp_path.glob("*.json"))) == 3
     assert not list(tmp_path.rglob("*.tmp"))
@@ -564,7 +561,7 @@ def test_concurrent_processes_share_a_folder(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"similarity": 0.5, "teacher_epochs": 1}])
 def test_killed_run_continues_with_the_same_bits(tmp_path, options):
     trial = tiny("gsb", epochs=40, checkpoint_minutes=0.0, eval_every=40, **options)
-    child = subprocess.Popen(program(trial, results_dir=tmp_path), stdout=subprocess.DEVNULL)
+    child = program(trial, results_dir=tmp_path)
     state = tmp_path / ".running" / f"{trial.id}.state"
     until = time.monotonic() + 120
     while not state.exists() and time.monotonic() < until:

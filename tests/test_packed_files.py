@@ -5,10 +5,9 @@ import os
 import re
 import resource
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -497,7 +496,7 @@ def test_warming_up_and_counting_do_not_depend_on_defaults(defaults, model, tmp_
     path = binvit.save(binvit.pack(model), tmp_path / "model")
     code = f"import sys, torch, binvit; m = binvit.load(sys.argv[1]); {defaults}; m.warm_up()"
     code += "; from binvit.packed.audit import audit; print(audit(m).file_bytes)"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    done = forks.run(code, path)
     assert (done.returncode, done.stdout) == (0, f"{path.stat().st_size}\n"), done.stderr
 
 

@@ -1,6 +1,4 @@
-import subprocess
-import sys
-
+import forks
 import pytest
 
 from binvit import jit
@@ -45,8 +43,7 @@ for kernel in gc.get_objects():
 
 def kernels(program, *arguments):
     """What a program had compiled, or loaded, when it ended: a line per kernel and types of arguments."""
-    command = [sys.executable, "-c", program + KERNELS, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(program + KERNELS, *arguments)
     assert done.returncode == 0, done.stderr
     return {line for line in done.stdout.splitlines() if line.startswith("kernel ")}
 
